@@ -1,0 +1,161 @@
+"""What the tests share: the folders' modules, loaded side by side, the golden numbers, and runs of the scripts."""
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@functools.cache
+def load(folder):
+    """The modules of a data set folder, as attributes. Those of several folders can be used in one process."""
+    names = [path.stem for path in (ROOT / folder).glob("*.py")]
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(ROOT / folder))
+    try:
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(ROOT / folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+class Golden:
+    """Golden numbers of one model, float64, and the weights and input behind them (data/README.md)."""
+
+    def __init__(self, name):
+        self.meta = json.loads((DATA / "golden" / f"{name}.json").read_text())
+        self.arrays = np.load(DATA / "golden" / f"{name}.npz")
+
+    @staticmethod
+    def fill(model):
+        """The weights behind the golden numbers: each entry drawn from a generator seeded by its name."""
+        for name, tensor in model.double().state_dict().items():
+            generator, shape = np.random.RandomState(zlib.crc32(name.encode())), tuple(tensor.shape)
+            if name.endswith("num_batches_tracked"):
+                value = np.zeros(shape)
+            elif name.endswith("running_mean"):
+                value = generator.normal(0.0, 0.2, shape)
+            elif name.endswith("running_var"):
+                value = generator.uniform(0.1, 0.6, shape)
+            elif "_bn." in name and name.endswith("weight"):
+                value = generator.uniform(0.8, 1.6, shape)
+            elif name.endswith("q_bn.bias"):
+                value = generator.uniform(-3.2, -1.6, shape)
+            elif "_bn." in name and name.endswith("bias"):
+                value = generator.uniform(0.0, 1.2, shape)
+            elif name.endswith("bias"):
+                value = generator.uniform(-0.1, 0.1, shape)
+            else:
+                value = generator.standard_normal(shape) * np.sqrt(2.0 / np.prod(shape[1:]))
+            tensor.copy_(torch.as_tensor(value))
+        return model
+
+    def input(self):
+        generator = np.random.RandomState(self.meta["input"]["seed"])
+        shape = self.meta["input"]["shape"]
+        image = self.meta["input"]["kind"] == "image"
+        return torch.as_tensor(generator.standard_normal(shape) if image else generator.poisson(0.3, shape) * 1.0)
+
+    def target(self, num_classes):
+        generator = np.random.RandomState(self.meta["input"]["seed"] + 1)
+        return torch.as_tensor(generator.randint(0, num_classes, self.meta["input"]["shape"][0]))
+
+
+def check_golden(golden, build, lif_class, semantics):
+    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes the model."""
+
+    def equal(name, value):
+        want = golden.arrays[f"{semantics}/{name}"]
+        assert np.shape(value) == want.shape, name
+        assert np.abs(np.asarray(value) - want).max() <= 1e-9 * np.abs(want).max(), name
+
+    model = golden.fill(build())
+    x, criterion = golden.input(), torch.nn.functional.cross_entropy
+    rates = {}
+
+    def record(name):
+        def hook(module, inputs, output):
+            rates[name] = output.mean().item()
+
+        return hook
+
+    hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if isinstance(m, lif_class)]
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+    for hook in hooks:
+        hook.remove()
+    equal("eval_logits", logits)
+    assert list(rates) == golden.meta["lif_modules"]
+    equal("firing_rates", list(rates.values()))
+
+    target = golden.target(logits.shape[1])
+    model.train()
+    logits = model(x)
+    equal("train_logits", logits.detach())
+    criterion(logits, target).backward()
+    parameters = dict(model.named_parameters())
+    equal("grad_norms", [parameters[name].grad.norm().item() for name in golden.meta["parameters"]])
+    buffers = dict(model.named_buffers())
+    equal("buffer_norms", [buffers[name].double().norm().item() for name in golden.meta["buffers"]])
+
+    model = golden.fill(build()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.06)
+    losses = []
+    for _ in range(3):
+        loss = criterion(model(x), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    equal("losses", losses)
+
+
+def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=600, check=True, env=None, **kwargs):
+    """Run a script of a folder as a user would; returns the CompletedProcess, output and errors in .stdout."""
+    command = [sys.executable, f"{name}.py"]
+    if ranks > 1:
+        module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
+        command = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", "--master_port=0", f"{name}.py"]
+        if launcher == "torchrun":
+            command.insert(3, "--standalone")
+    done = subprocess.run(
+        [*command, *map(str, args)],
+        cwd=kwargs.pop("cwd", ROOT / folder),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        **kwargs,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def one_line(done, *words, code=1):
+    """The run ended with `code` and one line of error, which has these words in it."""
+    assert done.returncode == code, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stdout, done.stdout
+    for word in words:
+        assert str(word) in errors[0], (word, errors[0])
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
