@@ -113,12 +113,12 @@ def newest(paths):
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def open_run(cfg):
-    """(output folder, path of the checkpoint to resume or None).
+def open_run(cfg, output):
+    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
 
     A folder that holds a run is written to only by resuming that run: another run's name gets a number.
     """
-    root = Path(cfg.output) if cfg.output else HERE / "output"
+    root = Path(output) if output else HERE / "output"
     first = root / cfg.experiment
     runs = [path for path in (first, *root.glob(f"{cfg.experiment}-[0-9]*")) if (path / "last.pth").is_file()]
     resume = Path(cfg.resume) if cfg.resume not in (None, "auto") else None

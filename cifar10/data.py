@@ -67,7 +67,7 @@ def build_dataset(cfg, train, ranks):
     if cfg.dataset == "digits":
         dataset = Digits(train, transform)
     else:
-        ranks.from_main(lambda: open_cifar(cfg, train, None, download=True) and None)
+        ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root)
         dataset = open_cifar(cfg, train, transform)
     if len(dataset.classes) > cfg.num_classes:
         raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {len(dataset.classes)} classes")

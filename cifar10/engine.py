@@ -109,7 +109,7 @@ class LossMeter:
 
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
-        status = torch.stack([loss.detach().float(), loss.new_tensor(bool(stop), dtype=torch.float32)])
+        status = torch.stack([loss.detach().float(), torch.full_like(loss, bool(stop), dtype=torch.float32)])
         pending, self.pending = self.pending, self.ranks.sum(status)
         self._read(pending)
         if self.ranks.world_size == 1:

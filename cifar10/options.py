@@ -1,8 +1,10 @@
-"""Every key of the CIFAR recipe; the defaults are the published CIFAR-10 run (cifar10.yml). Names are the release's."""
+"""Every key of the CIFAR recipe; the defaults are the published run (cifar10.yml). Names are the release's."""
 
 from config import Key
 
 DEFAULT_CONFIG = "cifar10.yml"
+DATASET = "torch/cifar10"
+NUM_CLASSES = 10
 
 KEYS = {
     # model
@@ -23,11 +25,9 @@ KEYS = {
     "dist_bn": Key(str, "broadcast", "BatchNorm statistics for evaluation", choices=("", "broadcast", "reduce")),
     "channels_last": Key(bool, False, "channels_last memory format"),
     # data
-    "dataset": Key(
-        str, "torch/cifar10", "data set", flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits")
-    ),
+    "dataset": Key(str, DATASET, "data set", flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits")),
     "data_dir": Key(str, "./data", "where it lies, or is downloaded to", flags=("-data-dir",)),
-    "num_classes": Key(int, 10, "classes", low=1),
+    "num_classes": Key(int, NUM_CLASSES, "classes", low=1),
     "img_size": Key(int, 32, "height and width", low=4),
     "input_size": Key([int], None, "channels, height and width, over img_size", null=True, length=3, low=1),
     "mean": Key([float], [0.4914, 0.4822, 0.4465], "of each channel, of pixels in 0..1", length=3),

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -20,10 +22,13 @@ logger = logging.getLogger("qkformer")
 class Ranks:
     """This process's place among all: `rank` of `world_size`, and its `device`.
 
-    One process, or one of those that torchrun or torch.distributed.launch started (NCCL on GPUs, Gloo on CPUs).
+    One process, or one of those that torchrun, torch.distributed.launch or SLURM's srun started (NCCL on GPUs,
+    Gloo on CPUs).
     """
 
     def __init__(self, device):
+        if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+            os.environ.update(slurm_ranks(os.environ))
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -43,6 +48,8 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
             torch.distributed.init_process_group(backend, device_id=device_id)
+            # For from_main: what rank 0 does there, such as converting a data set, can take hours.
+            self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
 
     @property
     def main(self):
@@ -72,10 +79,26 @@ class Ranks:
                 box[0] = function()
             except UserError as error:
                 box[1] = str(error)
-        torch.distributed.broadcast_object_list(box)
+        torch.distributed.broadcast_object_list(box, group=self.patient)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
+
+
+def slurm_ranks(env):
+    """The variables of torchrun for a task that srun started; MASTER_ADDR and MASTER_PORT stay where they are set.
+
+    With one GPU bound to each task (--gpus-per-task=1), that is the only one it sees, so its local rank is 0.
+    """
+    hosts = env.get("SLURM_STEP_NODELIST", "localhost")  # as in node1,node2 or node[01-04,07]
+    first = re.match(r"[^,\[]+(?:\[\d+)?", hosts)[0].replace("[", "")
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": str(int(env["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)),
+        "MASTER_ADDR": env.get("MASTER_ADDR", first),
+        "MASTER_PORT": env.get("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000)),
+    }
 
 
 def set_up_log(ranks):

@@ -59,6 +59,15 @@ def build_model(cfg, cross_sample_lif, ranks):
     return model.to(ranks.device, memory_format=layout)
 
 
+def build_optimizer(cfg, model):
+    """(timm's optimizer, its schedule per epoch, number of epochs with the cooldown); 1-D parameters do not decay."""
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg))
+        return optimizer, *create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
+    except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
+        raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
+
+
 class Trainer:
     """Model, data, optimizer and schedule of one run, and where the run stands."""
 
@@ -75,11 +84,7 @@ class Trainer:
         self.ddp = self.model
         if ranks.world_size > 1:
             self.ddp = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
-        try:
-            self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(cfg))
-            self.scheduler, self.num_epochs = create_scheduler_v2(self.optimizer, **scheduler_kwargs(cfg))
-        except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
-            raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
+        self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
         self.criterion = SoftTargetCrossEntropy() if data.mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.erase = RandomErasing(
             0.0 if cfg.no_aug else cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=str(ranks.device)
@@ -133,7 +138,8 @@ class Trainer:
         if not cfg.no_resume_opt:
             try:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
-                self.scaler.load_state_dict(checkpoint.get("scaler") or {})
+                if checkpoint.get("scaler"):  # empty where the run was not in float16
+                    self.scaler.load_state_dict(checkpoint["scaler"])
             except (KeyError, ValueError, RuntimeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
                 raise UserError(f"{path}: no fitting optimizer state ({reason}); no_resume_opt does without") from None
@@ -255,7 +261,7 @@ def main(argv=None):
     for note in notes:
         logger.info(note)
     stop = StopSignal()
-    folder, resume = ranks.from_main(lambda: open_run(cfg))
+    folder, resume = ranks.from_main(lambda: open_run(cfg, cfg.output))
     path = resume or cfg.initial_checkpoint
     checkpoint = load_checkpoint(path) if path else None
     random_seed(cfg.seed, ranks.rank)

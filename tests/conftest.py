@@ -4,14 +4,18 @@ import functools
 import importlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +29,34 @@ def load(folder):
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(ROOT / folder))
     try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of timm, that a model of this name is there already
+            return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(ROOT / folder))
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(hidden)
+        if folder != "cifar10":
+            register(load("cifar10"))
+
+
+def register(modules):
+    """timm knows one model of each name: make QKFormer that of this folder. Between tests it is cifar10's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.modules["model"] = modules.model  # where timm looks for the function's module
+        timm.models.register_model(modules.model.QKFormer)
+        del sys.modules["model"]
+
+
+def build_model(modules, cfg, cross_sample_lif=False):
+    """The model that this folder's train.py builds."""
+    register(modules)
+    try:
+        return modules.train.build_model(cfg, cross_sample_lif, modules.runtime.Ranks("cpu"))
+    finally:
+        register(load("cifar10"))
 
 
 class Golden:
@@ -125,14 +151,15 @@ def check_golden(golden, build, lif_class, semantics):
     equal("losses", losses)
 
 
-def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=600, check=True, env=None, **kwargs):
+def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=180, check=True, env=None, **kwargs):
     """Run a script of a folder as a user would; returns the CompletedProcess, output and errors in .stdout."""
     command = [sys.executable, f"{name}.py"]
     if ranks > 1:
         module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
-        command = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", "--master_port=0", f"{name}.py"]
-        if launcher == "torchrun":
-            command.insert(3, "--standalone")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", f"--master_port={port}", f"{name}.py"]
     done = subprocess.run(
         [*command, *map(str, args)],
         cwd=kwargs.pop("cwd", ROOT / folder),
@@ -154,6 +181,17 @@ def one_line(done, *words, code=1):
     assert len(errors) == 1 and "Traceback" not in done.stdout, done.stdout
     for word in words:
         assert str(word) in errors[0], (word, errors[0])
+
+
+@pytest.fixture
+def folder_alone(tmp_path):
+    """Copies a data set folder alone to an empty place, as git would give it; returns where."""
+
+    def copy(name):
+        ignored = shutil.ignore_patterns("output", "data", "__pycache__")
+        return Path(shutil.copytree(ROOT / name, tmp_path / "alone" / name, ignore=ignored))
+
+    return copy
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,335 @@
+"""The neuron: its formula, its backends against each other, and the CUDA kernels compiled, and run on the host."""
+
+import copy
+import ctypes
+import importlib.util
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load
+from spikingjelly.activation_based import functional, monitor, neuron, op_counter
+
+lif = load("cifar10").lif
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+KERNEL_TYPES = list(lif.CTYPES)
+
+
+def formula(x, tau, v_threshold):
+    """The neuron as the paper writes it, a scalar at a time in Python floats, with its gradient by hand."""
+    T, n = x.shape
+    spikes, slopes = torch.zeros(T, n, dtype=torch.float64), torch.zeros(T, n, T, dtype=torch.float64)
+    for i in range(n):
+        v, dv = 0.0, torch.zeros(T, dtype=torch.float64)  # dv[j] = dv / dx[j]
+        for t in range(T):
+            h = v + (x[t, i].item() - v) / tau
+            dh = dv * (1 - 1 / tau)
+            dh[t] += 1 / tau
+            s = float(h >= v_threshold)
+            g = 1 / (1 + torch.exp(torch.tensor(-4.0 * (h - v_threshold), dtype=torch.float64)))
+            spikes[t, i], slopes[t, i] = s, 4.0 * g * (1 - g) * dh
+            v, dv = h * (1 - s), dh * (1 - s)
+    return spikes, slopes
+
+
+@pytest.mark.parametrize("backend", ["torch", "spikingjelly"])
+@pytest.mark.parametrize(("T", "tau", "v_threshold"), [(1, 2.0, 1.0), (4, 2.0, 0.5), (19, 2.0, 1.0), (7, 3.7, 0.8)])
+def test_formula(backend, T, tau, v_threshold):
+    torch.manual_seed(T)
+    x = (3 * torch.randn(T, 40, dtype=torch.float64)).requires_grad_()
+    weights = torch.randn(T, 40, dtype=torch.float64)
+    spikes, slopes = formula(x, tau, v_threshold)
+    y = lif.MultiStepLIF(tau, v_threshold, backend)(x)
+    assert torch.equal(y, spikes) and 0 < spikes.mean() < 1
+    (y * weights).sum().backward()
+    torch.testing.assert_close(x.grad, torch.einsum("ti,tij->ji", weights, slopes), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_backends_agree(dtype):
+    torch.manual_seed(0)
+    x = (2 * torch.randn(5, 3, 4, 6)).to(dtype)
+    grad = torch.randn(5, 3, 4, 6).to(dtype)
+    results = []
+    for backend in ("torch", "spikingjelly"):
+        leaf = x.clone().requires_grad_()
+        y = lif.MultiStepLIF(backend=backend)(leaf)
+        y.backward(grad)
+        assert y.dtype == leaf.grad.dtype == dtype
+        results.append((y.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_stateless():
+    torch.manual_seed(1)
+    node = lif.MultiStepLIF()
+    x = torch.randn(4, 50) + 0.5
+    first = node(x)
+    node(torch.randn(4, 7))
+    assert torch.equal(node(x), first)
+    assert copy.deepcopy(node).state_dict() == {} and node.v == 0.0
+
+
+def test_compiles_without_graph_breaks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lif", lif)  # the compiler imports it by its name
+    torch.manual_seed(2)
+    node = lif.MultiStepLIF()
+    compiled = torch.compile(lambda x: node(x) * 2, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 30).requires_grad_()
+    y = compiled(x)
+    y.sum().backward()
+    other = x.detach().clone().requires_grad_()
+    z = node(other) * 2
+    z.sum().backward()
+    assert torch.equal(y, z) and torch.equal(x.grad, other.grad)
+
+
+def test_spikingjelly_tools():
+    """Monitors, operation counters, reset_net and set_step_mode take our neuron for one of spikingjelly's."""
+    torch.manual_seed(3)
+    models = load("cifar10").model
+    model = models.QKFormer(embed_dims=32, num_heads=2).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, neuron.LIFNode)]
+    image = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        logits = model(image)
+        with monitor.OutputMonitor(model, neuron.BaseNode) as outputs:
+            model(image)
+        assert sorted(outputs.monitored_layers) == sorted(names)
+        assert all(set(spikes.unique().tolist()) <= {0.0, 1.0} for spikes in outputs.records)
+
+        functional.set_step_mode(model, "m")
+        functional.reset_net(model)
+        assert torch.equal(model(image), logits)
+
+        node = model.stage1[0].mlp.mlp1_lif
+        node.store_v_seq = True
+        with monitor.AttributeMonitor("v_seq", False, model, neuron.LIFNode) as potentials:
+            assert torch.equal(model(image), logits)
+        stored = [v for v in potentials.records if v is not None]
+        assert len(stored) == 1 and stored[0].shape == (4, 2, 32, 8, 8) and stored[0].max() < 1.0
+
+        counter = op_counter.SynOpCounter()
+        with op_counter.DispatchCounterMode([counter]):
+            model(image)
+        assert counter.get_total() > 0
+
+
+def test_log_line(caplog):
+    lif._resolve.cache_clear()
+    with caplog.at_level(logging.INFO, logger="qkformer"):
+        for _ in range(3):
+            lif.MultiStepLIF()(torch.zeros(2, 2))
+    assert [record.getMessage() for record in caplog.records] == ["LIF neurons: torch backend for float32 on cpu"]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"tau is 1\.0"):
+        lif.MultiStepLIF(tau=1.0)
+    with pytest.raises(ValueError, match="'cpu'"):
+        lif.MultiStepLIF(backend="cpu")
+    with pytest.raises(RuntimeError, match="CUDA tensor"):
+        lif.MultiStepLIF(backend="cupy")(torch.zeros(2, 2))
+    with pytest.raises(ValueError):
+        lif.MultiStepLIF().step_mode = "s"
+
+
+# The CUDA source without a GPU ------------------------------------------------------------------------------------
+
+
+def cuda_headers():
+    spec = importlib.util.find_spec("nvidia")
+    found = [path for root in spec.submodule_search_locations for path in Path(root).glob("*/include/cuda_fp16.h")]
+    return found[0].parent
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvrtc(arch):
+    from cuda.bindings import nvrtc
+
+    error, program = nvrtc.nvrtcCreateProgram(lif.CUDA_SOURCE.encode(), b"lif.cu", 0, [], [])
+    names = [f"{kernel}<{ctype}>" for kernel in ("lif_forward", "lif_backward") for ctype in lif.CTYPES.values()]
+    for name in names:
+        nvrtc.nvrtcAddNameExpression(program, name.encode())
+    options = [f"--gpu-architecture={arch}", f"-I{cuda_headers()}", *lif.NVRTC_OPTIONS]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    assert nvrtc.nvrtcGetCUBINSize(program)[1] > 0
+    for name in names:
+        assert nvrtc.nvrtcGetLoweredName(program, name.encode())[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS
+
+
+HOST = """
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#define __global__
+typedef _Float16 __half;
+struct __nv_bfloat16 {{  // the upper half of a float, rounded to nearest even
+    uint16_t bits;
+    explicit __nv_bfloat16(float value) {{
+        uint32_t word;
+        std::memcpy(&word, &value, 4);
+        bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    }}
+    explicit operator float() const {{
+        const uint32_t word = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }}
+}};
+struct Index {{ long long x; }};
+static Index blockIdx, blockDim{{1}}, threadIdx{{0}};
+{source}
+{wrappers}
+"""
+WRAPPER = """
+extern "C" void {kernel}_{index}(long long n, {parameters}) {{
+    for (blockIdx.x = 0; blockIdx.x < n + 3; ++blockIdx.x) {kernel}<{ctype}>(n, {names});
+}}
+"""
+PARAMETERS = {
+    "lif_forward": "long long T, long long x_step, const {c}* x, {c}* y, float tau, float v_threshold",
+    "lif_backward": "long long T, long long x_step, const {c}* x, const {c}* g, {c}* y, "
+    "float tau, float v_threshold, float alpha",
+}
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory):
+    """The kernels' own source, compiled for this processor: a loop stands for the threads (three too many)."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("host")
+    wrappers = ""
+    for kernel, parameters in PARAMETERS.items():
+        for index, ctype in enumerate(lif.CTYPES.values()):
+            names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(", "))
+            text = parameters.format(c=ctype)
+            wrappers += WRAPPER.format(kernel=kernel, index=index, parameters=text, ctype=ctype, names=names)
+    source = re.sub("#include <cuda_.*>", "", lif.CUDA_SOURCE)
+    (folder / "lif.cpp").write_text(HOST.format(source=source, wrappers=wrappers))
+    command = ["g++", "-O2", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", folder / "lif.so", folder / "lif.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "lif.so"))
+
+
+@pytest.fixture
+def host(host_kernels, monkeypatch):
+    """lif_forward and lif_backward as they are, but for the launch: it runs the kernels here, on CPU tensors."""
+    convert = {torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_longlong, float: ctypes.c_float}
+    launched = []
+
+    def launch(name, *args):
+        x = args[3]
+        function = getattr(host_kernels, f"{name}_{KERNEL_TYPES.index(x.dtype)}")
+        function(*(convert[type(arg)](arg) for arg in args))
+        launched.append(args)
+
+    monkeypatch.setattr(lif, "_launch", launch)
+    return launched
+
+
+def layouts(x):
+    """The same values in different memory layouts, T outermost in all but the last."""
+    yield x.clone()
+    yield x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+    yield x.permute(0, 4, 2, 1, 3).contiguous().permute(0, 3, 2, 4, 1)
+    yield x.repeat_interleave(2, 0)[::2]
+    yield x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
+    """cupy's operators on x, in any layout, against the torch backend; returns the strides of the output."""
+    ours, plain = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+    y, z = lif.lif_forward(ours, tau, v_threshold), lif.torch_lif(plain, tau, v_threshold)
+    y.backward(grad)
+    z.backward(grad)
+    assert y.dtype == x.dtype and torch.equal(y, z) and 0 < z.float().mean() < 1
+    assert ours.grad.dtype == x.dtype
+    # the sigmoid's last bits; in 16 bits then one rounding
+    torch.testing.assert_close(ours.grad, plain.grad, rtol={2: 8e-3, 4: 2e-6}[x.element_size()], atol=1e-6)
+    return y.stride()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TYPES)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (37, 2, 1, 3, 2)])
+def test_kernels_on_host(host, dtype, shape):
+    torch.manual_seed(sum(shape))
+    values, grads = (2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    for index, x in enumerate(layouts(values)):
+        assert torch.equal(x, values)
+        for tau, v_threshold in ((2.0, 1.0), (2.0, 0.5), (3.7, 0.8)):
+            strides = check_against_torch(x, grads.clone().contiguous(), tau, v_threshold)
+        if shape[0] > 1 and index in (1, 2):
+            assert strides == x.stride()  # the layout is kept
+        copied = host[-2][3].data_ptr() != x.data_ptr()
+        assert copied == (index == 4 and shape[0] > 1 and shape[1] > 1)  # and nothing is copied that is dense
+
+
+def test_broadcast_input_is_not_copied(host):
+    torch.manual_seed(7)
+    image = (2 * torch.randn(3, 5, 4)).requires_grad_()
+    frames = image.expand(4, 3, 5, 4)
+    grad = torch.randn(4, 3, 5, 4)
+    y = lif.lif_forward(frames, 2.0, 1.0)
+    assert host[-1][2:4][0] == 0 and host[-1][3].data_ptr() == image.data_ptr()
+    y.backward(grad)
+    ours, image.grad = image.grad, None
+    z = lif.torch_lif(frames, 2.0, 1.0)
+    z.backward(grad)
+    assert torch.equal(y, z)
+    torch.testing.assert_close(ours, image.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_are_registered_right(host):
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    torch.library.opcheck(lif.lif_forward, (x, 2.0, 1.0))
+    torch.library.opcheck(lif.lif_backward, (torch.randn(4, 3, 5), x.detach(), 2.0, 1.0))
+    compiled = torch.compile(lambda x: lif.lif_forward(x * 1.5, 2.0, 1.0), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), lif.torch_lif(x * 1.5, 2.0, 1.0))
+    with torch.inference_mode():
+        assert torch.equal(lif.lif_forward(x, 2.0, 1.0), lif.torch_lif(x, 2.0, 1.0))
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("dtype", KERNEL_TYPES)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (128, 8, 64, 7, 7)])
+def test_cupy(dtype, shape):
+    torch.manual_seed(sum(shape))
+    values, grads = (2 * torch.randn(shape)).to(dtype).cuda(), torch.randn(shape).to(dtype).cuda()
+    for x in layouts(values):
+        check_against_torch(x, grads)
+    assert lif.resolve_backend("auto", "cuda", dtype) == "cupy"
+
+
+@gpu
+def test_cupy_on_another_stream_and_compiled():
+    torch.manual_seed(8)
+    x = torch.randn(4, 1 << 20, device="cuda")
+    want = lif.torch_lif(x * 1.5, 2.0, 1.0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = lif.lif_forward(x * 1.5, 2.0, 1.0)
+    stream.synchronize()
+    assert torch.equal(got, want)
+    node = lif.MultiStepLIF(backend="cupy")
+    compiled = torch.compile(lambda x: node(x * 1.5), fullgraph=True)
+    leaf = x.clone().requires_grad_()
+    y = compiled(leaf)
+    y.sum().backward()
+    assert torch.equal(y, want) and leaf.grad.isfinite().all()
