@@ -39,7 +39,11 @@ class Key:
         """`value` as this key's type; a string that converts counts as it. ValueError says what is wanted."""
         if self.null and (value is None or value in ("none", "null", "None", "")):
             return None
+        if self.null and value == ["none"]:
+            return None
         if isinstance(self.kind, list):
+            if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+                value = value[0]  # a flag such as --mean 0.5,0.5,0.5
             items = value if isinstance(value, (list, tuple)) else str(value).replace(",", " ").split()
             if self.length and len(items) != self.length:
                 raise ValueError(f"{self.length} values")

@@ -40,6 +40,8 @@ class Digits(Dataset):
 
 def image_size(cfg):
     """(channels, height, width) of the network's input."""
+    if cfg.input_size and cfg.input_size[0] != 3:
+        raise UserError(f"input_size is {cfg.input_size}; images have 3 channels")
     return tuple(cfg.input_size or (3, cfg.img_size, cfg.img_size))
 
 
@@ -62,8 +64,8 @@ def build_dataset(cfg, train, ranks):
             std=cfg.std,
             crop_pct=cfg.crop_pct,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"aa is {cfg.aa!r}, which timm does not take: {error}") from None
+    except Exception as error:  # timm asserts, and fails in other ways, on a policy that it can't read
+        raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
     if cfg.dataset == "digits":
         dataset = Digits(train, transform)
     else:

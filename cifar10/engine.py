@@ -96,6 +96,12 @@ def evaluate(model, loader, ranks, autocast, stop=False):
     return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
 
 
+def check_weights(model, step):
+    """FloatingPointError if a weight is not finite: the loss shows only the next step, and this one may be saved."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError(f"weights are not finite after step {step}")
+
+
 class LossMeter:
     """Mean loss over the steps of an epoch and over ranks, read one step late so that a GPU is not waited for.
 

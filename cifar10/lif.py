@@ -86,8 +86,13 @@ def _resolve(backend, device_type, dtype):
             error = f"does not take {dtype}"
         if error is not None:
             raise RuntimeError(f"the cupy backend of the LIF neuron can't run: {error}")
-    logger.info("LIF neurons: %s backend for %s on %s%s", name, str(dtype).removeprefix("torch."), device_type, why)
+    _log(f"LIF neurons: {name} backend on {device_type}{why}")
     return name
+
+
+@functools.cache
+def _log(line):
+    logger.info(line)  # once for each line
 
 
 # torch: the plain formulas ---------------------------------------------------------------------------------------
@@ -98,8 +103,9 @@ class TorchLIF(torch.autograd.Function):
     def forward(ctx, x, tau, v_threshold):
         h = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         v = torch.zeros_like(h[0])
+        divisor = h.new_full((), tau)  # CUDA would multiply by the reciprocal of a Python number: other last bits
         for t in range(len(x)):
-            torch.sub(x[t], v, out=h[t]).div_(tau).add_(v)
+            torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
             v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
         ctx.save_for_backward(h)
         ctx.tau, ctx.v_threshold, ctx.dtype = tau, v_threshold, x.dtype
@@ -201,7 +207,9 @@ BLOCK = 256
 def cupy_error():
     """None where CuPy compiles and runs the kernels, else the reason in one line."""
     try:
-        lif_forward(torch.ones(1, 1, device="cuda"), 2.0, 1.0)
+        for dtype in CTYPES:
+            x = torch.ones(1, 1, dtype=dtype, device="cuda")
+            lif_backward(lif_forward(x, 2.0, 1.0), x, 2.0, 1.0)
         torch.cuda.synchronize()
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -221,10 +229,11 @@ def _launch(name, n, T, x_step, x, *args):
     import cupy
     import numpy
 
-    convert = {torch.Tensor: torch.Tensor.data_ptr, int: numpy.int64, float: numpy.float32}
-    args = tuple(convert[type(arg)](arg) for arg in (n, T, x_step, x, *args))
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream, x.device.index):
+    convert = {int: numpy.int64, float: numpy.float32}
+    args = (n, T, x_step, x, *args)
+    args = tuple(arg.data_ptr() if torch.is_tensor(arg) else convert[type(arg)](arg) for arg in args)
+    stream = torch.cuda.current_stream(x.device)
+    with cupy.cuda.Device(x.device.index), cupy.cuda.Stream.from_external(stream):
         _module(x.dtype).get_function(f"{name}<{CTYPES[x.dtype]}>")((-(-n // BLOCK),), (BLOCK,), args)
 
 

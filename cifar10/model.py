@@ -171,6 +171,8 @@ class Block(nn.Module):
             self.ssa = SpikingSelfAttention(dim, num_heads, lif, cross_sample_lif)
         else:
             self.tssa = ATTENTION[attention](dim, num_heads, lif)
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
         self.mlp = MLP(dim, int(dim * mlp_ratio), lif)
         self.attn = "ssa" if attention == "ssa" else "tssa"
         self.drop_path = DropPath(drop_path)

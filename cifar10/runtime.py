@@ -38,7 +38,11 @@ class Ranks:
             self.device = torch.device(device)
         except RuntimeError:
             raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N") from None
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.device.type == "cuda":
+            if self.device.index is not None and self.world_size > 1:
+                raise UserError(f"device is {device!r}; with several ranks say cuda, and each takes its own")
             if self.device.index is None:
                 self.device = torch.device("cuda", local_rank)
             if self.device.index >= torch.cuda.device_count():

@@ -22,20 +22,28 @@ from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
 import data
 import model as models
 import options
-from checkpoint import load_checkpoint, load_weights, open_log, open_run, resolve_semantics, save_checkpoint
+from checkpoint import (
+    load_checkpoint,
+    load_weights,
+    make_folder,
+    open_log,
+    open_run,
+    resolve_semantics,
+    save_checkpoint,
+)
 from config import UserError, load_config
-from engine import LossMeter, evaluate, make_autocast, progress
+from engine import LossMeter, check_weights, evaluate, make_autocast, progress
+from lif import resolve_backend
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
 
 
 def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
-    if cfg.backend == "cupy" and ranks.device.type != "cuda":
-        raise UserError(f"backend is cupy, which needs a GPU, but the device is {ranks.device}")
     channels, height, width = data.image_size(cfg)
     if height % 4 or width % 4:
         raise UserError(f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4")
     try:
+        resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         model = timm.create_model(
             cfg.model,
             T=cfg.time_step,
@@ -53,7 +61,7 @@ def build_model(cfg, cross_sample_lif, ranks):
             cross_sample_lif=cross_sample_lif,
             backend=cfg.backend,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     return model.to(ranks.device, memory_format=layout)
@@ -63,9 +71,12 @@ def build_optimizer(cfg, model):
     """(timm's optimizer, its schedule per epoch, number of epochs with the cooldown); 1-D parameters do not decay."""
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg))
-        return optimizer, *create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
     except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"opt is {cfg.opt}, which needs second derivatives; the surrogate gradient has none")
+    return optimizer, scheduler, num_epochs
 
 
 class Trainer:
@@ -136,17 +147,19 @@ class Trainer:
             if share != 1:
                 logger.info(f"warning: {self.global_batch} images a step, but {path} had {checkpoint['global_batch']}")
         if not cfg.no_resume_opt:
+            settings = [{**group, "params": None} for group in self.optimizer.param_groups]
             try:
+                if checkpoint.get("config", vars(cfg))["opt"] != cfg.opt:
+                    raise ValueError(f"it is of {checkpoint['config']['opt']}, opt is {cfg.opt}")
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 if checkpoint.get("scaler"):  # empty where the run was not in float16
                     self.scaler.load_state_dict(checkpoint["scaler"])
             except (KeyError, ValueError, RuntimeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
                 raise UserError(f"{path}: no fitting optimizer state ({reason}); no_resume_opt does without") from None
-        if cfg.sched == "plateau":  # every other schedule is a function of the epoch
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-        else:
-            self.scheduler.step(self.epoch)
+            for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update({**values, "params": group["params"]})  # the configuration may have changed
+        self.scheduler.step(self.epoch)
         rng = checkpoint.get("rng", [])
         if len(rng) == self.ranks.world_size:
             set_rng_state(rng[self.ranks.rank], self.ranks.device)
@@ -154,9 +167,7 @@ class Trainer:
 
     def save(self, *names):
         state = self.state()
-        if self.ranks.main:
-            for name in names:
-                save_checkpoint(state, self.folder / name)
+        self.ranks.from_main(lambda: [save_checkpoint(state, self.folder / name) for name in names])
 
     def train_epoch(self):
         """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a signal."""
@@ -189,6 +200,7 @@ class Trainer:
             if meter.stop:
                 break
         meter.flush()
+        check_weights(self.model, meter.steps)
         return (meter.steps - first) * self.global_batch / (time.perf_counter() - start)
 
     def fit(self):
@@ -198,6 +210,7 @@ class Trainer:
         eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
         if self.epoch >= self.num_epochs:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
+        self.ranks.from_main(lambda: make_folder(self.folder, cfg))
         if self.ranks.main:
             log, board = open_log(self.folder, self.epoch)
         while self.epoch < self.num_epochs:
@@ -254,6 +267,8 @@ def main(argv=None):
     cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on CIFAR.")
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
+    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
     if cfg.model not in timm.list_models(module=models.__name__):
         raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(timm.list_models(module=models.__name__))}")
     ranks = Ranks(cfg.device)
@@ -269,6 +284,9 @@ def main(argv=None):
     trainer = Trainer(cfg, ranks, stop, folder, checkpoint, path)
     if resume:
         trainer.resume(checkpoint, resume)
+    elif cfg.start_epoch:
+        trainer.epoch = cfg.start_epoch
+        trainer.scheduler.step(cfg.start_epoch)
     return trainer.fit()
 
 

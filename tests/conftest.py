@@ -183,15 +183,10 @@ def one_line(done, *words, code=1):
         assert str(word) in errors[0], (word, errors[0])
 
 
-@pytest.fixture
-def folder_alone(tmp_path):
-    """Copies a data set folder alone to an empty place, as git would give it; returns where."""
-
-    def copy(name):
-        ignored = shutil.ignore_patterns("output", "data", "__pycache__")
-        return Path(shutil.copytree(ROOT / name, tmp_path / "alone" / name, ignore=ignored))
-
-    return copy
+def copy_folder(name, place):
+    """Copy a data set folder alone to an empty place, as git would give it; returns where it is."""
+    ignored = shutil.ignore_patterns("output", "data", "__pycache__")
+    return Path(shutil.copytree(ROOT / name, place / name, ignore=ignored))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -293,32 +292,99 @@ def test_101_samples_on_two_ranks():
     assert results["false", 1] != results["true", 1]
 
 
-def test_a_run_is_not_overwritten(trained):
+def test_folders(tmp_path):
+    """A run's folder is written to only by going on from its last.pth."""
+
+    def opened(**settings):
+        cfg = resolve("--output", tmp_path, "--experiment", "a")
+        vars(cfg).update({name: str(value) for name, value in settings.items()})
+        folder, resume = cifar10.checkpoint.open_run(cfg, cfg.output)
+        return folder.name, resume and str(resume.relative_to(tmp_path))
+
+    def make(name, *files):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for file in ("args.yaml", *files):
+            (tmp_path / name / file).touch()
+
+    assert opened() == opened(resume="auto") == ("a", None) and not list(tmp_path.iterdir())
+    make("a")  # ended before its first checkpoint
+    assert opened() == ("a-2", None) and opened(resume="auto") == ("a", None)
+    make("a", "last.pth", "best.pth")
+    assert opened() == ("a-2", None) and opened(resume="auto") == ("a", "a/last.pth")
+    make("a-b", "last.pth")
+    make("b", "last.pth")
+    os.utime(tmp_path / "a" / "last.pth", (1, 1))
+    assert opened(resume="auto") == ("a", "a/last.pth")
+    make("a-2", "last.pth")
+    assert opened() == ("a-3", None) and opened(resume="auto") == ("a-2", "a-2/last.pth")
+    assert opened(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth")
+    assert opened(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth")
+    assert opened(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth")
+
+
+def test_log_with_a_torn_line(tmp_path):
+    lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
+    (tmp_path / "log.txt").write_text("\n".join([*lines, '{"epoch": 4, "lr']))
+    log, _ = cifar10.checkpoint.open_log(tmp_path, 3)
+    assert log.read_text().splitlines() == lines[:3]
+
+
+def test_failed_resume_changes_nothing(trained):
     folder, _ = trained
-    before = (folder / "last.pth").read_bytes()
-    cfg = resolve(*RANDOM, "--output", folder.parent, "--experiment", "whole")
-    again, resume = cifar10.checkpoint.open_run(cfg, cfg.output)
-    assert again.name == "whole-2" and resume is None
-    assert (folder / "last.pth").read_bytes() == before
-    shutil.rmtree(again)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    args = [*RANDOM, "--output", folder.parent, "--experiment", "whole", "--resume", "auto"]
+    one_line(script("cifar10", "train", *args, "--dim", 32, check=False), "another architecture")
+    one_line(script("cifar10", "train", *args, "--opt", "sgd", check=False), "last.pth", "adamw", "sgd")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_non_finite_loss(tmp_path):
-    done = script(
-        "cifar10",
-        "train",
-        *SMALL,
-        "--output",
-        tmp_path,
-        "--lr",
-        "1e30",
-        "--warmup-epochs",
-        0,
-        "--opt",
-        "sgd",
-        check=False,
-    )
-    one_line(done, "the loss is nan", "step", "epoch 0", "learning rate 1e+30")
+def test_resume_on_another_number_of_ranks(tmp_path):
+    """Within an epoch: it goes on behind the samples that were seen, in the same order of the epoch."""
+    args = [*SMALL, "--epochs", 2, "--log-interval", 1, "--output", tmp_path, "--experiment", "ranks"]
+    process = start(*args, ranks=2)
+    for line in process.stdout:
+        if line.startswith("epoch 1, step 4/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    process.wait()
+    step = torch.load(tmp_path / "ranks" / "last.pth", weights_only=True)["step"]
+    assert 4 <= step < 11
+    done = script("cifar10", "train", *args, "--resume", "auto")
+    assert f"epoch 1, step {2 * step}" in done.stdout and "64 images a step" in done.stdout
+    assert f"epoch 1, step {2 * step + 1}/22" in done.stdout and len(log_of(tmp_path / "ranks")) == 2
+
+
+def test_start_epoch(tmp_path):
+    script("cifar10", "train", *SMALL, "--output", tmp_path, "--epochs", 3, "--start-epoch", 2)
+    (line,) = log_of(tmp_path / "quickstart")
+    assert line["epoch"] == 2 and 1e-5 < line["lr"] < 4e-3  # far down the cosine
+
+
+def test_signal_during_evaluation(trained, tmp_path):
+    args = [*RANDOM, "--output", tmp_path, "--experiment", "stopped", "--log-interval", 1]
+    process = start(*args, "--val-batch-size", 1)
+    for line in process.stdout:
+        if line.startswith("epoch 1, step 22/22"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: stopped in epoch 1 after step 22" in process.stdout.read()
+    assert process.wait() == 143
+    script("cifar10", "train", *args, "--resume", "auto")
+    assert same(*(weights_of(path / "last.pth") for path in (tmp_path / "stopped", trained[0])))
+
+
+@pytest.mark.parametrize("batch", [64, 1024])
+def test_divergence(tmp_path, batch):
+    """In the middle of an epoch, and in its only step, when no loss shows it yet."""
+    args = [*SMALL, "--output", tmp_path, "--batch-size", batch, "--warmup-epochs", 0, "--experiment", "wild"]
+    script("cifar10", "train", *args, "--epochs", 1)
+    before = (tmp_path / "wild" / "last.pth").read_bytes()
+    wild = ["--lr", "1e38", "--min-lr", "1e38", "--weight-decay", "1e3", "--opt", "sgd", "--no-resume-opt"]
+    done = script("cifar10", "train", *args, *wild, "--epochs", 2, "--resume", "auto", check=False)
+    one_line(done, "step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")
+    assert (tmp_path / "wild" / "last.pth").read_bytes() == before
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -336,23 +402,20 @@ def test_kinds_of_checkpoints(tmp_path):
     """The release's, timm's with DDP's prefixes and a bare state dict: same figures, and taken for the release's."""
     torch.manual_seed(0)
     weights = small_model().state_dict()
-    args = argparse.Namespace(model="QKFormer", lr=1e-3, betas=(0.9, 0.999))
+    args = argparse.Namespace(lr=1e-3, betas=(0.9, 0.999), output=Path("x"), best=np.float64(0.5), top=np.float32(1))
     kinds = {
         "release": {"model": weights, "optimizer": {}, "epoch": 3, "scaler": None, "args": args},
         "timm": {"state_dict": {f"module.{name}": value for name, value in weights.items()}, "arch": "x", "args": args},
         "bare": weights,
     }
-    losses = set()
+    results = []
     for name, content in kinds.items():
         (tmp_path / name).mkdir()
         torch.save(content, tmp_path / name / "weights.pth")
-        text = cifar10.checkpoint.load_checkpoint(tmp_path / name / "weights.pth")
-        assert same(text["model"], weights)
-    done = run_test(tmp_path / "timm" / "weights.pth")
-    assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
-    result = json.loads((tmp_path / "timm" / "test.json").read_text())
-    losses.add(result["loss"])
-    assert result["cross_sample_lif"] is True
+        done = run_test(tmp_path / name / "weights.pth")
+        assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
+        results.append(json.loads((tmp_path / name / "test.json").read_text()))
+    assert all(result["cross_sample_lif"] is True and result["loss"] == results[0]["loss"] for result in results)
     done = run_test(tmp_path / "timm" / "weights.pth", "--cross-sample-lif", "false")
     assert "cross_sample_lif: false" in done.stdout
     assert json.loads((tmp_path / "timm" / "test.json").read_text())["cross_sample_lif"] is False
@@ -390,7 +453,14 @@ def test_bad_checkpoints(trained, tmp_path):
         (tmp_path / "cut.pth").write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"cut\.pth: not a checkpoint, or not whole"):
             load_checkpoint(tmp_path / "cut.pth")
-    for content in ({"model": {}}, [1, 2], {"epoch": 3}, {"model": {"a": 3}}):
+    torch.save(small_model().state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy, generator = (tmp_path / "legacy.pth").read_bytes(), np.random.RandomState(0)
+    assert load_checkpoint(tmp_path / "legacy.pth")["model"].keys() == small_model().state_dict().keys()
+    for _ in range(40):
+        (tmp_path / "legacy.pth").write_bytes(legacy[: generator.randint(len(legacy) // 10)])
+        with pytest.raises(UserError, match=r"legacy\.pth"):
+            load_checkpoint(tmp_path / "legacy.pth")
+    for content in ({"model": {}}, [1, 2], {"epoch": 3}, {"model": {"a": 3}}, {1: torch.ones(2)}):
         torch.save(content, tmp_path / "empty.pth")
         with pytest.raises(UserError, match=r"empty\.pth"):
             load_checkpoint(tmp_path / "empty.pth")
@@ -433,12 +503,18 @@ def test_bad_input_to_the_scripts(trained, tmp_path):
         (["--num-classes", 7], ["num_classes is 7", "10 classes"]),
         (["--aa", "nonsense"], ["aa is 'nonsense'"]),
         (["--opt", "nonsense"], ["nonsense"]),
+        (["--opt", "adahessian"], ["adahessian"]),
+        (["--cutmix-minmax", 0.9, 0.1], ["cutmix_minmax"]),
+        (["--input-size", 1, 16, 16], ["input_size", "3 channels"]),
+        (["--mlp-ratio", 0.1, "--dim", 16], ["mlp_ratios is 0.1"]),
+        (["--experiment", "a/b"], ["experiment is 'a/b'"]),
+        (["--device", "meta"], ["device is 'meta'"]),
         (["--model", "resnet18"], ["resnet18", "QKFormer"]),
         (["--device", "cuda:77"], ["cuda:77"]),
         (["--device", "gpu"], ["device is 'gpu'"]),
         (["--attention", "token", "ssa"], ["attention", "3 values"]),
         (["--attention", "token", "ssa", "sas"], ["sas"]),
-        (["--backend", "cupy", "--device", "cpu"], ["backend is cupy"]),
+        (["--backend", "cupy", "--device", "cpu"], ["cupy backend", "CUDA"]),
         (["--initial-checkpoint", "none.pth"], ["none.pth"]),
     ],
 )
