@@ -1,0 +1,158 @@
+"""CIFAR10-DVS through spikingjelly's reader, as frames of event counts."""
+
+import math
+
+import torch
+from spikingjelly.datasets import utils
+from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
+from timm.data.mixup import Mixup, mixup_target
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import DatasetFolder
+
+from augment import augment
+from config import UserError
+from convert import prepare
+from engine import Batches, test_batches, train_batches
+from runtime import logger
+
+ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}  # folder in it: archive
+PAGE = "https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671"
+HEIGHT, WIDTH = CIFAR10DVS.get_H_W()
+SAMPLES = {True: 9000, False: 1000}  # in training, in testing
+TRAIN_SHARE = 0.9
+
+
+def build_dataset(cfg, train, ranks):
+    """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
+    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, CIFAR10DVS, ARCHIVES, PAGE))
+    dataset = open_frames(cfg, frames, train)
+    dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
+    report(len(dataset), train)
+    return dataset
+
+
+def split(labels, train, seed=None):
+    """Indices of the training or test samples, class by class, from the labels of all of them.
+
+    The first ceil(0.9 n) of the n samples of each class are for training: in the order of the data set, which is
+    that of the file names (_0, _1, _10, _100, ...), as in the release, or in one drawn with `seed`.
+    """
+    labels = torch.tensor(labels)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    indices = []
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        if generator:
+            of_class = of_class[torch.randperm(len(of_class), generator=generator)]
+        first = math.ceil(TRAIN_SHARE * len(of_class))
+        indices += (of_class[:first] if train else of_class[first:]).tolist()
+    return indices
+
+
+# Copied from dvs128-gesture/data.py
+def open_frames(cfg, folder, train):
+    """All samples of a folder, augmented for training. Labels count the folders in the order of their names."""
+    try:
+        transform = augment if train and not cfg.no_aug else None
+        dataset = DatasetFolder(str(folder), load_frames, extensions=(".npz",), transform=transform)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {error}; remove {folder.parent} to have it made again") from None
+    if len(dataset.classes) > cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has {len(dataset.classes)} classes")
+    return dataset
+
+
+# Copied from dvs128-gesture/data.py
+def load_frames(path):
+    return torch.from_numpy(utils.load_npz_frames(path))
+
+
+# Copied from dvs128-gesture/data.py
+def report(samples, train):
+    kind = "training" if train else "test"
+    if samples == 0:
+        raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
+    note = "" if samples == SAMPLES[train] else f" (warning: the published data set has {SAMPLES[train]:,})"
+    logger.info(f"{samples:,} {kind} samples{note}")
+
+
+# Copied from dvs128-gesture/data.py
+class Collate:
+    """Samples to a batch ([B, T, 2, H, W], targets): for training, mixup, then a draw of T_train of the T frames.
+
+    Targets of training are soft and smoothed, mixed or not; those of testing are labels.
+    """
+
+    def __init__(self, cfg, train, epoch=0):
+        self.cfg, self.train, self.mixup = cfg, train, None
+        if train and mixes(cfg) and not 0 < cfg.mixup_off_epoch <= epoch:
+            self.mixup = Mixup(
+                mixup_alpha=cfg.mixup,
+                cutmix_alpha=cfg.cutmix,
+                cutmix_minmax=cfg.cutmix_minmax,
+                prob=cfg.mixup_prob,
+                switch_prob=cfg.mixup_switch_prob,
+                mode=cfg.mixup_mode,
+                label_smoothing=cfg.smoothing,
+                num_classes=cfg.num_classes,
+            )
+
+    def __call__(self, samples):
+        frames = torch.stack([frames for frames, _ in samples])
+        targets = torch.tensor([label for _, label in samples])
+        if not self.train:
+            return frames, targets
+        if self.mixup:
+            # As [B, T*2, H, W]: cutmix takes the third and fourth dimension for the image.
+            mixed, targets = self.mixup(frames.flatten(1, 2), targets)
+            frames = mixed.view_as(frames)
+        else:
+            targets = mixup_target(targets, self.cfg.num_classes, smoothing=self.cfg.smoothing)
+        if self.cfg.T_train is not None:
+            drawn = torch.randperm(frames.shape[1])[: self.cfg.T_train].sort().values
+            frames = frames[:, drawn]
+        return frames, targets
+
+
+# Copied from dvs128-gesture/data.py
+class Loader:
+    """Batches of (frames, targets) on this rank's device."""
+
+    def __init__(self, cfg, dataset, collate, batches, ranks):
+        self.device = ranks.device
+        self.loader = DataLoader(
+            Batches(dataset, collate),
+            batch_size=None,
+            sampler=batches,
+            num_workers=min(cfg.workers, len(batches)),
+            pin_memory=ranks.device.type == "cuda",
+            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for frames, targets in self.loader:
+            yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+# Copied from dvs128-gesture/data.py
+def train_loader(cfg, dataset, epoch, first_step, ranks):
+    """The batches of an epoch from step `first_step` on.
+
+    The workers start anew each epoch, so that they know when mixup goes off.
+    """
+    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    return Loader(cfg, dataset, Collate(cfg, True, epoch), batches[first_step:], ranks)
+
+
+# Copied from dvs128-gesture/data.py
+def test_loader(cfg, dataset, ranks):
+    batches = test_batches(len(dataset), cfg.val_batch_size or cfg.batch_size, ranks)
+    return Loader(cfg, dataset, Collate(cfg, False), batches, ranks)
+
+
+# Copied from cifar10/data.py
+def mixes(cfg):
+    return cfg.mixup > 0 or cfg.cutmix > 0 or cfg.cutmix_minmax is not None

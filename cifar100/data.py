@@ -1,0 +1,134 @@
+# Copied from cifar10/data.py
+"""CIFAR-10, CIFAR-100 and scikit-learn's handwritten digits, through timm's transforms, mixup and loader."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from timm.data import FastCollateMixup, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset
+
+from config import UserError
+from engine import Batches, test_batches, train_batches
+
+CIFAR = {"torch/cifar10": torchvision.datasets.CIFAR10, "torch/cifar100": torchvision.datasets.CIFAR100}
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits as 8x8 RGB images; a fifth of each class, drawn once, is for testing."""
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train, transform):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(return_X_y=True)
+        images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        halves = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+        self.images, _, self.labels, _ = halves if train else (halves[1], None, halves[3], None)
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
+
+
+def image_size(cfg):
+    """(channels, height, width) of the network's input."""
+    if cfg.input_size and cfg.input_size[0] != 3:
+        raise UserError(f"input_size is {cfg.input_size}; images have 3 channels")
+    return tuple(cfg.input_size or (3, cfg.img_size, cfg.img_size))
+
+
+def build_dataset(cfg, train, ranks):
+    """The training or test set, with its transform to uint8 arrays; downloads CIFAR where it is missing."""
+    try:
+        transform = create_transform(
+            image_size(cfg),
+            is_training=train,
+            no_aug=cfg.no_aug,
+            use_prefetcher=True,
+            scale=cfg.scale,
+            ratio=cfg.ratio,
+            hflip=cfg.hflip,
+            vflip=cfg.vflip,
+            color_jitter=cfg.color_jitter,
+            auto_augment=cfg.aa,
+            interpolation=cfg.train_interpolation if train else cfg.interpolation,
+            mean=cfg.mean,
+            std=cfg.std,
+            crop_pct=cfg.crop_pct,
+        )
+    except Exception as error:  # timm asserts, and fails in other ways, on a policy that it can't read
+        raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
+    if cfg.dataset == "digits":
+        dataset = Digits(train, transform)
+    else:
+        ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root)
+        dataset = open_cifar(cfg, train, transform)
+    if len(dataset.classes) > cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {len(dataset.classes)} classes")
+    return dataset
+
+
+def open_cifar(cfg, train, transform, download=False):
+    cifar = CIFAR[cfg.dataset]
+    try:
+        return cifar(cfg.data_dir, train=train, transform=transform, download=download)
+    except (OSError, RuntimeError) as error:
+        where = Path(cfg.data_dir).resolve()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{cfg.dataset} is not in data_dir {where} and could not be downloaded ({reason}): "
+            f"put {cifar.filename} from {cifar.url} there; `-c quickstart.yml` needs no data set"
+        ) from None
+
+
+def make_loader(cfg, dataset, collate, batches, ranks):
+    loader = DataLoader(
+        Batches(dataset, collate),
+        batch_size=None,
+        sampler=batches,
+        num_workers=min(cfg.workers, len(batches)),
+        pin_memory=cfg.pin_mem and ranks.device.type == "cuda",
+        generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+    )
+    return PrefetchLoader(loader, mean=cfg.mean, std=cfg.std, channels=image_size(cfg)[0], device=ranks.device)
+
+
+def train_loader(cfg, dataset, epoch, first_step, ranks):
+    """Normalised images and targets of an epoch from step `first_step` on; soft targets where the recipe mixes.
+
+    The workers start anew each epoch, so that they know when mixup goes off; targets stay smoothed then.
+    """
+    collate = fast_collate
+    if mixes(cfg):
+        collate = FastCollateMixup(
+            mixup_alpha=cfg.mixup,
+            cutmix_alpha=cfg.cutmix,
+            cutmix_minmax=cfg.cutmix_minmax,
+            prob=cfg.mixup_prob,
+            switch_prob=cfg.mixup_switch_prob,
+            mode=cfg.mixup_mode,
+            label_smoothing=cfg.smoothing,
+            num_classes=cfg.num_classes,
+        )
+        collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
+    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    return make_loader(cfg, dataset, collate, batches[first_step:], ranks)
+
+
+def test_loader(cfg, dataset, ranks):
+    """Normalised images and labels."""
+    batches = test_batches(len(dataset), cfg.val_batch_size, ranks)
+    return make_loader(cfg, dataset, fast_collate, batches, ranks)
+
+
+def mixes(cfg):
+    return cfg.mixup > 0 or cfg.cutmix > 0 or cfg.cutmix_minmax is not None

@@ -1,0 +1,129 @@
+"""DVS128 Gesture through spikingjelly's reader, as frames of event counts."""
+
+import torch
+from spikingjelly.datasets import utils
+from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
+from timm.data.mixup import Mixup, mixup_target
+from torch.utils.data import DataLoader
+from torchvision.datasets import DatasetFolder
+
+from augment import augment
+from config import UserError
+from convert import prepare
+from engine import Batches, test_batches, train_batches
+from runtime import logger
+
+ARCHIVES = {"DvsGesture": "DvsGesture.tar.gz"}  # folder in it: archive
+PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
+HEIGHT, WIDTH = DVS128Gesture.get_H_W()
+SAMPLES = {True: 1176, False: 288}  # in training, in testing
+
+
+def build_dataset(cfg, train, ranks):
+    """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
+    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, DVS128Gesture, ARCHIVES, PAGE))
+    dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
+    report(len(dataset), train)
+    return dataset
+
+
+def open_frames(cfg, folder, train):
+    """All samples of a folder, augmented for training. Labels count the folders in the order of their names."""
+    try:
+        transform = augment if train and not cfg.no_aug else None
+        dataset = DatasetFolder(str(folder), load_frames, extensions=(".npz",), transform=transform)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {error}; remove {folder.parent} to have it made again") from None
+    if len(dataset.classes) > cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has {len(dataset.classes)} classes")
+    return dataset
+
+
+def load_frames(path):
+    return torch.from_numpy(utils.load_npz_frames(path))
+
+
+def report(samples, train):
+    kind = "training" if train else "test"
+    if samples == 0:
+        raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
+    note = "" if samples == SAMPLES[train] else f" (warning: the published data set has {SAMPLES[train]:,})"
+    logger.info(f"{samples:,} {kind} samples{note}")
+
+
+class Collate:
+    """Samples to a batch ([B, T, 2, H, W], targets): for training, mixup, then a draw of T_train of the T frames.
+
+    Targets of training are soft and smoothed, mixed or not; those of testing are labels.
+    """
+
+    def __init__(self, cfg, train, epoch=0):
+        self.cfg, self.train, self.mixup = cfg, train, None
+        if train and mixes(cfg) and not 0 < cfg.mixup_off_epoch <= epoch:
+            self.mixup = Mixup(
+                mixup_alpha=cfg.mixup,
+                cutmix_alpha=cfg.cutmix,
+                cutmix_minmax=cfg.cutmix_minmax,
+                prob=cfg.mixup_prob,
+                switch_prob=cfg.mixup_switch_prob,
+                mode=cfg.mixup_mode,
+                label_smoothing=cfg.smoothing,
+                num_classes=cfg.num_classes,
+            )
+
+    def __call__(self, samples):
+        frames = torch.stack([frames for frames, _ in samples])
+        targets = torch.tensor([label for _, label in samples])
+        if not self.train:
+            return frames, targets
+        if self.mixup:
+            # As [B, T*2, H, W]: cutmix takes the third and fourth dimension for the image.
+            mixed, targets = self.mixup(frames.flatten(1, 2), targets)
+            frames = mixed.view_as(frames)
+        else:
+            targets = mixup_target(targets, self.cfg.num_classes, smoothing=self.cfg.smoothing)
+        if self.cfg.T_train is not None:
+            drawn = torch.randperm(frames.shape[1])[: self.cfg.T_train].sort().values
+            frames = frames[:, drawn]
+        return frames, targets
+
+
+class Loader:
+    """Batches of (frames, targets) on this rank's device."""
+
+    def __init__(self, cfg, dataset, collate, batches, ranks):
+        self.device = ranks.device
+        self.loader = DataLoader(
+            Batches(dataset, collate),
+            batch_size=None,
+            sampler=batches,
+            num_workers=min(cfg.workers, len(batches)),
+            pin_memory=ranks.device.type == "cuda",
+            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for frames, targets in self.loader:
+            yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+def train_loader(cfg, dataset, epoch, first_step, ranks):
+    """The batches of an epoch from step `first_step` on.
+
+    The workers start anew each epoch, so that they know when mixup goes off.
+    """
+    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    return Loader(cfg, dataset, Collate(cfg, True, epoch), batches[first_step:], ranks)
+
+
+def test_loader(cfg, dataset, ranks):
+    batches = test_batches(len(dataset), cfg.val_batch_size or cfg.batch_size, ranks)
+    return Loader(cfg, dataset, Collate(cfg, False), batches, ranks)
+
+
+# Copied from cifar10/data.py
+def mixes(cfg):
+    return cfg.mixup > 0 or cfg.cutmix > 0 or cfg.cutmix_minmax is not None

@@ -1,0 +1,63 @@
+"""cifar100/: what differs from cifar10/ (the rest is copied code, tested there and checked by tools/copies.py)."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import DATA, ROOT, Golden, build_model, check_golden, copy_folder, load, script
+
+cifar100 = load("cifar100")
+
+
+def resolve(*argv):
+    options = cifar100.options
+    return cifar100.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[0]
+
+
+@pytest.mark.parametrize("semantics", ["per_sample", "release"])
+def test_golden(semantics):
+    golden = Golden("cifar100")
+
+    def build():
+        return cifar100.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release")
+
+    check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics)
+
+
+def test_the_recipe_builds_the_published_model():
+    model = build_model(cifar100, resolve())
+    meta = Golden("cifar100").meta
+    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta["state_dict"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_740_884
+
+
+def test_learning_rates_of_the_published_run():
+    optimizer, scheduler, num_epochs = cifar100.train.build_optimizer(resolve(), torch.nn.Linear(2, 2))
+    with open(DATA / "curves" / "cifar100.csv") as file:
+        published = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert num_epochs == len(published) == 410
+    for epoch, want in enumerate(published):
+        scheduler.step(epoch)
+        assert f"{optimizer.param_groups[0]['lr']:.4g}" == f"{want:.4g}", epoch
+
+
+def test_the_recipe_is_that_of_cifar10():
+    ours, theirs = (yaml.safe_load((ROOT / name / f"{name}.yml").read_text()) for name in ("cifar100", "cifar10"))
+    own = {name for name in theirs if ours.get(name) != theirs[name]}
+    assert own == {"layer", "dataset", "num_classes"} and ours.keys() <= theirs.keys()
+    cfg = resolve()
+    assert (cfg.layer, cfg.dataset, cfg.num_classes) == (4, "torch/cifar100", 100)
+
+
+def test_quick_start_copied_alone(tmp_path):
+    """The folder needs nothing outside it: trained and tested from a copy in an empty place."""
+    folder = copy_folder("cifar100", tmp_path)
+    small = ["-c", "quickstart.yml", "--dim", 16, "--num-heads", 2, "--time-step", 1, "--epochs", 1]
+    script(folder, "train", *small, cwd=folder)
+    done = script(folder, "test", *small, cwd=folder)
+    result = json.loads((folder / "output" / "quickstart" / "test.json").read_text())
+    logged = json.loads((folder / "output" / "quickstart" / "log.txt").read_text())
+    assert f"top-1 {result['top1']:.2f} %" in done.stdout
+    assert result["top1"] == logged["test_acc1"] and result["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
