@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from timm.data import FastCollateMixup, create_transform
+from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,6 +14,17 @@ from config import UserError
 from engine import Batches, test_batches, train_batches
 
 CIFAR = {"torch/cifar10": torchvision.datasets.CIFAR10, "torch/cifar100": torchvision.datasets.CIFAR100}
+
+
+def posterize(image, bits_to_keep, **_):
+    """timm's operation, also for 0 bits (magnitude 10): black, as in the release; today's Pillow raises."""
+    if bits_to_keep < 1:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep)
+
+
+for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
+    auto_augment.NAME_TO_OP[name] = posterize
 
 
 class Digits(Dataset):

@@ -190,5 +190,6 @@ def copy_folder(name, place):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """Two processes test side by side."""
+    torch.set_num_threads(1)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from conftest import DATA, ROOT, load, one_line, script
+from PIL import Image
 
 cifar10 = load("cifar10")
 CPU = cifar10.runtime.Ranks("cpu")
@@ -110,6 +112,14 @@ def test_cifar_batches(tmp_path, monkeypatch):
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (cfg.mean, cfg.std))
     torch.testing.assert_close(torch.cat(images), (raw - mean) / std, rtol=1e-5, atol=1e-5)
     assert torch.cat(labels).tolist() == test_set.targets
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 4])
+def test_posterize(bits):
+    """timm's increasing severities come to 0 bits at magnitude 10, for which today's Pillow raises."""
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    step = timm.data.auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits)
+    np.testing.assert_array_equal(np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

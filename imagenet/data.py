@@ -1,0 +1,221 @@
+"""Photographs in ImageNet's folder layout, through timm's transforms and mixup.
+
+    data_path/train/<class>/*.JPEG
+    data_path/val/<class>/*.JPEG
+
+Classes are numbered in the order of their folders' names.
+"""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from config import UserError
+from engine import Batches, test_batches, train_batches
+from runtime import logger
+
+SOI, SOS, EOI = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of image, start of scan, end of image
+
+
+# Copied from cifar10/data.py
+def posterize(image, bits_to_keep, **_):
+    """timm's operation, also for 0 bits (magnitude 10): black, as in the release; today's Pillow raises."""
+    if bits_to_keep < 1:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep)
+
+
+for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
+    auto_augment.NAME_TO_OP[name] = posterize
+
+
+class BadImage(UserError):
+    """A file that is not a whole image."""
+
+
+def read_image(path):
+    """The RGB image in a file; BadImage if it can't be read or is not whole."""
+    try:
+        data = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{path}: not a whole image ({error or type(error).__name__})") from None
+    # The decoder takes a tail of zeros, as an interrupted copy leaves it, for a grey area.
+    if data.startswith(SOI) and data.rfind(EOI) < data.rfind(SOS):
+        raise BadImage(f"{path}: not a whole image (a JPEG without an end)")
+    return image
+
+
+class Images(Dataset):
+    """Images of files, transformed, each with a number: its label, or its index where there are no labels.
+
+    Args:
+        samples: [(path, number)].
+        transform: PIL image -> tensor.
+        skip: whether a bad file is left out, with a line that names it. In training the next good one takes
+            its place, in evaluation its place stays empty (the item is None).
+        replace: whether this is training.
+    """
+
+    def __init__(self, samples, transform, skip, replace=False):
+        self.samples, self.transform, self.skip, self.replace = samples, transform, skip, replace
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        for step in range(len(self) if self.replace else 1):
+            path, number = self.samples[(index + step) % len(self)]
+            try:
+                return self.transform(read_image(path)), number
+            except BadImage as error:
+                if not self.skip:
+                    raise UserError(f"{error}; on_bad_image: skip leaves such files out") from None
+                logger.warning(f"skipped: {error}")
+        if self.replace:
+            raise UserError(f"none of the {len(self)} training images can be read")
+        return None
+
+
+def build_transform(cfg, train):
+    """PIL image -> normalised tensor [3, input_size, input_size]: timm's of training, or the centre for evaluation."""
+    size = cfg.input_size
+    if not train:
+        return transforms.Compose(
+            [
+                transforms.Resize(int(size / 0.875) if size <= 224 else size, transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(size),
+                transforms.ToTensor(),
+                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            ]
+        )
+    try:
+        return create_transform(
+            size,
+            is_training=True,
+            color_jitter=cfg.color_jitter,
+            auto_augment=cfg.aa,
+            interpolation="bicubic",
+            re_prob=cfg.reprob,
+            re_mode=cfg.remode,
+            re_count=cfg.recount,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"aa is {cfg.aa!r}, which timm does not take: {error}") from None
+
+
+def build_dataset(cfg, train):
+    """(Images of data_path/train or data_path/val, names of the classes); UserError if that is not nb_classes."""
+    folder = Path(cfg.data_path) / ("train" if train else "val")
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder.resolve()}: data_path needs train/ and val/, with a folder a class")
+    try:
+        found = ImageFolder(folder)
+    except OSError as error:  # torchvision names the classes that have no image, or says that there is no class
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+    if len(found.classes) != cfg.nb_classes:
+        raise UserError(f"{folder} has {len(found.classes)} classes, but nb_classes is {cfg.nb_classes}")
+    images = Images(found.samples, build_transform(cfg, train), cfg.on_bad_image == "skip", replace=train)
+    return images, found.classes
+
+
+def find_images(cfg):
+    """Images of the folder cfg.predict and those below it, in order of their names, each with its index."""
+    folder = Path(cfg.predict)
+    if not folder.is_dir():
+        raise UserError(f"predict is {folder}, which is not a folder")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    samples = [(str(path), index) for index, path in enumerate(paths)]
+    return Images(samples, build_transform(cfg, False), cfg.on_bad_image == "skip")
+
+
+class ImageBatches(Batches):
+    """Batches that return the line of a UserError, for Loader to raise: from a worker it would come as a traceback."""
+
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except UserError as error:
+            return str(error)
+
+
+class Loader:
+    """Images [B, 3, H, W] and targets of the given batches, made by worker processes, on the rank's device."""
+
+    def __init__(self, cfg, dataset, collate, batches, ranks):
+        self.device = ranks.device
+        self.layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+        self.loader = DataLoader(
+            ImageBatches(dataset, collate),
+            batch_size=None,
+            sampler=batches,
+            num_workers=min(cfg.num_workers, len(batches)),
+            pin_memory=cfg.pin_mem and ranks.device.type == "cuda",
+            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            if batch is not None:
+                images, targets = batch
+                images = images.to(self.device, non_blocking=True, memory_format=self.layout)
+                yield images, targets.to(self.device, non_blocking=True)
+
+
+def collate_whole(items):
+    """Images and numbers of the items that are not None; None if there is no such item."""
+    items = [item for item in items if item is not None]
+    return default_collate(items) if items else None
+
+
+class MixedCollate:
+    """Images and soft targets of a training batch, mixed."""
+
+    def __init__(self, cfg):
+        self.mixup = Mixup(
+            mixup_alpha=cfg.mixup,
+            cutmix_alpha=cfg.cutmix,
+            cutmix_minmax=cfg.cutmix_minmax,
+            prob=cfg.mixup_prob,
+            switch_prob=cfg.mixup_switch_prob,
+            mode=cfg.mixup_mode,
+            label_smoothing=cfg.smoothing,
+            num_classes=cfg.nb_classes,
+        )
+
+    def __call__(self, items):
+        return self.mixup(*default_collate(items))
+
+
+def train_loader(cfg, dataset, epoch, first_step, ranks):
+    """The micro-steps of an epoch from `first_step` on; those left over after the last whole step are dropped."""
+    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    whole = len(batches) - len(batches) % cfg.accum_iter
+    collate = MixedCollate(cfg) if mixes(cfg) else default_collate
+    return Loader(cfg, dataset, collate, batches[first_step:whole], ranks)
+
+
+def test_loader(cfg, dataset, ranks):
+    """Normalised images and labels, or indices."""
+    return Loader(cfg, dataset, collate_whole, test_batches(len(dataset), cfg.val_batch_size, ranks), ranks)
+
+
+# Copied from cifar10/data.py
+def mixes(cfg):
+    return cfg.mixup > 0 or cfg.cutmix > 0 or cfg.cutmix_minmax is not None

@@ -1,0 +1,140 @@
+"""Training and testing whatever the data set: batches, their share for each rank, mixed precision, loss, metrics."""
+
+import math
+import sys
+import time
+from collections import namedtuple
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from config import UserError
+from runtime import seeded
+
+Metrics = namedtuple("Metrics", "loss top1 top5 images_per_second")
+
+
+class Batches(Dataset):
+    """One item is one whole batch, made from (indices, seed).
+
+    All randomness of a batch comes from its seed. So it is the same whatever process makes it and
+    whatever came before, and a run that is resumed within an epoch goes on with the very next batch.
+    """
+
+    def __init__(self, dataset, collate):
+        self.dataset = dataset
+        self.collate = collate
+
+    def __getitem__(self, key):
+        indices, seed = key
+        with seeded(seed):
+            return self.collate([self.dataset[index] for index in indices])
+
+
+def train_batches(size, batch_size, seed, epoch, ranks):
+    """[(indices, seed)] of this rank in an epoch: a permutation in whole batches of all ranks, the rest dropped."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    steps = size // (batch_size * ranks.world_size)
+    if steps == 0:
+        whole = f"batch_size {batch_size}" + (f" x {ranks.world_size} ranks" if ranks.world_size > 1 else "")
+        raise UserError(f"{whole} is more than the {size} training samples; make batch_size smaller")
+    order = torch.randperm(size, generator=generator)[: steps * batch_size * ranks.world_size]
+    order = order.view(steps, batch_size, ranks.world_size)[:, :, ranks.rank].tolist()
+    seeds = torch.randint(2**31, (steps, ranks.world_size), generator=generator)[:, ranks.rank].tolist()
+    return list(zip(order, seeds, strict=True))
+
+
+def test_batches(size, batch_size, ranks):
+    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order, the last one may be short.
+
+    Batches are whole and in order because under cross_sample_lif an image's logits depend on its batch.
+    """
+    starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
+    return [(range(start, min(start + batch_size, size)), 0) for start in starts]
+
+
+def make_autocast(cfg, ranks, enabled=True):
+    """Maker of the mixed-precision context of a step. float16 needs a GPU; on a CPU it means float32."""
+    dtype = getattr(torch, cfg.amp_dtype)
+    enabled = enabled and cfg.amp and (ranks.device.type == "cuda" or dtype == torch.bfloat16)
+    return partial(torch.autocast, ranks.device.type, dtype=dtype, enabled=enabled)
+
+
+def progress(steps, title, ranks):
+    """A progress bar where rank 0 has a terminal."""
+    return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=not (ranks.main and sys.stderr.isatty()))
+
+
+@torch.inference_mode()
+def evaluate(model, loader, ranks, autocast, stop=False):
+    """Metrics over the batches of all ranks, each sample once: plain cross-entropy, top-1 and top-5 in %.
+
+    Returns None if `stop` turned true on some rank on the way.
+    """
+    model.eval()
+    start = time.perf_counter()
+    rows = []  # of each batch: loss, top-1, top-5, samples
+    for images, targets in progress(loader, "test", ranks):
+        with autocast():
+            logits = model(images)
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits.double(), targets, reduction="sum")
+        rows.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(images))]))
+        if stop:
+            break
+    rows = torch.stack(rows).tolist() if rows else []
+    gathered = ranks.gather((rows, bool(stop)))
+    if any(stopped for _, stopped in gathered):
+        return None
+    # fsum is exact: the result does not depend on which rank had which batch
+    rows = [row for rows, _ in gathered for row in rows]
+    loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
+    seconds = time.perf_counter() - start
+    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
+
+
+def check_weights(model, step):
+    """FloatingPointError if a weight is not finite: the loss shows only the next step, and this one may be saved."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError(f"weights are not finite after step {step}")
+
+
+class LossMeter:
+    """Mean loss over the steps of an epoch and over ranks, read one step late so that a GPU is not waited for.
+
+    What is summed over ranks with the loss tells all of them at the same step that one was asked to stop.
+    """
+
+    def __init__(self, ranks):
+        self.ranks, self.total, self.steps = ranks, 0.0, 0
+        self.pending = None
+        self.stop = False
+
+    def update(self, loss, stop):
+        """Take one step's loss; FloatingPointError if that of the step before was not finite."""
+        status = torch.stack([loss.detach().float(), torch.full_like(loss, bool(stop), dtype=torch.float32)])
+        pending, self.pending = self.pending, self.ranks.sum(status)
+        self._read(pending)
+        if self.ranks.world_size == 1:
+            self.stop = bool(stop)
+
+    def flush(self):
+        pending, self.pending = self.pending, None
+        self._read(pending)
+
+    def _read(self, status):
+        if status is None:
+            return
+        loss, stop = status.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
+        self.total += loss / self.ranks.world_size
+        self.steps += 1
+        self.stop = self.stop or stop > 0
+
+    @property
+    def mean(self):
+        return self.total / max(self.steps, 1)

@@ -1,0 +1,301 @@
+"""Multi-step leaky integrate-and-fire neuron with three interchangeable backends.
+
+    h[t] = v[t-1] + (x[t] - v[t-1]) / tau      charge
+    s[t] = 1 if h[t] >= v_threshold else 0     fire
+    v[t] = 0 if s[t] else h[t]                 hard reset, detached: no gradient through s here
+
+v[-1] = 0 in every call. The surrogate gradient is that of a sigmoid with slope ALPHA:
+ds/dh = ALPHA * g * (1 - g), g = sigmoid(ALPHA * (h - v_threshold)). The membrane is kept in float32
+(float64 for float64 input), whatever the type of the input.
+"""
+
+import functools
+import logging
+import re
+from pathlib import Path
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+
+ALPHA = 4.0
+BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
+logger = logging.getLogger("qkformer")
+
+
+class MultiStepLIF(neuron.LIFNode):
+    """LIF neuron over the first dimension of [T, ...]; returns spikes of the input's shape and type.
+
+    Nothing is carried from one call to the next, so there is nothing to reset. It is a LIFNode of
+    spikingjelly: its monitors, its operation counters and `reset_net` work on it.
+
+    Args:
+        tau: membrane time constant in steps, > 1. Default 2.0.
+        v_threshold: firing threshold. Default 1.0.
+        backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 / float16 / bfloat16),
+            "spikingjelly" (its functional LIF), or "auto": cupy on a GPU where CuPy works, else
+            spikingjelly there, torch on any other device and in float64.
+
+    Raises ValueError for a tau or a backend out of these, RuntimeError where cupy is asked for and can't run.
+    """
+
+    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto"):
+        if tau <= 1.0:
+            raise ValueError(f"tau is {tau}; it must be larger than 1")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        super().__init__(
+            tau=float(tau),
+            v_threshold=float(v_threshold),
+            surrogate_function=surrogate.Sigmoid(alpha=ALPHA),
+            detach_reset=True,
+            step_mode="m",
+        )
+        self.backend = backend
+
+    def supported_step_mode(self):
+        return ("m",)
+
+    def extra_repr(self):
+        return f"tau={self.tau}, v_threshold={self.v_threshold}, backend={self.backend}"
+
+    def multi_step_forward(self, x_seq):
+        if self.store_v_seq:  # a spikingjelly monitor wants the membrane potentials: only its own LIF keeps them
+            spikes, self.v_seq = spikingjelly_lif(x_seq, self.tau, self.v_threshold, store_v_seq=True)
+            return spikes
+        backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
+        return IMPLEMENTATIONS[backend](x_seq, self.tau, self.v_threshold)
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(backend, device_type, dtype):
+    """The implementation that `backend` means for tensors of this device and type."""
+    return _resolve(backend, device_type, dtype)
+
+
+@functools.cache
+def _resolve(backend, device_type, dtype):
+    name, why = backend, ""
+    if backend == "auto":
+        name = "torch"
+        if device_type == "cuda" and dtype != torch.float64:
+            error = cupy_error()
+            name, why = ("cupy", "") if error is None else ("spikingjelly", f" (no CuPy: {error})")
+    elif backend == "cupy":
+        error = "needs a CUDA tensor" if device_type != "cuda" else cupy_error()
+        if error is None and dtype not in CTYPES:
+            error = f"does not take {dtype}"
+        if error is not None:
+            raise RuntimeError(f"the cupy backend of the LIF neuron can't run: {error}")
+    _log(f"LIF neurons: {name} backend on {device_type}{why}")
+    return name
+
+
+@functools.cache
+def _log(line):
+    logger.info(line)  # once for each line
+
+
+# torch: the plain formulas ---------------------------------------------------------------------------------------
+
+
+class TorchLIF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tau, v_threshold):
+        h = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        v = torch.zeros_like(h[0])
+        divisor = h.new_full((), tau)  # CUDA would multiply by the reciprocal of a Python number: other last bits
+        for t in range(len(x)):
+            torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
+            v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
+        ctx.save_for_backward(h)
+        ctx.tau, ctx.v_threshold, ctx.dtype = tau, v_threshold, x.dtype
+        return (h >= v_threshold).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_spikes):
+        (h,) = ctx.saved_tensors
+        g = torch.sub(h, ctx.v_threshold).mul_(ALPHA).sigmoid_()
+        grad_h = torch.sub(1.0, g).mul_(g).mul_(ALPHA).mul_(grad_spikes)
+        for t in range(len(h) - 2, -1, -1):  # step t+1 saw v[t] = h[t], unless step t fired
+            grad_v = grad_h[t + 1] * (1.0 - 1.0 / ctx.tau)
+            grad_h[t].add_(grad_v.masked_fill_(h[t] >= ctx.v_threshold, 0.0))
+        return grad_h.div_(ctx.tau).to(ctx.dtype), None, None
+
+
+def torch_lif(x, tau, v_threshold):
+    return TorchLIF.apply(x, tau, v_threshold)
+
+
+# spikingjelly: the baseline --------------------------------------------------------------------------------------
+
+
+def spikingjelly_lif(x, tau, v_threshold, store_v_seq=False):
+    v = torch.zeros(x.shape[1:], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    spikes, _, v_seq = functional.lif_multi_step(
+        x, v, tau, True, v_threshold, 0.0, surrogate.Sigmoid(alpha=ALPHA), True, store_v_seq
+    )
+    spikes = spikes.to(x.dtype)
+    return (spikes, v_seq) if store_v_seq else spikes
+
+
+# cupy: one thread per neuron, the loop over T inside the kernel, the membrane in a float32 register ---------------
+
+CTYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+CUDA_SOURCE = r"""
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+
+// Neuron i of n reads x[t * x_step + i]; x_step is n, or 0 for an input that is the same at every step.
+template <typename scalar_t>
+__global__ void lif_forward(long long n, long long T, long long x_step, const scalar_t* x, scalar_t* spikes,
+                            float tau, float v_threshold) {
+    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float v = 0.0f;
+    for (long long t = 0; t < T; ++t) {
+        const float h = v + (static_cast<float>(x[t * x_step + i]) - v) / tau;
+        const bool fired = h >= v_threshold;
+        spikes[t * n + i] = static_cast<scalar_t>(fired ? 1.0f : 0.0f);
+        v = fired ? 0.0f : h;
+    }
+}
+
+// h is recomputed from x, CHUNK steps at a time so that it stays in registers. The last chunk comes first;
+// every chunk starts by integrating the steps before it (none where T <= CHUNK, as in every published recipe).
+template <typename scalar_t>
+__global__ void lif_backward(long long n, long long T, long long x_step, const scalar_t* x,
+                             const scalar_t* grad_spikes, scalar_t* grad_x,
+                             float tau, float v_threshold, float alpha) {
+    const int CHUNK = 16;
+    const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float grad_v = 0.0f;
+    for (long long begin = (T - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
+        float h[CHUNK];
+        float v = 0.0f;
+        for (long long t = 0; t < begin; ++t) {
+            v = v + (static_cast<float>(x[t * x_step + i]) - v) / tau;
+            v = v >= v_threshold ? 0.0f : v;
+        }
+#pragma unroll
+        for (int k = 0; k < CHUNK; ++k) {
+            if (begin + k < T) {
+                h[k] = v + (static_cast<float>(x[(begin + k) * x_step + i]) - v) / tau;
+                v = h[k] >= v_threshold ? 0.0f : h[k];
+            }
+        }
+#pragma unroll
+        for (int k = CHUNK - 1; k >= 0; --k) {
+            if (begin + k < T) {
+                const long long j = (begin + k) * n + i;
+                const float g = 1.0f / (1.0f + expf(-alpha * (h[k] - v_threshold)));
+                float grad_h = static_cast<float>(grad_spikes[j]) * (alpha * g * (1.0f - g));
+                grad_h += h[k] >= v_threshold ? 0.0f : grad_v;
+                grad_x[j] = static_cast<scalar_t>(grad_h / tau);
+                grad_v = grad_h * (1.0f - 1.0f / tau);
+            }
+        }
+    }
+}
+"""
+# Without fused multiply-add the kernels round as the torch backend does: their float32 spikes are the same.
+NVRTC_OPTIONS = ("-std=c++17", "--fmad=false")
+BLOCK = 256
+
+
+@functools.cache
+def cupy_error():
+    """None where CuPy compiles and runs the kernels, else the reason in one line."""
+    try:
+        for dtype in CTYPES:
+            x = torch.ones(1, 1, dtype=dtype, device="cuda")
+            lif_backward(lif_forward(x, 2.0, 1.0), x, 2.0, 1.0)
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+@functools.cache
+def _module(dtype):
+    import cupy  # here, so that a machine without CuPy can use the other backends
+
+    kernels = tuple(f"{name}<{CTYPES[dtype]}>" for name in ("lif_forward", "lif_backward"))
+    return cupy.RawModule(code=CUDA_SOURCE, options=NVRTC_OPTIONS, name_expressions=kernels)
+
+
+def _launch(name, n, T, x_step, x, *args):
+    """Run a kernel with one thread for each of n neurons, on x's device and torch's current stream there."""
+    import cupy
+    import numpy
+
+    convert = {int: numpy.int64, float: numpy.float32}
+    args = (n, T, x_step, x, *args)
+    args = tuple(arg.data_ptr() if torch.is_tensor(arg) else convert[type(arg)](arg) for arg in args)
+    stream = torch.cuda.current_stream(x.device)
+    with cupy.cuda.Device(x.device.index), cupy.cuda.Stream.from_external(stream):
+        _module(x.dtype).get_function(f"{name}<{CTYPES[x.dtype]}>")((-(-n // BLOCK),), (BLOCK,), args)
+
+
+def _time_major(x):
+    """x with every x[t] one dense block of memory, in whatever order of dimensions; copied only if it is not."""
+    dense = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size > 1 and stride != dense:
+            return x.contiguous()
+        dense *= size
+    return x
+
+
+def _empty_like(x):
+    """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
+    return torch.empty_strided(x.shape, (x[0].numel(), *x.stride()[1:]), dtype=x.dtype, device=x.device)
+
+
+# Operators of torch, so that torch.compile keeps them whole. Each data set folder has its own pair.
+_NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.name)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::lif_forward", mutates_args=())
+def lif_forward(x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor:
+    x = _time_major(x)
+    spikes = _empty_like(x)
+    if x.numel():
+        _launch("lif_forward", x[0].numel(), len(x), x.stride(0), x, spikes, tau, v_threshold)
+    return spikes
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::lif_backward", mutates_args=())
+def lif_backward(grad_spikes: torch.Tensor, x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor:
+    x = _time_major(x)
+    grad_x = _empty_like(x)
+    if grad_spikes.stride() != grad_x.stride():
+        grad_spikes = _empty_like(x).copy_(grad_spikes)
+    if x.numel():
+        args = (x, grad_spikes, grad_x, tau, v_threshold, ALPHA)
+        _launch("lif_backward", x[0].numel(), len(x), x.stride(0), *args)
+    return grad_x
+
+
+@lif_forward.register_fake
+def _(x, tau, v_threshold):
+    return _empty_like(_time_major(x))
+
+
+@lif_backward.register_fake
+def _(grad_spikes, x, tau, v_threshold):
+    return _empty_like(_time_major(x))
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.tau, ctx.v_threshold = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad_spikes):
+    return lif_backward(grad_spikes, *ctx.saved_tensors, ctx.tau, ctx.v_threshold), None, None
+
+
+lif_forward.register_autograd(_backward, setup_context=_setup_context)
+
+IMPLEMENTATIONS = {"torch": torch_lif, "spikingjelly": spikingjelly_lif, "cupy": lif_forward}

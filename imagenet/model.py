@@ -1,0 +1,375 @@
+"""QKFormer for ImageNet: a hierarchical spiking transformer (HST) with Q-K attention.
+
+Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024. Tensors are
+[T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; every other layer merges T and B.
+Parameter names are those of the authors' release, whose checkpoints load as they are.
+"""
+
+from functools import partial
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import nn
+
+from lif import MultiStepLIF
+
+
+# Copied from cifar10/model.py
+def conv_bn(x, conv, bn):
+    """Convolution and BatchNorm over T*B samples: [T, B, C, ...] -> [T, B, C', ...]."""
+    return bn(conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+
+
+# Copied from cifar10/model.py
+def conv_bn_static(x, conv, bn):
+    """conv_bn of one image shown T times (x is a view, expanded over T), computed on that image alone.
+
+    T equal copies have the mean and variance of one; only running_var, unbiased, counts T times the samples.
+    """
+    if bn.training and isinstance(bn, nn.SyncBatchNorm):  # its statistics are taken over all ranks: leave them to it
+        return conv_bn(x, conv, bn)
+    T = len(x)
+    y = conv(x[0])
+    if bn.training:
+        n = y.numel() // y.shape[1]
+        var = bn.running_var.clone()
+        y = F.batch_norm(y, bn.running_mean, var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
+        kept = (1 - bn.momentum) * bn.running_var
+        bn.running_var.copy_(kept + (var - kept) * (T * (n - 1) / (T * n - 1)))
+        bn.num_batches_tracked.add_(1)
+    else:
+        y = bn(y)
+    return y.expand(T, *y.shape)
+
+
+# Copied from cifar10/model.py
+def max_pool(x):
+    """Halves height and width: [T, B, C, H, W] -> [T, B, C, H/2, W/2]."""
+    return F.max_pool2d(x.flatten(0, 1), kernel_size=3, stride=2, padding=1).unflatten(0, x.shape[:2])
+
+
+# Copied from cifar10/model.py
+class DropPath(timm.layers.DropPath):
+    """Stochastic depth on [T, B, ...]: one draw per sample, the same at every time step."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+# Copied from cifar10/model.py
+class TokenQKAttention(nn.Module):
+    """Q-K token attention (paper, section 3.2): a binary mask over tokens, made from Q, on K.
+
+    Args:
+        dim: channels of input and output.
+        num_heads: heads; each masks its own dim / num_heads channels.
+        lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
+    """
+
+    summed = 3  # of [T, B, heads, channels, tokens]: one value per token
+
+    def __init__(self, dim, num_heads, lif=MultiStepLIF):
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.q_conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.q_bn = nn.BatchNorm1d(dim)
+        self.q_lif = lif()
+        self.k_conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.k_bn = nn.BatchNorm1d(dim)
+        self.k_lif = lif()
+        self.attn_lif = lif(v_threshold=0.5)
+        self.proj_conv = nn.Conv1d(dim, dim, 1)
+        self.proj_bn = nn.BatchNorm1d(dim)
+        self.proj_lif = lif()
+
+    def forward(self, x):
+        H, W = x.shape[3:]
+        x = x.flatten(3)
+        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
+        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
+        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True))
+        x = (mask * k).flatten(2, 3)
+        return self.proj_lif(conv_bn(x, self.proj_conv, self.proj_bn)).unflatten(3, (H, W))
+
+
+# Copied from cifar10/model.py
+class ChannelQKAttention(TokenQKAttention):
+    """Q-K channel attention (paper, section 3.2): as above with a mask over channels."""
+
+    summed = 4  # of [T, B, heads, channels, tokens]: one value per channel
+
+
+# Copied from cifar10/model.py
+class SpikingSelfAttention(nn.Module):
+    """SSA: Q (K^T V) of spikes, without softmax, linear in the number of tokens.
+
+    Args:
+        dim, num_heads, lif: see TokenQKAttention.
+        cross_sample_lif: False: the last neuron integrates over T, as the paper defines it. True: over T*B
+            as one sequence, as the release does: the membrane runs on from one sample of the batch to the next.
+    """
+
+    scale = 0.125
+
+    def __init__(self, dim, num_heads, lif=MultiStepLIF, cross_sample_lif=False):
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.cross_sample_lif = cross_sample_lif
+        self.q_conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.q_bn = nn.BatchNorm1d(dim)
+        self.q_lif = lif()
+        self.k_conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.k_bn = nn.BatchNorm1d(dim)
+        self.k_lif = lif()
+        self.v_conv = nn.Conv1d(dim, dim, 1, bias=False)
+        self.v_bn = nn.BatchNorm1d(dim)
+        self.v_lif = lif()
+        self.attn_lif = lif(v_threshold=0.5)
+        self.proj_conv = nn.Conv1d(dim, dim, 1)
+        self.proj_bn = nn.BatchNorm1d(dim)
+        self.proj_lif = lif()
+
+    def forward(self, x):
+        (T, B), (H, W) = x.shape[:2], x.shape[3:]
+        x = x.flatten(3)
+        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
+        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
+        v = self.v_lif(conv_bn(x, self.v_conv, self.v_bn)).unflatten(2, (self.num_heads, -1))
+        x = v @ k.transpose(-2, -1) @ q  # channels come before tokens here: this is (Q (K^T V))^T
+        x = self.attn_lif(x * self.scale).flatten(2, 3)
+        x = conv_bn(x, self.proj_conv, self.proj_bn)
+        if self.cross_sample_lif:
+            x = self.proj_lif(x.flatten(0, 1)).unflatten(0, (T, B))
+        else:
+            x = self.proj_lif(x)
+        return x.unflatten(3, (H, W))
+
+
+# Copied from cifar10/model.py
+ATTENTION = {"token": TokenQKAttention, "channel": ChannelQKAttention, "ssa": SpikingSelfAttention}
+
+
+# Copied from cifar10/model.py with mlp1->fc1, mlp2->fc2
+class MLP(nn.Module):
+    """Two 1x1 convolutions, each with BatchNorm and neuron; `hidden` channels between them."""
+
+    def __init__(self, dim, hidden, lif=MultiStepLIF):
+        super().__init__()
+        self.fc1_conv = nn.Conv2d(dim, hidden, 1)
+        self.fc1_bn = nn.BatchNorm2d(hidden)
+        self.fc1_lif = lif()
+        self.fc2_conv = nn.Conv2d(hidden, dim, 1)
+        self.fc2_bn = nn.BatchNorm2d(dim)
+        self.fc2_lif = lif()
+
+    def forward(self, x):
+        x = self.fc1_lif(conv_bn(x, self.fc1_conv, self.fc1_bn))
+        return self.fc2_lif(conv_bn(x, self.fc2_conv, self.fc2_bn))
+
+
+# Copied from cifar10/model.py with self.attn->self.attention, self.ssa->self.attn, = "ssa" if->= "attn" if
+class Block(nn.Module):
+    """x + attention(x), then x + mlp(x): spikes add up. `attention` is "token", "channel" or "ssa"."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif):
+        super().__init__()
+        if attention == "ssa":
+            self.attn = SpikingSelfAttention(dim, num_heads, lif, cross_sample_lif)
+        else:
+            self.tssa = ATTENTION[attention](dim, num_heads, lif)
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
+        self.mlp = MLP(dim, int(dim * mlp_ratio), lif)
+        self.attention = "attn" if attention == "ssa" else "tssa"
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(getattr(self, self.attention)(x))
+        return x + self.drop_path(self.mlp(x))
+
+
+class SPEDSInit(nn.Module):
+    """First patch embedding with deformed shortcut: [T, B, in_channels, H, W] -> [T, B, dim, H/4, W/4]."""
+
+    def __init__(self, in_channels, dim, lif):
+        super().__init__()
+        self.proj_conv = nn.Conv2d(in_channels, dim // 2, 3, padding=1, bias=False)
+        self.proj_bn = nn.BatchNorm2d(dim // 2)
+        self.proj_lif = lif()
+        self.proj1_conv = nn.Conv2d(dim // 2, dim, 3, padding=1, bias=False)
+        self.proj1_bn = nn.BatchNorm2d(dim)
+        self.proj1_lif = lif()
+        self.proj2_conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.proj2_bn = nn.BatchNorm2d(dim)
+        self.proj2_lif = lif()
+        self.proj_res_conv = nn.Conv2d(dim // 2, dim, 1, stride=2, bias=False)
+        self.proj_res_bn = nn.BatchNorm2d(dim)
+        self.proj_res_lif = lif()
+
+    def forward(self, x):
+        if x.stride(0) == 0:  # the same image at every step: pooled once, too
+            x = max_pool(conv_bn_static(x, self.proj_conv, self.proj_bn)[:1]).expand(len(x), *[-1] * 4)
+        else:
+            x = max_pool(conv_bn(x, self.proj_conv, self.proj_bn))
+        x = self.proj_lif(x)
+        shortcut = x
+        x = self.proj1_lif(max_pool(conv_bn(x, self.proj1_conv, self.proj1_bn)))
+        x = self.proj2_lif(conv_bn(x, self.proj2_conv, self.proj2_bn))
+        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+
+
+class SPEDS(nn.Module):
+    """Spiking patch embedding with deformed shortcut: [T, B, dim/2, H, W] -> [T, B, dim, H/2, W/2]."""
+
+    # Copied from cifar10/model.py
+    def __init__(self, dim, lif):
+        super().__init__()
+        self.proj3_conv = nn.Conv2d(dim // 2, dim, 3, padding=1, bias=False)
+        self.proj3_bn = nn.BatchNorm2d(dim)
+        self.proj3_lif = lif()
+        self.proj4_conv = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.proj4_bn = nn.BatchNorm2d(dim)
+        self.proj4_lif = lif()
+        self.proj_res_conv = nn.Conv2d(dim // 2, dim, 1, stride=2, bias=False)
+        self.proj_res_bn = nn.BatchNorm2d(dim)
+        self.proj_res_lif = lif()
+
+    def forward(self, x):
+        shortcut = x
+        x = self.proj3_lif(max_pool(conv_bn(x, self.proj3_conv, self.proj3_bn)))
+        x = self.proj4_lif(conv_bn(x, self.proj4_conv, self.proj4_bn))
+        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+
+
+class HST(nn.Module):
+    """Hierarchical spiking transformer: three stages of D/4, D/2 and D channels, each behind a SPEDS.
+
+    Args:
+        T: time steps for which an image is shown.
+        img_size_h, img_size_w, patch_size: taken as in the release; any H and W that 16 divides work.
+        in_channels, num_classes: 0 classes: no head, features [B, embed_dims].
+        embed_dims: D, a multiple of 8.
+        num_heads: heads of every attention; must divide D/4.
+        mlp_ratios: hidden channels of an MLP over its input's.
+        depths: number of blocks, >= 4: stage 1 has one, stage 2 two, stage 3 the rest.
+        attention: "token", "channel" or "ssa" for each stage.
+        drop_path: stochastic depth, rising linearly from 0 at the first block to this rate at the last.
+        cross_sample_lif: see SpikingSelfAttention.
+        backend: see MultiStepLIF.
+
+    Raises ValueError, with the number that is wrong, for values out of these.
+    """
+
+    def __init__(
+        self,
+        T=4,
+        img_size_h=224,
+        img_size_w=224,
+        patch_size=16,
+        in_channels=3,
+        num_classes=1000,
+        embed_dims=384,
+        num_heads=6,
+        mlp_ratios=4,
+        depths=10,
+        attention=("token", "token", "ssa"),
+        drop_path=0.0,
+        cross_sample_lif=False,
+        backend="auto",
+    ):
+        super().__init__()
+        if T < 1:
+            raise ValueError(f"T is {T}; it must be at least 1")
+        if depths < 4:
+            raise ValueError(f"depths (the yml's layer) is {depths}; the three stages need at least 4 blocks")
+        if embed_dims % 8:
+            raise ValueError(f"embed_dims (the yml's dim) is {embed_dims}; it must be a multiple of 8")
+        if len(attention) != 3 or any(kind not in ATTENTION for kind in attention):
+            raise ValueError(f"attention is {attention}; it must name one of {', '.join(ATTENTION)} for 3 stages")
+        self.T = T
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        lif = partial(MultiStepLIF, backend=backend)
+        rates = iter(torch.linspace(0, drop_path, depths).tolist())
+
+        def stage(index, dim, blocks):
+            block = partial(Block, dim, num_heads, mlp_ratios, attention[index])
+            return nn.ModuleList(
+                block(drop_path=next(rates), lif=lif, cross_sample_lif=cross_sample_lif) for _ in range(blocks)
+            )
+
+        self.patch_embed1 = SPEDSInit(in_channels, embed_dims // 4, lif)
+        self.patch_embed2 = SPEDS(embed_dims // 2, lif)
+        self.patch_embed3 = SPEDS(embed_dims, lif)
+        self.stage1 = stage(0, embed_dims // 4, 1)
+        self.stage2 = stage(1, embed_dims // 2, 2)
+        self.stage3 = stage(2, embed_dims, depths - 3)
+        self.head = nn.Linear(embed_dims, num_classes) if num_classes > 0 else nn.Identity()
+        if num_classes > 0:
+            timm.layers.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    # Copied from cifar10/model.py
+    def forward_features(self, x):
+        """[T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
+        x = self.patch_embed1(x)
+        for block in self.stage1:
+            x = block(x)
+        x = self.patch_embed2(x)
+        for block in self.stage2:
+            x = block(x)
+        x = self.patch_embed3(x)
+        for block in self.stage3:
+            x = block(x)
+        return x.flatten(3).mean(3)
+
+    # Copied from cifar10/model.py with % 4->% 16, of 4->of 16, by 4->by 16
+    def forward(self, x):
+        """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for another shape, or H or W not divided by 16."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % 16 or x.shape[3] % 16:
+            want = f"[B, {self.in_channels}, H, W] with H and W multiples of 16"
+            raise ValueError(f"input of shape {list(x.shape)}; this model takes {want}")
+        x = self.forward_features(x.expand(self.T, *x.shape))
+        return self.head(x.mean(0))
+
+
+# Copied from cifar10/model.py
+def check_heads(dim, num_heads):
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; it must divide the width of each stage, and one is {dim} wide")
+
+
+def build(T, pretrained, drop_path_rate, kwargs):
+    """An HST of the given keywords; `drop_path_rate` is timm's name of drop_path."""
+    if pretrained:
+        raise ValueError("pretrained is True, but no weights come with the model; load a checkpoint instead")
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm.create_model passes these
+        kwargs.pop(key, None)
+    if drop_path_rate is not None:
+        kwargs["drop_path"] = drop_path_rate
+    return HST(T=T, **kwargs)
+
+
+@register_model
+def QKFormer_10_384(T=4, num_classes=1000, pretrained=False, drop_path_rate=None, **kwargs):
+    """HST-10-384 of the paper, 16.47 M parameters; keywords: see HST."""
+    widths = {"embed_dims": 384, "num_heads": 6, "num_classes": num_classes}
+    return build(T, pretrained, drop_path_rate, {**widths, **kwargs})
+
+
+@register_model
+def QKFormer_10_512(T=4, num_classes=1000, pretrained=False, drop_path_rate=None, **kwargs):
+    """HST-10-512 of the paper, 29.08 M parameters; keywords: see HST."""
+    widths = {"embed_dims": 512, "num_heads": 8, "num_classes": num_classes}
+    return build(T, pretrained, drop_path_rate, {**widths, **kwargs})
+
+
+@register_model
+def QKFormer_10_768(T=4, num_classes=1000, pretrained=False, drop_path_rate=None, **kwargs):
+    """HST-10-768 of the paper, 64.96 M parameters; keywords: see HST."""
+    widths = {"embed_dims": 768, "num_heads": 12, "num_classes": num_classes}
+    return build(T, pretrained, drop_path_rate, {**widths, **kwargs})

@@ -1,0 +1,91 @@
+"""The ImageNet recipe's step: its images, learning rate and groups of parameters, and those of the published runs."""
+
+import math
+
+import torch
+
+# (model, input size): images a step, peak learning rate. The run at 288 is not known.
+PUBLISHED = {
+    ("QKFormer_10_384", 224): (512, 1.2e-3),
+    ("QKFormer_10_512", 224): (512, 1.2e-3),
+    ("QKFormer_10_768", 224): (576, 1.35e-3),
+    ("QKFormer_10_768", 384): (512, 1.2e-3),
+}
+
+
+def images_per_step(cfg, world_size):
+    """The effective batch: images of all ranks and all micro-steps behind one step of the optimizer."""
+    return cfg.batch_size * cfg.accum_iter * world_size
+
+
+def peak_lr(cfg, world_size):
+    """The peak learning rate: lr, or blr scaled with the images of a step."""
+    return cfg.lr if cfg.lr is not None else cfg.blr * images_per_step(cfg, world_size) / 256
+
+
+def learning_rate(cfg, peak, epoch, micro_step, micro_steps):
+    """The learning rate at a micro-step, 0 <= micro_step < micro_steps, of an epoch.
+
+    Linear from 0 to the peak over warmup_epochs, then half a cosine to min_lr; a function of the fractional
+    epoch, which is that of the first micro-step of the accumulation.
+    """
+    epoch = epoch + (micro_step - micro_step % cfg.accum_iter) / micro_steps
+    if epoch < cfg.warmup_epochs:
+        return peak * epoch / cfg.warmup_epochs
+    done = (epoch - cfg.warmup_epochs) / max(cfg.epochs - cfg.warmup_epochs, 1e-9)
+    return cfg.min_lr + (peak - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(model, weight_decay, layer_decay):
+    """Groups for an optimizer: 1-D parameters do not decay; those before stage 3 learn slower.
+
+    A group's `lr_scale` is what its learning rate, with floor and warm-up, is multiplied with: 1 for stage 3 and
+    the head, layer_decay ** (blocks of stage 3 + 1) before.
+    """
+    groups = {}  # four, in the order in which the parameters first need them, as in the release's checkpoints
+    for name, parameter in model.named_parameters():
+        early, decays = not name.startswith(("stage3.", "head.")), parameter.dim() > 1
+        if (early, decays) not in groups:
+            scale = layer_decay ** (len(model.stage3) + 1) if early else 1.0
+            groups[early, decays] = {"params": [], "weight_decay": weight_decay * decays, "lr_scale": scale}
+        groups[early, decays]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(cfg, model):
+    """AdamW; its learning rate is set before every step, by set_lr."""
+    return torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), betas=(0.9, 0.999), eps=1e-8)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def differences(cfg, world_size):
+    """A line that says how images a step and learning rate differ from the published run's, or None."""
+    published = PUBLISHED.get((cfg.model, cfg.input_size))
+    images, lr = images_per_step(cfg, world_size), peak_lr(cfg, world_size)
+    if published is None or (images == published[0] and math.isclose(lr, published[1])):
+        return None
+    ours, theirs = (f"{i} images a step and lr {r:g}" for i, r in ((images, lr), published))
+    return f"note: {ours}, but the published run had {theirs} (8 ranks)"
+
+
+def mean_lr(cfg, peak, epoch, micro_steps):
+    """The mean learning rate over an epoch's micro-steps, which the release's log calls train_lr."""
+    return math.fsum(learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps)) / micro_steps
+
+
+def load_optimizer(optimizer, state):
+    """Load an optimizer's state, of the release's too; weight decay and lr_scale stay the configuration's.
+
+    ValueError where it is that of other parameters.
+    """
+    own = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    for parameter, moments in optimizer.state.items():
+        if moments["exp_avg"].shape != parameter.shape:
+            raise ValueError("moments of other shapes than the parameters")
