@@ -40,6 +40,9 @@ from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, ru
 
 def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
+    names = timm.list_models(module=models.__name__)
+    if cfg.model not in names:
+        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(names)}")
     channels, height, width = data.image_size(cfg)
     if height % 4 or width % 4:
         raise UserError(f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4")
@@ -137,7 +140,8 @@ class Trainer:
         """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
         cfg = self.cfg
         self.epoch = checkpoint.get("epoch", -1) + 1
-        self.best = checkpoint.get("best", -1.0)
+        theirs = checkpoint.get("metric", checkpoint.get("max_test_acc1"))  # timm's name, the event scripts' name
+        self.best = checkpoint.get("best", theirs if isinstance(theirs, float) else -1.0)
         if cfg.start_epoch is not None and cfg.start_epoch != self.epoch:
             self.epoch = cfg.start_epoch
         elif checkpoint.get("step"):
@@ -270,8 +274,6 @@ def main(argv=None):
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
-    if cfg.model not in timm.list_models(module=models.__name__):
-        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(timm.list_models(module=models.__name__))}")
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:
