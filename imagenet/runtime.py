@@ -27,7 +27,7 @@ class Ranks:
     """
 
     def __init__(self, device):
-        if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        if "RANK" not in os.environ and started_by_srun(os.environ):
             os.environ.update(slurm_ranks(os.environ))
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -89,17 +89,26 @@ class Ranks:
         return box[0]
 
 
+def started_by_srun(env):
+    """Whether this is a task of srun; a plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too."""
+    named = "SLURM_STEP_NUM_TASKS" in env or (
+        "SLURM_NTASKS" in env and ("SLURM_STEP_ID" in env or "MASTER_ADDR" in env)
+    )
+    return named and "SLURM_PROCID" in env
+
+
 def slurm_ranks(env):
     """The variables of torchrun for a task that srun started; MASTER_ADDR and MASTER_PORT stay where they are set.
 
     With one GPU bound to each task (--gpus-per-task=1), that is the only one it sees, so its local rank is 0.
     """
-    hosts = env.get("SLURM_STEP_NODELIST", "localhost")  # as in node1,node2 or node[01-04,07]
+    # as in node1,node2 or node[01-04,07]
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "localhost"
     first = re.match(r"[^,\[]+(?:\[\d+)?", hosts)[0].replace("[", "")
     return {
         "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": str(int(env["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)),
+        "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
+        "LOCAL_RANK": str(int(env.get("SLURM_LOCALID", 0)) % max(torch.cuda.device_count(), 1)),
         "MASTER_ADDR": env.get("MASTER_ADDR", first),
         "MASTER_PORT": env.get("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000)),
     }
@@ -180,9 +189,19 @@ def run(main):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
-        code = f"error: {error}"
+        code = fail(str(error))
     except torch.OutOfMemoryError as error:
-        code = f"error: not enough GPU memory; make batch_size smaller ({str(error).split('. ')[0]})"
+        code = fail(f"not enough GPU memory; make batch_size smaller ({str(error).split('. ')[0]})")
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not re.search("closed by peer|reset by peer|NCCL", str(error)):
+            raise
+        code = fail(f"rank {torch.distributed.get_rank()} lost another rank, which says why in a line of its own")
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def fail(reason):
+    sys.stderr.write(f"error: {reason}\n")  # in one piece, since other ranks write too
+    sys.stderr.flush()
+    return 1

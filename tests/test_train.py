@@ -165,6 +165,22 @@ def test_batches_do_not_depend_on_what_came_before():
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+@pytest.mark.parametrize(
+    ("env", "want"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # python in a batch script
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "a"}, ("1", "2", "a")),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-04]"}, ("3", "4", "gpu03")),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NODELIST": "x1,x2"}, ("0", "4", "x1")),
+    ],
+)
+def test_tasks_of_slurm(env, want):
+    assert cifar10.runtime.started_by_srun(env) == (want is not None)
+    if want:
+        ranks = cifar10.runtime.slurm_ranks(env)
+        assert (ranks["RANK"], ranks["WORLD_SIZE"], ranks["MASTER_ADDR"]) == want
+
+
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
