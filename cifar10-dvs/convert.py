@@ -5,11 +5,13 @@
     data_path/events_np/                         events of each sample, .npz                   (made here)
     data_path/frames_number_T_split_by_number/   T frames of each sample, .npz                 (made here)
 
-Everything is made in data_path/building and moved to its place when it is whole. A run that was killed leaves
-only that folder, and the next run starts it anew.
+Everything is made in data_path/.qkformer-building and moved to its place when it is whole; events_np.whole and
+frames_number_T_split_by_number.whole then say how many samples there are. A run that was killed leaves only the
+first folder, and the next run starts it anew. What lacks its proof is made again if the recordings are there.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -20,14 +22,22 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
+from spikingjelly import configure
 from tqdm import tqdm
 
 from config import UserError
 
 logger = logging.getLogger("qkformer")
 
+if sys.version_info < (3, 12, 2):  # np.load parses Python, and these parsers break down in several threads
+    configure.max_threads_number_for_datasets_preprocess = 1
 
-def prepare(root, T, reader, archives, page):
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # the place is to blame, no file
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without them
+
+
+def prepare(root, T, reader, archives, suffixes, page):
     """Make the frames of a data set where they are missing.
 
     Args:
@@ -35,6 +45,7 @@ def prepare(root, T, reader, archives, page):
         T: frames of a sample, each with the same number of events.
         reader: spikingjelly's class of the data set.
         archives: {folder: archive that holds it}, looked for in root/download.
+        suffixes: of the files in those folders that the reader needs.
         page: where the data set is to be had.
 
     Returns the folder of the frames. UserError if there are neither frames nor recordings, or if they can't be
@@ -42,26 +53,51 @@ def prepare(root, T, reader, archives, page):
     """
     root = Path(root).resolve()
     events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
-    if not whole(frames, events):
-        sources = [] if whole(events) else find(root / "download", archives, page)
-        try:
-            with interruptible(), alone(root), scratch(root / "building") as work:
-                if not whole(events):
-                    make_events(sources, work, reader)
+    if proven(frames):
+        return frames
+    download = root / "download"
+    found, missing = find(download, archives)
+    if not proven(events):
+        fits = holds(frames) and (not holds(events) or files(frames) == files(events))
+        if fits and (missing or not os.access(root, os.W_OK)):
+            logger.info(f"warning: nothing shows that {frames} is whole, nor can it be made again; taken as it is")
+            return frames
+        if missing and not holds(events):
+            raise UserError(
+                f"no frames in {root} and no recordings to make them from: "
+                f"put {', '.join(missing)} from {page} into {download} (key data_path)"
+            )
+    try:
+        with interruptible(), alone(root), scratch(root / ".qkformer-building") as work:
+            # Another run may have made them by now.
+            if not proven(frames) and not proven(events):
+                if missing:
+                    logger.info(f"warning: nothing shows that {events} is whole, and recordings to make it from lack")
+                    check(events, reader, {})
+                else:
+                    make_events(found, work, reader, suffixes)
                     move(work / "events_np", events)
-                if not whole(frames, events):
-                    make_frames(events, work, T, reader)
-                    move(work / frames.name, frames)
-        except OSError as error:
-            raise UserError(f"{root}: the data set can't be converted there: {error}") from None
+            if not proven(frames):
+                make_frames(events, work, T, reader)
+                move(work / frames.name, frames)
+    except OSError as error:
+        where = f": {Path(error.filename).resolve()}" if error.filename else ""
+        raise UserError(f"{root}: the data set can't be converted there: {error.strerror or error}{where}") from None
     return frames
 
 
-def whole(folder, source=None):
-    """Whether a folder is there and finished: spikingjelly's mark of a build under way is not, no file is missing."""
-    if not folder.is_dir() or mark(folder).exists():
-        return False
-    return source is None or not whole(source) or files(folder) == files(source)
+def proven(folder):
+    """Whether a folder was made here and has all its samples still."""
+    return holds(folder) and proof(folder).is_file() and proof(folder).read_text() == f"{len(files(folder))}\n"
+
+
+def holds(folder):
+    """Whether a folder has samples and not spikingjelly's mark of a build under way."""
+    return not mark(folder).exists() and bool(files(folder))
+
+
+def proof(folder):
+    return folder.with_name(f"{folder.name}.whole")
 
 
 def mark(folder):
@@ -69,54 +105,126 @@ def mark(folder):
 
 
 def files(folder):
-    return {os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder) for name in names}
+    """The samples in a folder, as paths within it."""
+    return {
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(".npz") and not name.startswith(".")
+    }
 
 
 def move(made, place):
-    """Put a finished folder in its place, at once and whole."""
+    """Put a finished folder in its place, at once and whole, with its proof."""
     os.sync()  # before its name says that it is whole
-    shutil.rmtree(place, ignore_errors=True)  # an unfinished one, not made here
+    unfinished = proof(place).exists() or mark(place).exists()
+    proof(place).unlink(missing_ok=True)
+    if unfinished and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    elif place.exists():  # not made here: it may be wanted
+        old = (place.with_name(f"{place.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+        old = next(path for path in old if not path.exists())
+        logger.info(f"{place} was not made here, or not to its end: it is {old.name} now")
+        os.rename(place, old)
     os.rename(made, place)
     mark(place).unlink(missing_ok=True)
+    proof(place).write_text(f"{len(files(place))}\n")
 
 
-def find(download, archives, page):
-    """[folder or archive] for each of `archives`."""
-    found = [next((download / name for name in pair if (download / name).exists()), None) for pair in archives.items()]
-    missing = [archive for archive, path in zip(archives.values(), found, strict=True) if path is None]
-    if missing:
-        raise UserError(
-            f"no frames in {download.parent} and no recordings to make them from: "
-            f"put {', '.join(missing)} from {page} into {download} (key data_path)"
-        )
-    return found
+def find(download, archives):
+    """({folder: its archive or, where there is none, the folder itself}, [archive that is missing])."""
+    found = {}
+    for folder, archive in archives.items():
+        # The archive first: a folder beside it may be half unpacked.
+        paths = [download / name for name in (archive, folder) if (download / name).exists()]
+        if paths:
+            found[folder] = paths[0]
+    return found, [archive for folder, archive in archives.items() if folder not in found]
 
 
-def make_events(sources, work, reader):
-    """work/events_np from archives and extracted folders."""
-    download, extract, events = work / "download", work / "extract", work / "events_np"
-    for folder in (download, extract, events):
+def make_events(found, work, reader, suffixes):
+    """work/events_np from archives and folders, checked."""
+    extract, recordings, events = work / "extract", work / "recordings", work / "events_np"
+    for folder in (extract, recordings, events):
         folder.mkdir()
-    for source in sources:
-        (extract if source.is_dir() else download).joinpath(source.name).symlink_to(source)
-    if any(download.iterdir()):
-        with stage("extracting", download, extract):
-            reader.extract_downloaded_files(download, extract)
-    with stage("reading recordings", extract, events):
-        reader.create_raw_from_extracted(extract, events)
+    origins = {}  # of a recording, by its name without the suffix: what the user knows it by
+    for name, source in found.items():
+        content = source if source.is_dir() else unpack(source, work, reader) / name
+        paths = [path for path in content.glob("[!.]*") if path.suffix in suffixes]
+        own = {path.stem: path for path in paths if path.suffix == ".aedat"}
+        if not own:
+            raise UserError(f"{source} holds no recordings ({name}/*.aedat); get it again")
+        origins |= {stem: path if source.is_dir() else f"{path.name} in {source}" for stem, path in own.items()}
+        (recordings / name).mkdir()
+        for path in paths:
+            (recordings / name / path.name).symlink_to(path)
+
+    def unread():
+        """The first recording that has not become a sample: the reader goes on with the others after a bad one."""
+        made = {origin(path, origins) for path in files(events)}
+        return next((known for known in origins.values() if known not in made), f"a file of {source.parent}")
+
+    labels = [len(path.read_bytes().splitlines()) - 1 for path in recordings.glob("*/*_labels.csv")]
+    with stage("reading recordings", source.parent, events, unread, total=sum(labels) or len(origins)):
+        reader.create_raw_from_extracted(recordings, events)
+    shutil.rmtree(extract)  # frames need the room
+    check(events, reader, origins)
+
+
+def unpack(archive, work, reader):
+    """The folder that an archive is extracted to."""
+    download, extract = work / "download", work / "extract"
+    download.mkdir()
+    (download / archive.name).symlink_to(archive)
+    with stage("extracting", archive, extract, lambda: archive):
+        reader.extract_downloaded_files(download, extract)
+    shutil.rmtree(download)
+    return extract
+
+
+def origin(sample, origins):
+    """The recording that a sample is from: of the same name, or of that name before a number."""
+    stem = Path(sample).stem
+    return origins.get(stem, origins.get(stem.rpartition("_")[0], sample))
+
+
+def check(events, reader, origins):
+    """UserError for a sample without events, or with events outside of the picture: the recording is damaged."""
+    H, W = reader.get_H_W()
+    logger.info(f"checking events: {events} (once)")
+    for name in tqdm(sorted(files(events)), "checking events", leave=False, disable=not sys.stderr.isatty()):
+        try:
+            with np.load(events / name) as sample:
+                t, x, y = sample["t"], sample["x"], sample["y"]
+            damage = None if len(t) else "a sample without events"
+            if len(t) and not (0 <= x.min() and x.max() < W and 0 <= y.min() and y.max() < H):
+                damage = f"events outside of {W} x {H} pixels"
+        except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
+            damage = f"{type(error).__name__}: {error}".splitlines()[0]
+        if damage:
+            known = origin(name, origins) if origins else events / name
+            raise UserError(f"{known} is damaged ({damage}); get it again")
 
 
 def make_frames(events, work, T, reader):
     """work/frames_number_T_split_by_number from the events, by spikingjelly's data set itself."""
-    if not (work / "events_np").exists():
-        (work / "events_np").symlink_to(events)
-    with stage("integrating frames", events, work / f"frames_number_{T}_split_by_number", len(files(events))):
+    shutil.rmtree(work / "events_np", ignore_errors=True)
+    samples = files(events)
+    for name in samples:  # spikingjelly stumbles over other files, and over classes without a sample
+        link = work / "events_np" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(events / name)
+    frames = work / f"frames_number_{T}_split_by_number"
+    with stage("integrating frames", events, frames, lambda: f"a file of {events}", total=len(samples)):
         reader(str(work), data_type="frame", frames_number=T, split_by="number")
 
 
 @contextlib.contextmanager
-def stage(title, source, target, total=None):
-    """Show how many files there are in `target` by now; whatever a reader throws at a bad file is one line."""
+def stage(title, source, target, blame, total=None):
+    """Show how many files there are in `target` by now; whatever a reader throws at a bad file is one line.
+
+    That line names what blame() returns.
+    """
     done = threading.Event()
 
     def watch():
@@ -125,21 +233,23 @@ def stage(title, source, target, total=None):
                 if done.wait(1.0):
                     break
                 if not bar.disable or seconds % 60 == 0:
-                    bar.n = len(files(target))
+                    bar.n = sum(len(names) for _, _, names in os.walk(target))
                     bar.refresh()
                 if bar.disable and seconds % 60 == 0:
-                    logger.info(f"{title}: {bar.n} files so far")
+                    logger.info(f"{title}: {bar.n}{f' of {total}' if total else ''} files so far")
 
     logger.info(f"{title}: {source} (once)")
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{title}: a file of {source.resolve()} can't be read ({reason}); get it again") from None
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.strerror}: {Path(error.filename).name}"  # the rest of the path is the scratch folder's
+        raise UserError(f"{title}: {blame()} can't be read ({reason}); get it again") from None
     finally:
         done.set()
         watcher.join()
@@ -148,9 +258,15 @@ def stage(title, source, target, total=None):
 @contextlib.contextmanager
 def alone(root):
     """One run at a time, where the file system has locks."""
-    with open(root / "building.lock", "w") as file:
-        with contextlib.suppress(OSError):
+    with open(root / ".qkformer-building.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info(f"waiting for the run that converts {root}")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -1,6 +1,7 @@
 """CIFAR10-DVS through spikingjelly's reader, as frames of event counts."""
 
 import math
+from functools import partial
 
 import torch
 from spikingjelly.datasets import utils
@@ -16,6 +17,8 @@ from engine import Batches, test_batches, train_batches
 from runtime import logger
 
 ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}  # folder in it: archive
+SUFFIXES = (".aedat",)
+CLASSES = tuple(ARCHIVES)
 PAGE = "https://figshare.com/articles/dataset/CIFAR10-DVS_New/4724671"
 HEIGHT, WIDTH = CIFAR10DVS.get_H_W()
 SAMPLES = {True: 9000, False: 1000}  # in training, in testing
@@ -24,7 +27,7 @@ TRAIN_SHARE = 0.9
 
 def build_dataset(cfg, train, ranks):
     """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
-    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, CIFAR10DVS, ARCHIVES, PAGE))
+    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames, train)
     dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
     report(len(dataset), train)
@@ -50,21 +53,37 @@ def split(labels, train, seed=None):
 
 
 # Copied from dvs128-gesture/data.py
+class Frames(DatasetFolder):
+    """All samples of a folder. Labels count CLASSES in the order of their names, whichever of them have samples."""
+
+    def find_classes(self, directory):
+        return sorted(CLASSES), {name: label for label, name in enumerate(sorted(CLASSES))}
+
+
+# Copied from dvs128-gesture/data.py
 def open_frames(cfg, folder, train):
-    """All samples of a folder, augmented for training. Labels count the folders in the order of their names."""
-    try:
-        transform = augment if train and not cfg.no_aug else None
-        dataset = DatasetFolder(str(folder), load_frames, extensions=(".npz",), transform=transform)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}; remove {folder.parent} to have it made again") from None
-    if len(dataset.classes) > cfg.num_classes:
-        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has {len(dataset.classes)} classes")
+    """All samples of a folder, augmented for training."""
+    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - set(CLASSES))
+    if unknown or not folder.is_dir():
+        wrong = f"has {', '.join(unknown[:3])}, no classes of this one" if unknown else "is missing"
+        raise UserError(f"{folder} {wrong}: another data set's frames? give each its own data_path")
+    transform = augment if train and not cfg.no_aug else None
+    dataset = Frames(folder, partial(load_frames, T=cfg.T), (".npz",), transform=transform, allow_empty=True)
+    if max(dataset.targets, default=0) >= cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has label {max(dataset.targets)}")
     return dataset
 
 
 # Copied from dvs128-gesture/data.py
-def load_frames(path):
-    return torch.from_numpy(utils.load_npz_frames(path))
+def load_frames(path, T):
+    try:
+        frames = torch.from_numpy(utils.load_npz_frames(path))
+        if frames.shape != (T, 2, HEIGHT, WIDTH):
+            raise ValueError(f"it has shape {list(frames.shape)}")
+    except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: not the frames of a sample ({reason}); remove it to have it made again") from None
+    return frames
 
 
 # Copied from dvs128-gesture/data.py
@@ -114,6 +133,17 @@ class Collate:
         return frames, targets
 
 
+# Copied from imagenet/data.py with ImageBatches->FrameBatches
+class FrameBatches(Batches):
+    """Batches that return the line of a UserError, for Loader to raise: from a worker it would come as a traceback."""
+
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except UserError as error:
+            return str(error)
+
+
 # Copied from dvs128-gesture/data.py
 class Loader:
     """Batches of (frames, targets) on this rank's device."""
@@ -121,7 +151,7 @@ class Loader:
     def __init__(self, cfg, dataset, collate, batches, ranks):
         self.device = ranks.device
         self.loader = DataLoader(
-            Batches(dataset, collate),
+            FrameBatches(dataset, collate),
             batch_size=None,
             sampler=batches,
             num_workers=min(cfg.workers, len(batches)),
@@ -133,7 +163,10 @@ class Loader:
         return len(self.loader)
 
     def __iter__(self):
-        for frames, targets in self.loader:
+        for batch in self.loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            frames, targets = batch
             yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 

@@ -1,5 +1,7 @@
 """DVS128 Gesture through spikingjelly's reader, as frames of event counts."""
 
+from functools import partial
+
 import torch
 from spikingjelly.datasets import utils
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
@@ -14,6 +16,8 @@ from engine import Batches, test_batches, train_batches
 from runtime import logger
 
 ARCHIVES = {"DvsGesture": "DvsGesture.tar.gz"}  # folder in it: archive
+SUFFIXES = (".aedat", ".csv", ".txt")  # recordings, their labels and the split
+CLASSES = tuple(map(str, range(11)))
 PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
 HEIGHT, WIDTH = DVS128Gesture.get_H_W()
 SAMPLES = {True: 1176, False: 288}  # in training, in testing
@@ -21,26 +25,41 @@ SAMPLES = {True: 1176, False: 288}  # in training, in testing
 
 def build_dataset(cfg, train, ranks):
     """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
-    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, DVS128Gesture, ARCHIVES, PAGE))
+    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
     report(len(dataset), train)
     return dataset
 
 
+class Frames(DatasetFolder):
+    """All samples of a folder. Labels count CLASSES in the order of their names, whichever of them have samples."""
+
+    def find_classes(self, directory):
+        return sorted(CLASSES), {name: label for label, name in enumerate(sorted(CLASSES))}
+
+
 def open_frames(cfg, folder, train):
-    """All samples of a folder, augmented for training. Labels count the folders in the order of their names."""
-    try:
-        transform = augment if train and not cfg.no_aug else None
-        dataset = DatasetFolder(str(folder), load_frames, extensions=(".npz",), transform=transform)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {error}; remove {folder.parent} to have it made again") from None
-    if len(dataset.classes) > cfg.num_classes:
-        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has {len(dataset.classes)} classes")
+    """All samples of a folder, augmented for training."""
+    unknown = sorted({path.name for path in folder.glob("[!.]*") if path.is_dir()} - set(CLASSES))
+    if unknown or not folder.is_dir():
+        wrong = f"has {', '.join(unknown[:3])}, no classes of this one" if unknown else "is missing"
+        raise UserError(f"{folder} {wrong}: another data set's frames? give each its own data_path")
+    transform = augment if train and not cfg.no_aug else None
+    dataset = Frames(folder, partial(load_frames, T=cfg.T), (".npz",), transform=transform, allow_empty=True)
+    if max(dataset.targets, default=0) >= cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has label {max(dataset.targets)}")
     return dataset
 
 
-def load_frames(path):
-    return torch.from_numpy(utils.load_npz_frames(path))
+def load_frames(path, T):
+    try:
+        frames = torch.from_numpy(utils.load_npz_frames(path))
+        if frames.shape != (T, 2, HEIGHT, WIDTH):
+            raise ValueError(f"it has shape {list(frames.shape)}")
+    except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: not the frames of a sample ({reason}); remove it to have it made again") from None
+    return frames
 
 
 def report(samples, train):
@@ -88,13 +107,24 @@ class Collate:
         return frames, targets
 
 
+# Copied from imagenet/data.py with ImageBatches->FrameBatches
+class FrameBatches(Batches):
+    """Batches that return the line of a UserError, for Loader to raise: from a worker it would come as a traceback."""
+
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except UserError as error:
+            return str(error)
+
+
 class Loader:
     """Batches of (frames, targets) on this rank's device."""
 
     def __init__(self, cfg, dataset, collate, batches, ranks):
         self.device = ranks.device
         self.loader = DataLoader(
-            Batches(dataset, collate),
+            FrameBatches(dataset, collate),
             batch_size=None,
             sampler=batches,
             num_workers=min(cfg.workers, len(batches)),
@@ -106,7 +136,10 @@ class Loader:
         return len(self.loader)
 
     def __iter__(self):
-        for frames, targets in self.loader:
+        for batch in self.loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            frames, targets = batch
             yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 

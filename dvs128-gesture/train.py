@@ -80,11 +80,11 @@ class Trainer:
     def __init__(self, cfg, ranks, stop, folder, checkpoint, path):
         self.cfg, self.ranks, self.stop, self.folder = cfg, ranks, stop, folder
         self.cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path)
-        self.train_set = data.build_dataset(cfg, True, ranks)
-        self.test_set = data.build_dataset(cfg, False, ranks)
         self.model = build_model(cfg, self.cross_sample_lif, ranks)
         if checkpoint:
             load_weights(self.model, checkpoint, path)
+        self.train_set = data.build_dataset(cfg, True, ranks)  # last: to convert recordings can take hours
+        self.test_set = data.build_dataset(cfg, False, ranks)
         if cfg.sync_bn and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ddp = self.model
@@ -130,7 +130,8 @@ class Trainer:
         """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
         cfg = self.cfg
         self.epoch = checkpoint.get("epoch", -1) + 1
-        self.best = checkpoint.get("best", -1.0)
+        theirs = checkpoint.get("metric", checkpoint.get("max_test_acc1"))  # timm's name, the event scripts' name
+        self.best = checkpoint.get("best", theirs if isinstance(theirs, float) else -1.0)
         if cfg.start_epoch is not None and cfg.start_epoch != self.epoch:
             self.epoch = cfg.start_epoch
         elif checkpoint.get("step"):
@@ -260,8 +261,13 @@ def main(argv=None):
     if cfg.test_only:
         from test import main as test  # not above: test.py imports this module
 
-        checkpoint = ["--checkpoint", cfg.resume] if cfg.resume else []
-        return test([*(sys.argv[1:] if argv is None else argv), *checkpoint])
+        argv = [*(sys.argv[1:] if argv is None else argv)]
+        if cfg.resume:
+            _, path = open_run(cfg, cfg.output_dir)
+            if path is None:
+                raise UserError(f"resume is auto, but {cfg.experiment} has no last.pth to test")
+            argv += ["--checkpoint", str(path)]
+        return test(argv)
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -150,6 +151,29 @@ def test_the_recipes(folder):
     assert set(other.KEYS) - set(one.KEYS) == {"split_seed"} and set(one.KEYS) <= set(other.KEYS)
     own = {name for name, key in one.KEYS.items() if repr(key) != repr(other.KEYS[name])}
     assert own == {"mlp_ratio", "num_classes", "epochs", "lr", "min_lr"}
+
+
+def test_the_published_recipes(folder):
+    published = {
+        "T": 16,
+        "batch_size": 16,
+        "workers": 4,
+        "seed": 2021,
+        "amp": True,
+        "eval_amp": False,
+        "sync_bn": False,
+    }
+    published |= {"dim": 256, "num_heads": 16, "layer": 2, "attention": ["token", "ssa"], "drop_path": 0}
+    published |= {"cooldown_epochs": 10, "warmup_epochs": 10, "warmup_lr": 1e-5, "sched": "cosine", "opt": "adamw"}
+    published |= {"opt_eps": 1e-8, "opt_betas": [0.9, 0.999], "weight_decay": 0.06, "momentum": 0.9, "smoothing": 0.1}
+    published |= {"mixup": 0.5, "cutmix": 0, "cutmix_minmax": None, "mixup_prob": 0.5, "mixup_switch_prob": 0.5}
+    published |= {"mixup_mode": "batch", "mixup_off_epoch": 75, "T_train": None}
+    if folder.name == "dvs128-gesture":
+        published |= {"epochs": 192, "lr": 1e-3, "min_lr": 2e-5, "num_classes": 11, "mlp_ratio": 4}
+    else:
+        published |= {"epochs": 96, "lr": 5e-3, "min_lr": 1e-5, "num_classes": 10, "mlp_ratio": 1, "split_seed": None}
+    cfg = vars(resolve(folder))
+    assert {name: cfg[name] for name in published} == published
 
 
 def test_every_name_of_the_release_is_known(folder):
@@ -304,6 +328,14 @@ def test_T_train_is_drawn_once_for_a_batch_and_after_mixup(folder):
     assert len(draws) > 10 and 8 < mixed < 32
 
 
+def test_mixup_sees_all_frames(folder, monkeypatch):
+    calls, (mixup, randperm) = [], (folder.data.Mixup.__call__, torch.randperm)
+    monkeypatch.setattr(folder.data.Mixup, "__call__", lambda *args: calls.append(args[1].shape) or mixup(*args))
+    monkeypatch.setattr(torch, "randperm", lambda size: calls.append(size) or randperm(size))
+    collate(folder, "--T-train", 3)
+    assert calls == [(4, 2 * 8, 4, 4), 8]
+
+
 def test_cutmix_cuts_the_same_place_from_all_frames(folder):
     np.random.seed(1)
     frames, targets = collate(folder, "--mixup", 0, "--cutmix", 1, "--mixup-prob", 1, "--smoothing", 0)
@@ -356,7 +388,7 @@ FEW = {"dvs128-gesture": {"train": 1, "trials": 1}, "cifar10-dvs": {"samples": 2
 
 def prepare(folder, root, T=3):
     reader = folder.data.DVS128Gesture if folder.name == "dvs128-gesture" else folder.data.CIFAR10DVS
-    return folder.convert.prepare(root, T, reader, folder.data.ARCHIVES, folder.data.PAGE)
+    return folder.convert.prepare(root, T, reader, folder.data.ARCHIVES, folder.data.SUFFIXES, folder.data.PAGE)
 
 
 def check_frames(frames, written, T=3):
@@ -378,7 +410,8 @@ def test_events_survive(folder, tmp_path, archive):
     written = write(folder.name, tmp_path, archive=archive, **FEW[folder.name])
     frames = prepare(folder, tmp_path)
     check_frames(frames, written)
-    assert {path.name for path in tmp_path.iterdir()} - {"building.lock"} == {"download", "events_np", frames.name}
+    made = {"events_np", "events_np.whole", frames.name, f"{frames.name}.whole", ".qkformer-building.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"download", *made}
     assert all(path.exists() for path in (tmp_path / "download").iterdir())
 
     # reused: also without the recordings, where nothing can be written, and for another T from the events
@@ -393,7 +426,7 @@ def test_an_unfinished_build_is_redone(folder, tmp_path):
     """Left by a killed run, by spikingjelly itself, or short of a file."""
     written = write(folder.name, tmp_path, **FEW[folder.name])
     frames, events = tmp_path / "frames_number_3_split_by_number", tmp_path / "events_np"
-    for place in (frames, events, tmp_path / "building"):
+    for place in (frames, events, tmp_path / ".qkformer-building"):
         (place / "airplane").mkdir(parents=True)
         (place / "airplane" / "half.npz").write_bytes(b"half")
     for place in (frames, events):
@@ -422,7 +455,7 @@ def test_full_disk(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(utils, "np_savez", full)
         with pytest.raises(folder.config.UserError, match="No space left on device"):
             prepare(folder, tmp_path)
-        assert not list(tmp_path.glob("frames*")) and not (tmp_path / "building").exists()
+        assert not list(tmp_path.glob("frames*")) and not (tmp_path / ".qkformer-building").exists()
         monkeypatch.undo()
     check_frames(prepare(folder, tmp_path), written)
 
@@ -439,6 +472,154 @@ def test_missing_and_broken_recordings(folder, tmp_path):
         prepare(folder, tmp_path)
     (tmp_path / "download" / archives[0]).write_bytes(whole)
     check_frames(prepare(folder, tmp_path), written)
+
+
+def test_what_has_no_proof_is_made_again_or_taken_with_a_warning(folder, tmp_path, caplog):
+    written = write(folder.name, tmp_path, **FEW[folder.name])
+    frames, events = tmp_path / "frames_number_3_split_by_number", tmp_path / "events_np"
+    events.mkdir()  # without a sample
+    for path in (frames / next(iter(written)), frames / "another.npz"):  # another tool's
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"another's")
+    check_frames(prepare(folder, tmp_path), written)
+    assert (tmp_path / f"{frames.name}.old" / "another.npz").exists() and (tmp_path / "events_np.old").exists()
+
+    (events / next(iter(written))).unlink()  # lost since; the frames for another T need it
+    check_frames(prepare(folder, tmp_path, 2), written, 2)
+    (events / next(iter(written))).unlink()
+    (tmp_path / "events_np.whole").unlink()  # as an older spikingjelly leaves it when it is killed
+    check_frames(prepare(folder, tmp_path, 4), written, 4)
+    assert (tmp_path / "events_np.old2").exists()
+
+    shutil.rmtree(tmp_path / "download")
+    (tmp_path / "events_np.whole").unlink()
+    caplog.set_level("INFO")
+    check_frames(prepare(folder, tmp_path, 5), written, 5)
+    (tmp_path / f"{frames.name}.whole").unlink()
+    check_frames(prepare(folder, tmp_path), written)
+    warnings = [record.message for record in caplog.records if record.message.startswith("warning: ")]
+    assert [str(events) in warnings[0], str(frames) in warnings[1], len(warnings)] == [True, True, 2]
+
+
+def test_an_archive_goes_before_its_folder_and_other_files_do_not_matter(folder, tmp_path):
+    written = write(folder.name, tmp_path, archive=folder.name == "dvs128-gesture", **FEW[folder.name])
+    for name in folder.data.ARCHIVES:
+        place = tmp_path / "download" / name  # of Gesture, a folder half unpacked beside its archive
+        place.mkdir(exist_ok=True)
+        (place / ".DS_Store").write_bytes(b"Finder's")
+        (place / "._half.aedat").write_bytes(b"Finder's")
+    frames = prepare(folder, tmp_path)
+    check_frames(frames, written)
+    (frames / ".DS_Store").write_bytes(b"Finder's")
+    (tmp_path / "events_np" / ".DS_Store").write_bytes(b"Finder's")
+    time = frames.stat().st_mtime_ns
+    assert prepare(folder, tmp_path).stat().st_mtime_ns == time
+    check_frames(prepare(folder, tmp_path, 2), written, 2)
+
+
+def damaged(whole, kind):
+    """A recording that lost its tail, everything, part of an event, or the address of its first one."""
+    first = whole.find(b"#!END-HEADER\r\n") + 14 + 28 + 8 + 28  # behind a packet of one special event, and a header
+    outside = whole[: first + 3] + b"\xff" + whole[first + 4 :]
+    return {"cut": whole[: first + 8 * 500], "odd": whole[:-3], "empty": b"", "outside": outside}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "odd", "outside"])
+def test_a_damaged_recording_is_named_and_a_mended_one_is_read(folder, tmp_path, kind):
+    if folder.name == "cifar10-dvs" and kind in ("cut", "outside"):
+        pytest.skip("the format has neither an end nor addresses outside")
+    written = write(folder.name, tmp_path, archive=False, **FEW[folder.name])
+    path = max((tmp_path / "download").rglob("*_1.aedat" if folder.name == "cifar10-dvs" else "*.aedat"))
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole, kind))
+    with pytest.raises(folder.config.UserError, match=f"{path}.* get it again"):
+        prepare(folder, tmp_path)
+    assert not (tmp_path / "events_np").exists()
+    path.write_bytes(whole)
+    check_frames(prepare(folder, tmp_path), written)
+
+
+def test_a_folder_without_recordings(folder, tmp_path):
+    write(folder.name, tmp_path, archive=False, **FEW[folder.name])
+    place = tmp_path / "download" / max(folder.data.ARCHIVES)
+    for path in place.glob("*.aedat"):
+        path.unlink()
+    with pytest.raises(folder.config.UserError, match=f"{place} holds no recordings"):
+        prepare(folder, tmp_path)
+
+
+def test_a_class_without_test_samples(tmp_path):
+    """Labels stay what they are."""
+    folder = SimpleNamespace(name="dvs128-gesture", **vars(load("dvs128-gesture")))
+    written = write(folder.name, tmp_path, archive=False, **FEW[folder.name])
+    labels = tmp_path / "download" / "DvsGesture" / "user00_test_labels.csv"
+    rows = labels.read_text().splitlines(keepends=True)
+    labels.write_text("".join(row for row in rows if not row.startswith("2,")))  # label 1
+    del written["test/1/user00_test_0.npz"]
+    check_frames(prepare(folder, tmp_path), written)
+    dataset = folder.data.build_dataset(resolve(folder, "--data-path", tmp_path, "--T", 3), False, cpu(folder))
+    names = [path.split("/")[-2] for path, _ in dataset.samples]
+    assert names == ["0", "10", *"23456789"] and dataset.targets == [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def fabricate(folder, root, count=10):
+    """Frames of zeros, T = 2, for the two classes that come first. Returns their paths."""
+    frames, paths = root / "frames_number_2_split_by_number", []
+    for split in ("",) if folder.name == "cifar10-dvs" else ("train", "test"):
+        for label in sorted(folder.data.CLASSES)[:2]:
+            (frames / split / label).mkdir(parents=True)
+            paths += [frames / split / label / f"{number}.npz" for number in range(count)]
+    for path in paths:
+        np.savez(path, frames=np.zeros((2, 2, 128, 128), np.uint8))
+    return paths
+
+
+def test_only_training_samples_are_augmented(folder, tmp_path):
+    fabricate(folder, tmp_path)
+    for train, no_aug in ((True, False), (False, False), (True, True)):
+        cfg = resolve(folder, "--data-path", tmp_path, "--T", 2, *(["--no-aug"] if no_aug else []))
+        dataset = folder.data.build_dataset(cfg, train, cpu(folder))
+        dataset = dataset.dataset if folder.name == "cifar10-dvs" else dataset
+        assert dataset.transform is (folder.augment.augment if train and not no_aug else None)
+
+
+def test_frames_of_another_data_set(folder, tmp_path):
+    other = load(next(name for name in FOLDERS if name != folder.name))
+    fabricate(SimpleNamespace(name=next(name for name in FOLDERS if name != folder.name), **vars(other)), tmp_path)
+    cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
+    with pytest.raises(folder.config.UserError, match="give each its own data_path"):
+        folder.data.build_dataset(cfg, True, cpu(folder))
+    with pytest.raises(folder.config.UserError, match="num_classes is 1,"):
+        fabricate(folder, tmp_path / "own")
+        cfg = resolve(folder, "--data-path", tmp_path / "own", "--T", 2, "--num-classes", 1)
+        folder.data.build_dataset(cfg, True, cpu(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"PK half", {"events": [1]}, {"frames": np.zeros((3, 2, 128, 128))}])
+def test_a_damaged_frames_file(folder, tmp_path, workers, content):
+    paths = fabricate(folder, tmp_path, count=4)
+    if isinstance(content, bytes):
+        paths[0].write_bytes(content)
+    else:
+        np.savez(paths[0], **content)
+    cfg = resolve(folder, "--data-path", tmp_path, "--T", 2, "-b", 2, "-j", workers)
+    loader = folder.data.train_loader(cfg, folder.data.build_dataset(cfg, True, cpu(folder)), 0, 0, cpu(folder))
+    with pytest.raises(folder.config.UserError) as error:
+        list(loader)
+    assert str(paths[0]) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_waiting_for_another_run(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    with folder.convert.alone(tmp_path):
+        thread = threading.Thread(target=lambda: folder.convert.alone(tmp_path).__enter__())
+        thread.start()
+        while not caplog.messages:
+            time.sleep(0.01)
+        assert thread.is_alive()
+    thread.join(10)
+    assert caplog.messages == [f"waiting for the run that converts {tmp_path}"] and not thread.is_alive()
 
 
 def test_split():
@@ -475,12 +656,16 @@ def data_path(tmp_path_factory):
     """Recordings of each data set, written once; converted by the first run that needs them."""
     roots = {name: tmp_path_factory.mktemp(name) for name in FOLDERS}
     for name, root in roots.items():
-        write(name, root)
+        write(name, root, **({"samples": 30} if name == "cifar10-dvs" else {}))
     return roots
 
 
-LEARN = [*SMALL, "--dim", 64, "--epochs", 14, "--lr", 2e-2, "--min-lr", 5e-4, "--batch-size", 4, "--weight-decay", 0]
-LEARN += ["--warmup-epochs", 0, "--cooldown-epochs", 0, "--smoothing", 0, "--mixup", 0, "--no-aug"]
+def learn(name):
+    """Arguments of a run that learns."""
+    epochs, lr, batch = (8, 1e-2, 8) if name == "cifar10-dvs" else (14, 2e-2, 4)
+    args = [*SMALL, "--dim", 64, "--epochs", epochs, "--lr", lr, "--min-lr", 5e-4, "--batch-size", batch]
+    args += ["--weight-decay", 0, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--smoothing", 0, "--mixup", 0]
+    return [*args, "--no-aug"]
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +675,7 @@ def trained(data_path, tmp_path_factory):
     @functools.cache
     def train(name):
         alone = copy_folder(name, tmp_path_factory.mktemp("alone"))
-        return alone, script(alone, "train", "--data-path", data_path[name], *LEARN, cwd=alone)
+        return alone, script(alone, "train", "--data-path", data_path[name], *learn(name), cwd=alone)
 
     return train
 
@@ -501,15 +686,16 @@ def test_from_recordings_to_accuracy(folder, data_path, trained):
     run = alone / "output" / folder.name
     log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     best = max(log, key=lambda line: line["test_acc1"])
-    assert len(log) == 14 and best["test_acc1"] >= 45  # chance: 9 and 10
+    assert len(log) == {"dvs128-gesture": 14, "cifar10-dvs": 8}[folder.name]
+    assert best["test_acc1"] >= 45 and log[-1]["test_acc1"] >= 35  # chance: 9 and 10
 
-    args = ["--data-path", data_path[folder.name], *LEARN]
+    args = ["--data-path", data_path[folder.name], *learn(folder.name)]
     done = script(alone, "test", *args, cwd=alone)
     result = json.loads((run / "test.json").read_text())
     assert "reading recordings" not in done.stdout and f"top-1 {best['test_acc1']:.2f} %" in done.stdout
     assert result["top1"] == best["test_acc1"] and result["loss"] == pytest.approx(best["test_loss"], rel=1e-5)
-    done = script(alone, "train", *args, "--test-only", "--resume", run / "best.pth", cwd=alone)
-    assert f"top-1 {best['test_acc1']:.2f} %" in done.stdout and "epoch" not in done.stdout
+    done = script(alone, "train", *args, "--test-only", "--resume", "auto", cwd=alone)
+    assert f"last.pth: top-1 {log[-1]['test_acc1']:.2f} %" in done.stdout and "epoch" not in done.stdout
 
 
 RANDOM = [*SMALL, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--T-train", 1]
@@ -538,14 +724,14 @@ def test_killed_and_restarted(folder, tmp_path):
     written = write(folder.name, tmp_path, **({"samples": 10} if folder.name == "cifar10-dvs" else {"trials": 1}))
     frames, events = tmp_path / "frames_number_2_split_by_number", tmp_path / "events_np"
     args = ["--data-path", tmp_path, "--output-dir", tmp_path / "out", "--resume", "auto", *RANDOM]
-    kill_when(lambda: any((tmp_path / "building" / "events_np").rglob("*.npz")), folder, *args)
+    kill_when(lambda: any((tmp_path / ".qkformer-building" / "events_np").rglob("*.npz")), folder, *args)
     assert not events.exists()
-    kill_when(lambda: any((tmp_path / "building").glob("frames*/**/*.npz")), folder, *args)
+    kill_when(lambda: any((tmp_path / ".qkformer-building").glob("frames*/**/*.npz")), folder, *args)
     assert events.exists() and not frames.exists()
     run = tmp_path / "out" / folder.name
     kill_when((run / "last.pth").exists, folder, *args)
     check_frames(frames, written, 2)
-    assert not (tmp_path / "building").exists()
+    assert not (tmp_path / ".qkformer-building").exists()
 
     done = script(folder.name, "train", *args)
     assert "resuming" in done.stdout
@@ -556,28 +742,43 @@ def test_killed_and_restarted(folder, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def evaluate(folder, cfg, path, eval_amp, semantics=False):
+    """Metrics of a checkpoint on one rank."""
+    one, model = cpu(folder), build_model(folder, cfg, semantics)
+    folder.checkpoint.load_weights(model, folder.checkpoint.load_checkpoint(path), path)
+    loader = folder.data.test_loader(cfg, folder.data.build_dataset(cfg, False, one), one)
+    return folder.engine.evaluate(model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp))
+
+
 def test_training_on_two_ranks(folder, tmp_path, data_path):
-    args = ["--data-path", data_path[folder.name], "--output-dir", tmp_path, *RANDOM, "--epochs", 1]
+    """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp says otherwise."""
+    args = ["--data-path", data_path[folder.name], "--output-dir", tmp_path, *RANDOM, "--epochs", 1, "--T", 3]
+    args += ["--amp-dtype", "bfloat16"]
     done = script(folder.name, "train", *args, ranks=2)
-    assert "2 rank(s), 16 samples a step" in done.stdout
-    assert len(log_of(tmp_path / folder.name)) == 1 and (tmp_path / folder.name / "best.pth").is_file()
+    assert "2 rank(s), 16 samples a step" in done.stdout and done.stdout.count("integrating frames") == 1
+    [[*_, test_loss, _]], best = log_of(tmp_path / folder.name), tmp_path / folder.name / "best.pth"
+    cfg = resolve(folder, *args)
+    assert evaluate(folder, cfg, best, cfg.eval_amp).loss == test_loss != evaluate(folder, cfg, best, True).loss
 
 
 @pytest.mark.parametrize("semantics", ["false", "true"])
 def test_testing_on_two_ranks(folder, data_path, trained, semantics):
     """Each sample once, in one rank's batches: the result is one rank's, in both semantics."""
     alone, _ = trained(folder.name)
-    args = ["--data-path", data_path[folder.name], *LEARN, "--cross-sample-lif", semantics, "--val-batch-size", 3]
+    args = [
+        "--data-path",
+        data_path[folder.name],
+        *learn(folder.name),
+        "--cross-sample-lif",
+        semantics,
+        "--val-batch-size",
+        3,
+    ]
     script(alone, "test", *args, ranks=2, cwd=alone)
     result = json.loads((alone / "output" / folder.name / "test.json").read_text())
 
-    cfg, one = resolve(folder, *args), cpu(folder)
-    torch.set_num_threads(1)  # as the script's
-    model = build_model(folder, cfg, semantics == "true")
-    path = alone / "output" / folder.name / "best.pth"
-    folder.checkpoint.load_weights(model, folder.checkpoint.load_checkpoint(path), path)
-    loader = folder.data.test_loader(cfg, folder.data.build_dataset(cfg, False, one), one)
-    want = folder.engine.evaluate(model, loader, one, folder.engine.make_autocast(cfg, one, cfg.eval_amp))
+    cfg, path = resolve(folder, *args), alone / "output" / folder.name / "best.pth"
+    want = evaluate(folder, cfg, path, cfg.eval_amp, semantics == "true")
     assert [result[key] for key in ("top1", "top5", "loss")] == [want.top1, want.top5, want.loss]
     assert result["cross_sample_lif"] == (semantics == "true")
 
