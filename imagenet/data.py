@@ -7,10 +7,11 @@ Classes are numbered in the order of their folders' names.
 """
 
 import io
+import re
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms
@@ -21,7 +22,11 @@ from config import UserError
 from engine import Batches, test_batches, train_batches
 from runtime import logger
 
-SOI, SOS, EOI = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # JPEG markers: start of image, start of scan, end of image
+# JPEG: start of image, of a scan, end of image; a marker, other than what stands within a scan's data; those that
+# begin a segment with its length
+SOI, SOS, EOI = b"\xff\xd8", 0xDA, 0xD9
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
+SEGMENTS = {*range(0xC0, 0xD0), *range(SOS, 0xF0), 0xFE} - {0xC8}
 
 
 # Copied from cifar10/data.py
@@ -40,16 +45,41 @@ class BadImage(UserError):
     """A file that is not a whole image."""
 
 
+def jpeg_fault(data):
+    """What is wrong with a JPEG's segments, or None: the decoder takes missing data, as zeros too, for a grey area.
+
+    Segments are skipped by their lengths, so a thumbnail in one of them does not count, nor what follows the end.
+    """
+    at, scans = len(SOI), 0
+    while marker := MARKER.search(data, at):
+        code, at = marker[1][0], marker.end()
+        if code == EOI:
+            return None if scans else "a JPEG without a scan"
+        if code not in SEGMENTS:
+            return f"a JPEG with an illegal marker, FF {code:02X}"
+        scans += code == SOS
+        at += int.from_bytes(data[at : at + 2], "big")
+    return "a JPEG without an end"
+
+
 def read_image(path):
-    """The RGB image in a file; BadImage if it can't be read or is not whole."""
+    """The RGB image in a file; BadImage if it can't be read or is not whole.
+
+    What can't be seen are changed bytes of a scan that still decodes (a JPEG has no checksums), to other pixels.
+    """
     try:
         data = Path(path).read_bytes()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: not a whole image ({error or type(error).__name__})") from None
-    # The decoder takes a tail of zeros, as an interrupted copy leaves it, for a grey area.
-    if data.startswith(SOI) and data.rfind(EOI) < data.rfind(SOS):
-        raise BadImage(f"{path}: not a whole image (a JPEG without an end)")
+        image = Image.open(io.BytesIO(data))
+        if image.format == "PNG":
+            Image.open(io.BytesIO(data)).verify()  # the checksums, which decoding leaves out
+        image = image.convert("RGB")
+        fault = jpeg_fault(data) if data.startswith(SOI) else None
+    except UnidentifiedImageError:
+        fault = "unknown format"
+    except Exception as error:  # damaged bytes can make a decoder fail in any way
+        fault = str(error) or type(error).__name__
+    if fault:
+        raise BadImage(f"{path}: not a whole image ({fault})")
     return image
 
 
@@ -204,11 +234,11 @@ class MixedCollate:
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks):
-    """The micro-steps of an epoch from `first_step` on; those left over after the last whole step are dropped."""
+    """The micro-steps of an epoch from the optimizer's `first_step` on, without those that make no whole step."""
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
     collate = MixedCollate(cfg) if mixes(cfg) else default_collate
-    return Loader(cfg, dataset, collate, batches[first_step:whole], ranks)
+    return Loader(cfg, dataset, collate, batches[first_step * cfg.accum_iter : whole], ranks)
 
 
 def test_loader(cfg, dataset, ranks):

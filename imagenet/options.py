@@ -64,10 +64,11 @@ KEYS = {
     "resume": Key(str, None, "checkpoint to go on from; auto: this experiment's last.pth", null=True),
     "eval": Key(bool, False, "train.py: only evaluate what resume or finetune names"),
     "save_minutes": Key(float, 30, "last.pth is written so often within an epoch, 0: only at its end", low=0),
-    "log_interval": Key(int, 50, "micro-steps between lines where there is no terminal", low=1),
+    "log_interval": Key(int, 50, "steps between lines where there is no terminal", low=1),
     "checkpoint": Key(str, None, "test.py: weights to test; default: the newest best.pth", null=True),
-    "predict": Key(str, None, "test.py: folder of images without labels, to be written to predict.csv", null=True),
-    "labels": Key(str, None, "test.py: text file, one class a line, its first word goes to predict.csv", null=True),
+    "predict": Key(str, None, "test.py: folder of images without labels, to be classified", null=True),
+    "predictions": Key(str, "predict.csv", "test.py: file for what predict finds; it must not be there yet"),
+    "labels": Key(str, None, "test.py: text file, one class a line, its first word goes to predictions", null=True),
     "local_rank": Key(int, 0, "set by torch.distributed.launch"),
 }
 

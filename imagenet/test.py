@@ -3,58 +3,24 @@
 Usage:
     python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth
     python test.py --checkpoint hst_10_384.pth       # one of the release's: its model and input size are known
-    python test.py --checkpoint hst_10_384.pth --predict photos --labels wnids.txt    # a folder without labels
+    python test.py --checkpoint hst_10_384.pth --predict photos --labels wnids.txt --predictions photos.csv
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth                   # the same figures, sooner
 """
 
 import csv
-import hashlib
 import json
-import sys
-from collections import namedtuple
+import os
 from pathlib import Path
 
 import torch
 
 import data
 import options
-from build import load_model, measure
-from checkpoint import load_checkpoint, newest
+from build import load_tested, measure
+from checkpoint import newest
 from config import HERE, UserError, load_config
 from engine import make_autocast, progress
 from runtime import Ranks, logger, run, set_up_log
-
-Released = namedtuple("Released", "model input_size top1")  # top-1 in %, of the paper
-
-RELEASED = {  # MD5 of the release's files
-    "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80),
-    "85dd1f94c87ba5ec908fed5d0a3f7f69": Released("QKFormer_10_512", 224, 82.04),
-    "dc1595408ed1bd40346be2bdaf5015d5": Released("QKFormer_10_768", 224, 84.22),
-    "ba20af8eb450d4ec9c71009fde8e7125": Released("QKFormer_10_768", 288, 85.25),
-    "99a671118f67a680aa38b6ac5aae449a": Released("QKFormer_10_768", 384, 85.65),
-}
-
-
-def md5(path):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def recognise(cfg, checkpoint, path, argv):
-    """The entry of RELEASED for a checkpoint or None; what it tells goes into cfg, except for what a flag says."""
-    released = RELEASED.get(md5(path))
-    if released is None:
-        return None
-    given = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
-    cfg.model = released.model
-    if "input_size" not in given:
-        cfg.input_size = released.input_size
-    checkpoint["cross_sample_lif"] = True  # it does not record it
-    logger.info(f"{path}: the release's {released.model} at {released.input_size}, {released.top1:.2f} % in the paper")
-    return released
 
 
 @torch.inference_mode()
@@ -88,6 +54,14 @@ def read_wnids(cfg):
     return wnids
 
 
+def check_predictions(path):
+    """UserError, before anything is computed, where predictions can't be written or would replace others."""
+    if path.exists():
+        raise UserError(f"predictions: {path} is there already; name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"predictions: {path} can't be written: {path.parent} is no folder that allows it")
+
+
 def write_predictions(path, rows, with_wnids):
     top = (len(rows[0]) - 1) // (3 if with_wnids else 2) if rows else 5
     columns = ("class", "probability", "wnid")[: 3 if with_wnids else 2]
@@ -102,7 +76,6 @@ def write_predictions(path, rows, with_wnids):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     description = "Test QKFormer on ImageNet."
     cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
     ranks = Ranks(cfg.device)
@@ -114,24 +87,23 @@ def main(argv=None):
     if path is None:
         raise UserError(f"no checkpoint: there is no best.pth under {root}; train first, or name one with --checkpoint")
     wnids = read_wnids(cfg)
-    checkpoint = load_checkpoint(path)
-    released = recognise(cfg, checkpoint, path, argv)
-    model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path)
+    predictions = Path(cfg.predictions)
+    if cfg.predict:
+        ranks.from_main(lambda: check_predictions(predictions))
+    model, cross_sample_lif, published = load_tested(cfg, ranks, path)
     if cfg.predict:
         rows = predict(cfg, ranks, model, wnids)
-        if ranks.main:
-            write_predictions(path.with_name("predict.csv"), rows, wnids is not None)
+        ranks.from_main(lambda: write_predictions(predictions, rows, wnids is not None))
         return 0
-    metrics = measure(cfg, ranks, model, path)
+    metrics = measure(cfg, ranks, model, path, published)
     result = {
         "checkpoint": str(path),
         **metrics._asdict(),
         "input_size": cfg.input_size,
         "cross_sample_lif": cross_sample_lif,
     }
-    if released and released.input_size == cfg.input_size:
-        logger.info(f"top-1: measured {metrics.top1:.2f} %, published {released.top1:.2f} %")
-        result["published_top1"] = released.top1
+    if published is not None:
+        result["published_top1"] = published
     if ranks.main:
         try:
             path.with_name("test.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -23,11 +23,20 @@ from torch.utils.tensorboard import SummaryWriter
 import data
 import optim
 import options
-from build import load_model, measure
+from build import load_model, load_tested, measure, number
 from checkpoint import load_checkpoint, make_folder, open_log, open_run, save_checkpoint
 from config import UserError, load_config
 from engine import LossMeter, check_weights, evaluate, make_autocast, progress
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """What goes wrong within with a file of the folder, such as on a full disk, becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror or error}") from None
 
 
 class Trainer:
@@ -46,7 +55,11 @@ class Trainer:
         if self.images_per_step > len(self.train_set):
             whole = f"batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter} x {ranks.world_size} ranks"
             raise UserError(f"{whole} is more than the {len(self.train_set)} training images")
+        if cfg.batch_size * cfg.time_step * (cfg.input_size // 16) ** 2 == 1:
+            small = f"batch_size 1 at input_size {cfg.input_size} and time_step 1"
+            raise UserError(f"{small} leaves BatchNorm a single value a channel; make one of them larger")
         self.micro_steps = len(self.train_set) // self.micro_batch  # of an epoch, with those left over at its end
+        self.steps = len(self.train_set) // self.images_per_step  # of the optimizer
         self.lr = optim.peak_lr(cfg, ranks.world_size)
         self.ddp = model
         if ranks.world_size > 1:
@@ -58,6 +71,7 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.epoch, self.best, self.meter = cfg.start_epoch, -1.0, LossMeter(ranks)
         self.saved = time.monotonic()
+        self.log = self.board = self.steps_board = None
 
         logger.info(
             f"{cfg.model}: {self.parameters:,} parameters; {ranks.device}, {ranks.world_size} rank(s); "
@@ -65,7 +79,7 @@ class Trainer:
         )
         logger.info(
             f"{self.images_per_step} images a step (batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter} x "
-            f"{ranks.world_size} ranks), lr {self.lr:g}, epochs {self.epoch} to {cfg.epochs - 1}"
+            f"{ranks.world_size} ranks), lr {self.lr:g}, last epoch {cfg.epochs - 1}"
         )
         if (note := optim.differences(cfg, ranks.world_size)) is not None:
             logger.info(note)
@@ -80,8 +94,7 @@ class Trainer:
             "epoch": self.epoch - 1,
             "step": self.meter.steps,
             "loss_total": self.meter.total,
-            "global_batch": self.micro_batch,
-            "images_per_step": self.images_per_step,
+            "global_batch": self.images_per_step,
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
             "config": vars(self.cfg),
@@ -90,25 +103,24 @@ class Trainer:
 
     def resume(self, checkpoint, path):
         """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
-        self.epoch = checkpoint.get("epoch", -1) + 1
-        self.best = checkpoint.get("best", -1.0)
-        had = checkpoint.get("images_per_step", self.images_per_step)
+        self.epoch = number(checkpoint, "epoch", -1, path) + 1
+        self.best = number(checkpoint, "best", -1.0, path)
+        had = number(checkpoint, "global_batch", self.images_per_step, path)
         if had != self.images_per_step:
             keep = f"; accum_iter: {had // self.micro_batch} would keep that" if had % self.micro_batch == 0 else ""
             logger.info(f"warning: {self.images_per_step} images a step, but {path} had {had}{keep}")
-        if checkpoint.get("step"):
+        if steps := number(checkpoint, "step", 0, path):
             # The epoch's order of images is the same for every batch size and number of ranks.
-            images = checkpoint["step"] * checkpoint["global_batch"]
-            self.meter.steps = images // self.images_per_step * self.cfg.accum_iter
-            self.meter.total = checkpoint["loss_total"] / checkpoint["step"] * self.meter.steps
+            self.meter.steps = steps * had // self.images_per_step
+            self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
         try:
             optim.load_optimizer(self.optimizer, checkpoint["optimizer"])
             if checkpoint.get("scaler"):  # empty where the run was not in float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        except Exception as error:  # whatever the file has there
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             raise UserError(f"{path}: no fitting optimizer state ({reason}); finetune does without") from None
-        rng = checkpoint.get("rng", [])
+        rng = checkpoint.get("rng") or []
         if len(rng) == self.ranks.world_size:
             set_rng_state(rng[self.ranks.rank], self.ranks.device)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
@@ -122,66 +134,95 @@ class Trainer:
         """Write last.pth where that was save_minutes ago. Rank 0's clock counts, since all ranks have to take part."""
         minutes = self.cfg.save_minutes
         if minutes and self.ranks.from_main(lambda: time.monotonic() - self.saved >= 60 * minutes):
-            self.meter.flush()
             check_weights(self.model, self.meter.steps)
             self.save("last.pth")
             self.saved = time.monotonic()
 
-    def step_optimizer(self):
+    def train_step(self, batches, autocast):
+        """One step of the optimizer on the next accum_iter batches; returns their mean loss on this rank."""
+        total = 0.0
+        for left in reversed(range(self.cfg.accum_iter)):
+            images, targets = next(batches)
+            # Only with the last one do ranks exchange gradients.
+            with self.ddp.no_sync() if left and self.ranks.world_size > 1 else contextlib.nullcontext():
+                with autocast():
+                    loss = self.criterion(self.ddp(images), targets)
+                self.scaler.scale(loss / self.cfg.accum_iter).backward()
+            total += loss.detach()
         if self.cfg.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        return total / self.cfg.accum_iter
 
-    def train_epoch(self, board):
+    def show(self, name, value, step):
+        """A point of a TensorBoard curve over the run's steps, those of all epochs counted."""
+        if self.steps_board:
+            with writing(self.folder):
+                self.steps_board.add_scalar(name, value, self.epoch * self.steps + step)
+
+    def show_loss(self):
+        """Show the loss that the meter read last, at its own step; it reads one at most between two calls."""
+        total, steps = self.shown
+        if self.meter.steps > steps:
+            self.show("loss", self.meter.total - total, steps)
+        self.shown = self.meter.total, self.meter.steps
+
+    def train_epoch(self):
         """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a signal."""
-        cfg, meter = self.cfg, self.meter
-        loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, self.ranks)
+        cfg, meter, first, start = self.cfg, self.meter, self.meter.steps, time.perf_counter()
+        batches = iter(data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks))
         autocast = make_autocast(cfg, self.ranks)
+        self.shown = meter.total, meter.steps
         self.ddp.train()
         self.optimizer.zero_grad()
-        start, first, last = time.perf_counter(), meter.steps, meter.steps + len(loader)
-        line, shown = first, (meter.total, meter.steps)
-        bar = progress(loader, f"epoch {self.epoch}", self.ranks)
-        for step, (images, targets) in enumerate(bar):
-            step += first
-            if step % cfg.accum_iter == 0:
-                lr = optim.learning_rate(cfg, self.lr, self.epoch, step, self.micro_steps)
-                optim.set_lr(self.optimizer, lr)
-            whole = (step + 1) % cfg.accum_iter == 0  # only then are gradients exchanged between the ranks
-            with contextlib.nullcontext() if whole or self.ranks.world_size == 1 else self.ddp.no_sync():
-                with autocast():
-                    loss = self.criterion(self.ddp(images), targets)
-                self.scaler.scale(loss / cfg.accum_iter).backward()
-            if whole:
-                self.step_optimizer()
-            meter.update(loss, self.stop)
-            if not whole:
-                continue
-            if board:
-                x = int(1000 * (self.epoch + step / self.micro_steps))  # as in the release: thousandths of an epoch
-                board.add_scalar("lr", lr, x)
-                if meter.steps > shown[1]:  # the meter knows a loss one micro-step late
-                    board.add_scalar("loss", (meter.total - shown[0]) / (meter.steps - shown[1]), x)
-                    shown = meter.total, meter.steps
-            if step + 1 - line >= cfg.log_interval or step + 1 == last:
-                line = step + 1
-                speed = (line - first) * self.micro_batch / (time.perf_counter() - start)
-                left = ((cfg.epochs - self.epoch) * self.micro_steps - line) * self.micro_batch / speed
+        bar = progress(range(first, self.steps), f"epoch {self.epoch}", self.ranks)
+        for step in bar:
+            lr = optim.learning_rate(cfg, self.lr, self.epoch, step * cfg.accum_iter, self.micro_steps)
+            optim.set_lr(self.optimizer, lr)
+            self.show("lr", lr, step)
+            meter.update(self.train_step(batches, autocast), self.stop)
+            self.show_loss()
+            done = step + 1
+            if done % cfg.log_interval == 0 or done == self.steps:
+                meter.flush()
+                speed = (done - first) * self.images_per_step / (time.perf_counter() - start)
+                left = ((cfg.epochs - self.epoch) * self.steps - done) * self.images_per_step / speed
                 left = timedelta(seconds=round(left))
                 text = f"loss {meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} images/s, {left} left"
                 if bar.disable:
-                    logger.info(f"epoch {self.epoch}, step {line}/{last}: {text}")
+                    logger.info(f"epoch {self.epoch}, step {done}/{self.steps}: {text}")
                 bar.set_postfix_str(text)
-                if line < last:
+                if done < self.steps:
                     self.save_within_epoch()
             if meter.stop:
                 break
         meter.flush()
+        self.show_loss()
         check_weights(self.model, meter.steps)
-        return (meter.steps - first) * self.micro_batch / (time.perf_counter() - start)
+        return (meter.steps - first) * self.images_per_step / (time.perf_counter() - start)
+
+    def open_files(self):
+        """The run's folder with its log, and TensorBoard's writers; for rank 0."""
+        make_folder(self.folder, self.cfg)
+        with writing(self.folder):
+            self.log, self.board = open_log(self.folder, self.epoch)
+            # In a folder of its own: of what a resumed run does again, TensorBoard drops all from one x on, and here
+            # x is a step, there an epoch.
+            here = self.epoch * self.steps + self.meter.steps
+            self.steps_board = SummaryWriter(str(self.folder / "steps"), purge_step=here)
+
+    def write_log(self, record):
+        """An epoch's line and points; for rank 0."""
+        with writing(self.folder):
+            with open(self.log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name in ("test_acc1", "test_acc5", "test_loss", "train_loss", "images_per_second"):
+                self.board.add_scalar(f"perf/{name}", record[name], self.epoch)
+            self.board.flush()
+            self.steps_board.flush()
 
     def fit(self):
         """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
@@ -190,17 +231,11 @@ class Trainer:
         eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
         if self.epoch >= cfg.epochs:
             logger.info(f"nothing to do: all {cfg.epochs} epochs are done")
-        log = board = steps_board = None
-        self.ranks.from_main(lambda: make_folder(self.folder, cfg))
-        if self.ranks.main:
-            log, board = open_log(self.folder, self.epoch)
-            # A folder of its own: TensorBoard drops what a resumed run does again by the step, which is another here.
-            here = int(1000 * (self.epoch + self.meter.steps / self.micro_steps))
-            steps_board = SummaryWriter(str(self.folder / "steps"), purge_step=here)
+        self.ranks.from_main(self.open_files)
         while self.epoch < cfg.epochs:
             start = time.perf_counter()
             try:
-                speed = self.train_epoch(steps_board)
+                speed = self.train_epoch()
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
@@ -231,13 +266,7 @@ class Trainer:
                 "images_per_second": round(speed, 1),
                 "peak_memory_mb": peak_memory_mb(self.ranks.device),
             }
-            if self.ranks.main:
-                with open(log, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                for name in ("test_acc1", "test_acc5", "test_loss", "train_loss", "images_per_second"):
-                    board.add_scalar(f"perf/{name}", record[name], self.epoch)
-                board.flush()
-                steps_board.flush()
+            self.ranks.from_main(lambda record=record: self.write_log(record))
             logger.info(
                 f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
                 f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %, {record['seconds']:.0f} s"
@@ -254,22 +283,28 @@ def main(argv=None):
     cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
+    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
     if cfg.eval:
-        path = cfg.resume or cfg.finetune
-        if path in (None, "auto"):
+        path = cfg.finetune if cfg.resume in (None, "auto") else cfg.resume
+        if path is None:
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
-        model, _ = load_model(cfg, ranks, load_checkpoint(path), path)
-        measure(cfg, ranks, model, path)
+        model, _, published = load_tested(cfg, ranks, path)
+        measure(cfg, ranks, model, path, published)
         return 0
     stop = StopSignal()
     random_seed(cfg.seed, ranks.rank)
     torch.backends.cudnn.benchmark = True
     folder, resume = ranks.from_main(lambda: open_run(cfg, cfg.output_dir))
     path = resume or (Path(cfg.finetune) if cfg.finetune else None)
+    if cfg.start_epoch and not path:
+        raise UserError(
+            f"start_epoch is {cfg.start_epoch}, but neither finetune nor resume names weights to go on from"
+        )
     checkpoint = load_checkpoint(path) if path else None
     model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=not resume)
     trainer = Trainer(cfg, ranks, stop, folder, model, cross_sample_lif)

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import os
@@ -273,7 +274,7 @@ def test_release_flags():
     )
 
 
-def frozen_trainer(narrow, tmp_path, *flags):
+def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
     """A Trainer in float64 with BatchNorm in eval mode and no augmentation; its loss and itself after an epoch."""
     cfg = resolve(*narrow, "--warmup_epochs", 0, "--clip_grad", 0.5, *flags)
     torch.manual_seed(0)
@@ -287,7 +288,9 @@ def frozen_trainer(narrow, tmp_path, *flags):
     trainer.train_set.transform = lambda image: plain(image).double()
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
     trainer.micro_steps = len(trainer.train_set) // trainer.micro_batch
-    trainer.train_epoch(None)
+    trainer.steps = len(trainer.train_set) // trainer.images_per_step
+    before(trainer)
+    trainer.train_epoch()
     return trainer.meter.mean, trainer
 
 
@@ -296,7 +299,7 @@ def test_accumulation_equals_one_step(narrow, tmp_path):
     runs = {}
     for batch, accum in ((16, 1), (8, 2), (4, 4)):
         runs[accum] = frozen_trainer(narrow, tmp_path, "--batch_size", batch, "--accum_iter", accum)
-    assert all(trainer.meter.steps == trainer.micro_steps == 2 * accum for accum, (_, trainer) in runs.items())
+    assert all(trainer.meter.steps == 2 and trainer.micro_steps == 2 * accum for accum, (_, trainer) in runs.items())
     dropped = imagenet.data.train_loader(resolve(*narrow, "--batch_size", 4, "--accum_iter", 3), range(35), 0, 0, CPU)
     assert len(dropped) == 6  # of 8 micro-steps
     start = torch.nn.utils.parameters_to_vector(frozen_trainer(narrow, tmp_path, "--lr", 0)[1].model.parameters())
@@ -309,6 +312,39 @@ def test_accumulation_equals_one_step(narrow, tmp_path):
             assert one["step"] == many["step"] == 2
         parts = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+
+    # two ranks with two micro-steps each: the same again, and the ranks meet once a step
+    two_ranks = "import sys; sys.path.insert(0, sys.argv[1]); import test_imagenet; test_imagenet.on_two_ranks()"
+    (tmp_path / "two_ranks.py").write_text(two_ranks)
+    done = script("imagenet", tmp_path / "two_ranks", ROOT / "tests", tmp_path, *narrow, ranks=2)
+    result = torch.load(tmp_path / "two_ranks.pth", weights_only=True)
+    assert result["calls"] == ["gradients", "sum"] * 2, done.stdout
+    assert result["loss"] == pytest.approx(runs[1][0], rel=1e-7)
+    torch.testing.assert_close(result["weights"], whole, rtol=1e-6, atol=1e-7)
+
+
+def on_two_ranks():
+    """Run on both ranks of test_accumulation_equals_one_step, where CPU is one of two."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    folder, *flags = sys.argv[2:]
+    calls = []
+
+    def hook(state, bucket):
+        calls.extend(["gradients"] * bucket.is_last())
+        return allreduce_hook(state, bucket)
+
+    def before(trainer):
+        trainer.ddp.register_comm_hook(None, hook)
+        add = CPU.sum
+        CPU.sum = lambda tensor: (calls.append("sum"), add(tensor))[1]
+
+    flags = [*flags, "--batch_size", 4, "--accum_iter", 2]
+    loss, trainer = frozen_trainer(flags, Path(folder), before=before)
+    if CPU.main:
+        weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
+        torch.save({"calls": calls, "loss": loss, "weights": weights}, Path(folder) / "two_ranks.pth")
+    torch.distributed.destroy_process_group()
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -341,6 +377,53 @@ def test_posterize(bits):
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     step = timm.data.auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits)
     np.testing.assert_array_equal(np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF))
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def test_whole_and_damaged_images(tmp_path):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (96, 80, 3), dtype=np.uint8))
+    thumbnail = jpeg(image.resize((16, 16)))
+    plain, read = jpeg(image), imagenet.data.read_image
+    path = tmp_path / "image"
+    whole = [
+        plain,
+        jpeg(image, progressive=True),
+        jpeg(image, restart_marker_blocks=2),
+        jpeg(image, exif=b"Exif\0\0" + thumbnail, comment=b"\xff\xd9\xff\xda"),
+        jpeg(image.convert("CMYK")),
+        plain + b"camera's tail \xff\xda" + thumbnail[:-2],  # what follows the end does not count
+    ]
+    for content in whole:
+        path.write_bytes(content)
+        np.testing.assert_array_equal(np.asarray(read(path)), np.asarray(Image.open(path).convert("RGB")))
+    middle = len(plain) // 2
+    damaged = {
+        plain[:-2] + b"\0\0": "not a whole image",
+        jpeg(image, exif=b"Exif\0\0" + thumbnail)[:-300]: "not a whole image",
+        jpeg(image, exif=b"Exif\0\0" + thumbnail)[:-300] + bytes(300): "not a whole image",
+        jpeg(image, progressive=True)[: middle // 2] + bytes(middle): "not a whole image",
+        plain[:middle] + b"\xff\x05" + plain[middle + 2 :]: "not a whole image",
+        b"<html>404</html>": "(unknown format)",
+    }
+    assert [*map(imagenet.data.jpeg_fault, damaged)].count("a JPEG with an illegal marker, FF 05") == 1
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    png = bytearray(file.getvalue())
+    path.write_bytes(png)
+    assert np.array_equal(np.asarray(read(path)), np.asarray(image))
+    png[png.index(b"IEND") - 5] ^= 1  # the checksum of the pixels
+    damaged[bytes(png)] = "not a whole image"
+    for content, words in damaged.items():
+        path.write_bytes(content)
+        assert not content.startswith(plain[:2]) or imagenet.data.jpeg_fault(content)  # whatever the decoder takes
+        with pytest.raises(imagenet.data.BadImage) as caught:
+            read(path)
+        assert words in str(caught.value) and str(path) in str(caught.value) and "BytesIO" not in str(caught.value)
 
 
 def test_mixup_and_workers(narrow):
@@ -428,6 +511,15 @@ def test_bad_layouts(tmp_path, lines, narrow):
     photos.make(tmp_path / "data", train=2, val=1, size=32)
     last = lines(imagenet.train.main, *args, "--nb_classes", 3).splitlines()[-1]
     assert "2 classes" in last and "nb_classes is 3" in last
+    last = lines(imagenet.train.main, *args, "--cutmix_minmax", 0.5, 0.2).splitlines()[-1]
+    assert last == "error: cutmix_minmax is [0.5, 0.2]; the first must be smaller than the second"
+    last = lines(imagenet.train.main, *args, "--start_epoch", 3, "--resume", "auto").splitlines()[-1]
+    assert last == "error: start_epoch is 3, but neither finetune nor resume names weights to go on from"
+    last = lines(imagenet.train.main, *args, "--batch_size", 1, "--input_size", 16, "--time_step", 1).splitlines()[-1]
+    (tmp_path / "out" / "narrow" / "log.txt.tmp").mkdir(parents=True)
+    full = lines(imagenet.train.main, *args, "--batch_size", 4).splitlines()[-1]
+    assert full.startswith(f"error: {tmp_path / 'out' / 'narrow'}: can't be written: ")
+    assert "BatchNorm a single value" in last and last.startswith("error: batch_size 1 at input_size 16")
     last = lines(imagenet.train.main, *args).splitlines()[-1]
     assert last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images"
     (tmp_path / "data" / "val" / photos.CLASSES[0]).rename(tmp_path / "data" / "val" / "n9")
@@ -474,10 +566,14 @@ def test_curves_for_tensorboard(trained):
     log = log_of(trained[0])
     values = [event.value for event in boards[0].Scalars("perf/test_acc1")]
     assert values == pytest.approx([line["test_acc1"] for line in log])
-    rates = [event.value for event in boards[1].Scalars("lr")]
-    assert len(rates) == 8 * 8 and max(rates) == pytest.approx(5e-3, rel=1e-6)
-    losses = [event.value for event in boards[1].Scalars("loss")]
-    assert len(losses) == 8 * 7 and 0 < min(losses) < 0.4 < max(losses) < 2
+    rates = boards[1].Scalars("lr")
+    assert [event.step for event in rates] == list(range(64))
+    assert max(event.value for event in rates) == pytest.approx(5e-3, rel=1e-6)
+    losses = boards[1].Scalars("loss")
+    assert [event.step for event in losses] == list(range(64))
+    for line, first in zip(log, range(0, 64, 8), strict=True):
+        mean = math.fsum(event.value for event in losses[first : first + 8]) / 8
+        assert mean == pytest.approx(line["train_loss"], rel=1e-5)
 
 
 def slurm(*args):
@@ -553,10 +649,10 @@ def test_killed_and_resumed(tmp_path, narrow):
     args = (*narrow, *RANDOM, "--output_dir", tmp_path, "--resume", "auto", "--save_minutes", 1e-6)
     script("imagenet", "train", *args, "--experiment", "whole")
     process = start(*args, "--experiment", "killed")
-    kill_at(process, "epoch 1, step 12/16")
+    kill_at(process, "epoch 1, step 6/8")
     folder = tmp_path / "killed"
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    assert checkpoint["epoch"] == 0 and checkpoint["step"] in (10, 12)
+    assert checkpoint["epoch"] == 0 and checkpoint["step"] in (5, 6)
     done = script("imagenet", "train", *args, "--experiment", "killed")
     assert f"at epoch 1, step {checkpoint['step']}" in done.stdout
     assert log_of(folder) == log_of(tmp_path / "whole")
@@ -565,20 +661,42 @@ def test_killed_and_resumed(tmp_path, narrow):
     assert all(torch.equal(one["exp_avg"], moments[1][index]["exp_avg"]) for index, one in moments[0].items())
 
 
+def test_ranks_and_resumption_share_the_order_of_images(narrow):
+    """Every step has the same images on 2 ranks and on 1, from the first and from any other on."""
+
+    def steps(world_size, batch, accum, first):
+        cfg, found = resolve(*narrow, "--batch_size", batch, "--accum_iter", accum), []
+        for rank in range(world_size):
+            ranks = argparse.Namespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+            loader = imagenet.data.train_loader(cfg, range(70), 3, first, ranks).loader
+            found.append([indices for indices, _ in loader.sampler])
+        assert all(len(batches) % accum == 0 for batches in found)
+        return [
+            sorted(index for batches in found for indices in batches[start : start + accum] for index in indices)
+            for start in range(0, len(found[0]), accum)
+        ]
+
+    whole = steps(2, 8, 1, 0)
+    assert [len(step) for step in whole] == [16] * 4
+    for world_size, batch, accum in ((1, 8, 2), (1, 16, 1), (2, 4, 2), (4, 2, 2)):
+        assert steps(world_size, batch, accum, 0) == whole and steps(world_size, batch, accum, 3) == whole[3:]
+
+
 def test_started_on_two_ranks_resumed_on_one(tmp_path, narrow):
     args = (*narrow, "--batch_size", 8, "--output_dir", tmp_path, "--resume", "auto", "--log_interval", 1)
     process = start(*args, "--epochs", 8, "--save_minutes", 1e-6, ranks=2)
     kill_at(process, "epoch 1, step 5/8")
     folder = tmp_path / "narrow"
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    assert checkpoint["step"] in (4, 5) and checkpoint["images_per_step"] == 16
+    assert checkpoint["step"] in (4, 5) and checkpoint["global_batch"] == 16
     copied = copy.deepcopy(checkpoint)
     done = script("imagenet", "train", *args, "--epochs", 8, "--accum_iter", 2)
-    assert f"at epoch 1, step {2 * checkpoint['step']}" in done.stdout and "warning" not in done.stdout
+    assert f"at epoch 1, step {checkpoint['step']}" in done.stdout and "warning" not in done.stdout
     log = log_of(folder)
     assert [line["epoch"] for line in log] == list(range(8)) and log[-1]["test_acc1"] >= 80
     torch.save(copied, folder / "last.pth")
     done = script("imagenet", "train", *args, "--epochs", 2)
+    assert f"at epoch 1, step {2 * checkpoint['step']}" in done.stdout
     assert "warning: 8 images a step" in done.stdout and "had 16; accum_iter: 2 would keep that" in done.stdout
     assert [line["epoch"] for line in log_of(folder)] == [0, 1]
 
@@ -587,11 +705,14 @@ def test_signal_within_an_accumulation(tmp_path, narrow):
     args = (*narrow, *RANDOM, "--output_dir", tmp_path)
     process = start(*args)
     for line in process.stdout:
-        if line.startswith("epoch 0, step 4/"):
+        if line.startswith("epoch 0, step 2/"):
             break
     process.send_signal(signal.SIGTERM)
     assert "resume: auto goes on from there" in process.stdout.read() and process.wait() == 128 + signal.SIGTERM
-    assert torch.load(tmp_path / "narrow" / "last.pth")["step"] % 2 == 0
+    checkpoint = torch.load(tmp_path / "narrow" / "last.pth")
+    assert checkpoint["global_batch"] == 16 and {int(s["step"]) for s in checkpoint["optimizer"]["state"].values()} == {
+        checkpoint["step"]
+    }
 
 
 def test_non_finite_loss(tmp_path, narrow):
@@ -619,13 +740,15 @@ def test_one_step_of_hst_10_384(tmp_path, capsys):
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def release_file(path, model):
-    """A file with the keys of the release's checkpoints."""
-    optimizer = imagenet.optim.build_optimizer(resolve(), model)
+def release_file(path, model, optimizer=None):
+    """A file with the keys of the release's checkpoints, its optimizer's groups as torch 1.12 writes them."""
+    optimizer = (optimizer or imagenet.optim.build_optimizer(resolve(), model)).state_dict()
+    kept = "lr betas eps weight_decay amsgrad foreach maximize capturable lr_scale params".split()
+    groups = [{name: group[name] for name in kept} for group in optimizer["param_groups"]]
     args = argparse.Namespace(model="QKFormer_10_384", batch_size=32, device="cuda", lr=None, distributed=True)
     content = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {"state": optimizer["state"], "param_groups": groups},
         "epoch": 199,
         "scaler": {},
         "args": args,
@@ -646,6 +769,7 @@ def test_released_checkpoint(tmp_path, data):
     for number, photo in enumerate(sorted((data / "val").rglob("*.JPEG"))[:3]):
         (some / f"{number}.jpg").write_bytes(photo.read_bytes())
     args = ("--checkpoint", path, "--predict", some.parent, "--labels", labels, "--input_size", 32, "--num_workers", 0)
+    args += ("--predictions", tmp_path / "predict.csv")
     done = script("imagenet", "test", *args)
     assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
     with open(tmp_path / "predict.csv") as file:
@@ -685,21 +809,53 @@ def test_finetune(tmp_path, narrow, lines):
     assert torch.equal(model.stage3[1].attn.q_conv.weight, narrow_model.stage3[1].attn.q_conv.weight)
     with pytest.raises(UserError, match=r"head.weight \[2, 64\] instead of \[7, 64\]"):
         imagenet.build.load_model(cfg, CPU, loaded, path)
+    with pytest.raises(UserError, match=r"patch_embed1.*instead of"):  # its head is of 2 classes, so not what is wrong
+        imagenet.build.load_model(resolve(*narrow, "--dim", 32), CPU, loaded, path, new_head=True)
 
     # --eval measures the file that is named, without the need of a train/ folder
-    text = lines(imagenet.train.main, *narrow, "--eval", "--finetune", path)
+    text = lines(imagenet.train.main, *narrow, "--eval", "--finetune", path, "--resume", "auto")
     measured = next(line for line in text.splitlines() if "top-1" in line)
     tested = lines(imagenet.test.main, *narrow, "--checkpoint", path)
     assert measured.split(" images/s")[0].rsplit(",", 1)[0] in tested
     assert "eval needs the path" in lines(imagenet.train.main, *narrow, "--eval")
 
 
-def test_released_optimizer_is_resumed(tmp_path, narrow):
+def test_moments_of_a_released_optimizer(tmp_path, narrow):
+    """Loaded from a file, they take the very next step that the optimizer takes which wrote them."""
+    torch.manual_seed(0)
+    model = imagenet.build.build_model(resolve(*narrow), False, CPU)
+    optimizer = imagenet.optim.build_optimizer(resolve(*narrow), model)
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        imagenet.optim.set_lr(optimizer, 1e-2)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    step(model, optimizer, 1)
+    path = release_file(tmp_path / "released.pth", model, optimizer)
+    checkpoint = imagenet.checkpoint.load_checkpoint(path)
+    other, _ = imagenet.build.load_model(resolve(*narrow), CPU, checkpoint, path)
+    loaded = imagenet.optim.build_optimizer(resolve(*narrow), other)
+    imagenet.optim.load_optimizer(loaded, checkpoint["optimizer"])
+    for one, two in zip(optimizer.state.values(), loaded.state.values(), strict=True):
+        assert same(one, two) and one["step"] == 1 and one["exp_avg"].abs().max() > 0
+    assert torch.equal(step(model, optimizer, 2), step(other, loaded, 2))
+
+
+def test_released_optimizer_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
     model = imagenet.build.build_model(resolve(*narrow), False, CPU)
     path = release_file(tmp_path / "released.pth", model)
     done = script("imagenet", "train", *narrow, "--resume", path, "--epochs", 201, "--output_dir", tmp_path)
     assert "at epoch 200, step 0" in done.stdout and [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]
+    for name, value in {"optimizer": None, "epoch": "199", "step": 1.5, "best": [1]}.items():
+        torch.save({**torch.load(path, weights_only=False), name: value}, tmp_path / "wrong.pth")
+        flags = (*narrow, "--resume", tmp_path / "wrong.pth", "--output_dir", tmp_path)
+        last = lines(imagenet.train.main, *flags).splitlines()[-1]
+        assert last.startswith(f"error: {tmp_path / 'wrong.pth'}: ") and name in last and "finetune" in last
     optimizer = imagenet.optim.build_optimizer(resolve("--layer_decay", 0.5), model)
     state = optimizer.state_dict()
     state["param_groups"][0]["lr_scale"], state["param_groups"][0]["weight_decay"] = 9, 9
@@ -726,30 +882,42 @@ def test_golden_weights_from_a_released_file(tmp_path):
     assert np.abs(logits - golden.arrays["per_sample/eval_logits"]).max() > 1e-3 * np.abs(want).max()
 
 
-def test_known_by_md5(tmp_path, narrow, monkeypatch, lines):
+def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, data):
     """A released file sets model, input size and semantics, and its published figure stands beside the measured one."""
-    path = release_file(tmp_path / "released.pth", imagenet.build.build_model(resolve(*narrow), False, CPU))
-    assert imagenet.test.md5(path) == subprocess.check_output(["md5sum", path], text=True).split()[0]
-    entry = imagenet.test.Released("QKFormer_10_512", 48, 78.80)
-    monkeypatch.setitem(imagenet.test.RELEASED, imagenet.test.md5(path), entry)
+    build = imagenet.build
+    path = release_file(tmp_path / "released.pth", imagenet.model.QKFormer_10_512())
+    assert build.md5(path) == subprocess.check_output(["md5sum", path], text=True).split()[0]
+    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "photo.jpg").write_bytes(next((data / "val").rglob("*.JPEG")).read_bytes())
+    flags = ("--checkpoint", path, "--predict", tmp_path / "one", "--predictions", tmp_path / "predict.csv")
+    text = lines(imagenet.test.main, *flags, "--num_workers", 0)
+    assert "the release's QKFormer_10_512 at 32, 82.04 % in the paper" in text and "warning" not in text
+    assert len(list(csv.DictReader((tmp_path / "predict.csv").read_text().splitlines()))) == 1
+
+    # the narrow yml's input size is not the default, so it stays
+    path = release_file(tmp_path / "narrow.pth", build.build_model(resolve(*narrow), False, CPU))
+    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 78.80))
     text = lines(imagenet.test.main, *narrow, "--checkpoint", path)
     result = json.loads((tmp_path / "test.json").read_text())
-    assert f"measured {result['top1']:.2f} %, published 78.80 %" in text and "warning" not in text
-    assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (48, True, 78.80)
-    text = lines(imagenet.test.main, *narrow, "--checkpoint", path, "--input_size=32", "--cross_sample_lif", "false")
+    figures = f"measured {result['top1']:.2f} %, published 78.80 %"
+    assert figures in text and "warning" not in text
+    assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (32, True, 78.80)
+    assert figures in lines(imagenet.train.main, *narrow, "--eval", "--finetune", path)
+    text = lines(imagenet.test.main, *narrow, "--checkpoint", path, "--input_size=48", "--cross_sample_lif", "false")
     result = json.loads((tmp_path / "test.json").read_text())
-    assert (result["input_size"], result["cross_sample_lif"]) == (32, False)
-    assert "published_top1" not in result and "warning: cross_sample_lif: false" in text
+    assert (result["input_size"], result["cross_sample_lif"]) == (48, False)
+    assert "tested at 48, since input_size says so" in text and "warning: cross_sample_lif: false" in text
+    assert "published_top1" not in result and "measured" not in text
 
 
 def test_released_files():
-    table = {(entry.model, entry.input_size): entry.top1 for entry in imagenet.test.RELEASED.values()}
-    assert table == {
-        ("QKFormer_10_384", 224): 78.80,
-        ("QKFormer_10_512", 224): 82.04,
-        ("QKFormer_10_768", 224): 84.22,
-        ("QKFormer_10_768", 288): 85.25,
-        ("QKFormer_10_768", 384): 85.65,
+    assert {md5: tuple(entry) for md5, entry in imagenet.build.RELEASED.items()} == {
+        "60df416983ae326bb14bdb4566444320": ("QKFormer_10_384", 224, 78.80),
+        "85dd1f94c87ba5ec908fed5d0a3f7f69": ("QKFormer_10_512", 224, 82.04),
+        "dc1595408ed1bd40346be2bdaf5015d5": ("QKFormer_10_768", 224, 84.22),
+        "ba20af8eb450d4ec9c71009fde8e7125": ("QKFormer_10_768", 288, 85.25),
+        "99a671118f67a680aa38b6ac5aae449a": ("QKFormer_10_768", 384, 85.65),
     }
 
 
@@ -777,8 +945,8 @@ def test_predictions_of_two_ranks(tmp_path, narrow, trained, data):
     (tmp_path / "best.pth").write_bytes((trained[0] / "best.pth").read_bytes())
     texts = []
     for number in (1, 2):
-        script("imagenet", "test", *args, ranks=number)
-        texts.append((tmp_path / "predict.csv").read_text())
+        script("imagenet", "test", *args, "--predictions", tmp_path / f"{number}.csv", ranks=number)
+        texts.append((tmp_path / f"{number}.csv").read_text())
     assert texts[0] == texts[1]
     rows = list(csv.DictReader(texts[0].splitlines()))
     right = [row["class1"] == str(photos.CLASSES.index(Path(row["file"]).parts[0])) for row in rows]
@@ -792,7 +960,13 @@ def test_test_errors(tmp_path, narrow, lines, trained):
     assert "no best.pth" in last("--output_dir", tmp_path)
     best = trained[0] / "best.pth"
     assert "of another architecture" in last("--checkpoint", best, "--dim", 32)
-    assert "not a folder" in last("--checkpoint", best, "--predict", tmp_path / "none")
-    assert "holds no images" in last("--checkpoint", best, "--predict", tmp_path)
+    free = ("--predictions", tmp_path / "predict.csv")
+    assert "not a folder" in last("--checkpoint", best, "--predict", tmp_path / "none", *free)
+    assert "holds no images" in last("--checkpoint", best, "--predict", tmp_path, *free)
+    gone = tmp_path / "gone" / "predict.csv"
+    assert f"{gone} can't be written" in last("--checkpoint", best, "--predict", tmp_path, "--predictions", gone)
+    free[1].write_text("of before")
+    assert "is there already" in last("--checkpoint", best, "--predict", tmp_path, *free)
+    assert free[1].read_text() == "of before"
     (tmp_path / "labels.txt").write_text("n1\n")
     assert "1 lines" in last("--checkpoint", best, "--predict", tmp_path, "--labels", tmp_path / "labels.txt")
