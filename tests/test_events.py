@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -710,7 +711,10 @@ def log_of(run):
 def kill_when(condition, folder, *args):
     """Start train.py and SIGKILL it as soon as condition() holds."""
     command = [sys.executable, "train.py", *map(str, args)]
-    process = subprocess.Popen(command, cwd=ROOT / folder.name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as script(): with other threads sums round otherwise
+    process = subprocess.Popen(
+        command, cwd=ROOT / folder.name, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not condition():
         assert process.poll() is None and time.time() < deadline
