@@ -34,11 +34,14 @@ class MultiStepLIF(neuron.LIFNode):
         backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 / float16 / bfloat16),
             "spikingjelly" (its functional LIF), or "auto": cupy on a GPU where CuPy works, else
             spikingjelly there, torch on any other device and in float64.
+        fused: whether the layer that ends in this neuron may run fused, see layer.py. Default True.
+        save_bytes: whether that layer's input may wait for the backward pass as bytes; it must then be whole numbers
+            from 0 to 255, as spikes and sums of spikes are. Default False.
 
     Raises ValueError for a tau or a backend out of these, RuntimeError where cupy is asked for and can't run.
     """
 
-    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto"):
+    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto", fused=True, save_bytes=False):
         if tau <= 1.0:
             raise ValueError(f"tau is {tau}; it must be larger than 1")
         if backend not in BACKENDS:
@@ -51,6 +54,8 @@ class MultiStepLIF(neuron.LIFNode):
             step_mode="m",
         )
         self.backend = backend
+        self.fused = fused
+        self.save_bytes = save_bytes
 
     def supported_step_mode(self):
         return ("m",)
@@ -86,12 +91,12 @@ def _resolve(backend, device_type, dtype):
             error = f"does not take {dtype}"
         if error is not None:
             raise RuntimeError(f"the cupy backend of the LIF neuron can't run: {error}")
-    _log(f"LIF neurons: {name} backend on {device_type}{why}")
+    say(f"LIF neurons: {name} backend on {device_type}{why}")
     return name
 
 
 @functools.cache
-def _log(line):
+def say(line):
     logger.info(line)  # once for each line
 
 
@@ -253,10 +258,10 @@ def _empty_like(x):
 
 
 # Operators of torch, so that torch.compile keeps them whole. Each data set folder has its own pair.
-_NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.name)
+NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.name)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::lif_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lif_forward", mutates_args=())
 def lif_forward(x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor:
     x = _time_major(x)
     spikes = _empty_like(x)
@@ -265,7 +270,7 @@ def lif_forward(x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor
     return spikes
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::lif_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::lif_backward", mutates_args=())
 def lif_backward(grad_spikes: torch.Tensor, x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor:
     x = _time_major(x)
     grad_x = _empty_like(x)

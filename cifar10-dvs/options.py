@@ -18,6 +18,9 @@ KEYS = {
         str, "auto", "the release's semantics of SSA's last neuron", choices=("auto", "true", "false")
     ),
     "backend": Key(str, "auto", "neuron backend", choices=("auto", "torch", "cupy", "spikingjelly")),
+    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
+    "compile": Key(bool, False, "torch.compile the model"),
+    "checkpoint_stages": Key([int], [], "stages computed again in the backward pass, to save memory"),
     "sync_bn": Key(bool, False, "BatchNorm statistics over all ranks (GPU only)"),
     "dist_bn": Key(str, "broadcast", "BatchNorm statistics for evaluation", choices=("", "broadcast", "reduce")),
     # data

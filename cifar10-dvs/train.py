@@ -34,14 +34,19 @@ from checkpoint import (
 )
 from config import UserError, load_config
 from engine import LossMeter, check_weights, evaluate, make_autocast, progress
+from fused import available
 from lif import resolve_backend
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
 
 
 def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
+    if cfg.compile and cfg.checkpoint_stages:
+        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
+        if cfg.fused:
+            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
         model = timm.create_model(
             cfg.model,
             T=cfg.T,
@@ -56,10 +61,15 @@ def build_model(cfg, cross_sample_lif, ranks):
             drop_path=cfg.drop_path,
             cross_sample_lif=cross_sample_lif,
             backend=cfg.backend,
+            fused=cfg.fused,
+            checkpoint_stages=cfg.checkpoint_stages,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    return model.to(ranks.device)
+    model = model.to(ranks.device)
+    if cfg.compile:
+        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+    return model
 
 
 # Copied from cifar10/train.py

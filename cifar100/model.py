@@ -10,42 +10,11 @@ from functools import partial
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from timm.models import register_model
 from torch import nn
 
+from layer import checkpointed, conv_bn_lif, conv_bn_lif_each, product
 from lif import MultiStepLIF
-
-
-def conv_bn(x, conv, bn):
-    """Convolution and BatchNorm over T*B samples: [T, B, C, ...] -> [T, B, C', ...]."""
-    return bn(conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-
-
-def conv_bn_static(x, conv, bn):
-    """conv_bn of one image shown T times (x is a view, expanded over T), computed on that image alone.
-
-    T equal copies have the mean and variance of one; only running_var, unbiased, counts T times the samples.
-    """
-    if bn.training and isinstance(bn, nn.SyncBatchNorm):  # its statistics are taken over all ranks: leave them to it
-        return conv_bn(x, conv, bn)
-    T = len(x)
-    y = conv(x[0])
-    if bn.training:
-        n = y.numel() // y.shape[1]
-        var = bn.running_var.clone()
-        y = F.batch_norm(y, bn.running_mean, var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
-        kept = (1 - bn.momentum) * bn.running_var
-        bn.running_var.copy_(kept + (var - kept) * (T * (n - 1) / (T * n - 1)))
-        bn.num_batches_tracked.add_(1)
-    else:
-        y = bn(y)
-    return y.expand(T, *y.shape)
-
-
-def max_pool(x):
-    """Halves height and width: [T, B, C, H, W] -> [T, B, C, H/2, W/2]."""
-    return F.max_pool2d(x.flatten(0, 1), kernel_size=3, stride=2, padding=1).unflatten(0, x.shape[:2])
 
 
 class DropPath(timm.layers.DropPath):
@@ -64,7 +33,7 @@ class TokenQKAttention(nn.Module):
         lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
     """
 
-    summed = 3  # of [T, B, heads, channels, tokens]: one value per token
+    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF):
         super().__init__()
@@ -82,19 +51,17 @@ class TokenQKAttention(nn.Module):
         self.proj_lif = lif()
 
     def forward(self, x):
-        H, W = x.shape[3:]
-        x = x.flatten(3)
-        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
-        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
-        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True))
-        x = (mask * k).flatten(2, 3)
-        return self.proj_lif(conv_bn(x, self.proj_conv, self.proj_bn)).unflatten(3, (H, W))
+        q, k = conv_bn_lif_each(x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif))
+        q, k = (spikes.unflatten(2, (self.num_heads, -1)) for spikes in (q, k))
+        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True)).to(k.dtype)  # autocast sums in float32
+        x = product(torch.mul, mask, k, self.attn_lif).flatten(2, 3)
+        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
 
 
 class ChannelQKAttention(TokenQKAttention):
     """Q-K channel attention (paper, section 3.2): as above with a mask over channels."""
 
-    summed = 4  # of [T, B, heads, channels, tokens]: one value per channel
+    summed = (4, 5)  # of [T, B, heads, channels, H, W]: one value per channel
 
 
 class SpikingSelfAttention(nn.Module):
@@ -128,19 +95,21 @@ class SpikingSelfAttention(nn.Module):
         self.proj_lif = lif()
 
     def forward(self, x):
-        (T, B), (H, W) = x.shape[:2], x.shape[3:]
-        x = x.flatten(3)
-        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
-        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
-        v = self.v_lif(conv_bn(x, self.v_conv, self.v_bn)).unflatten(2, (self.num_heads, -1))
-        x = v @ k.transpose(-2, -1) @ q  # channels come before tokens here: this is (Q (K^T V))^T
-        x = self.attn_lif(x * self.scale).flatten(2, 3)
-        x = conv_bn(x, self.proj_conv, self.proj_bn)
-        if self.cross_sample_lif:
-            x = self.proj_lif(x.flatten(0, 1)).unflatten(0, (T, B))
-        else:
-            x = self.proj_lif(x)
-        return x.unflatten(3, (H, W))
+        T, B, C, H, W = x.shape
+        q, k, v = conv_bn_lif_each(
+            x,
+            (self.q_conv, self.q_bn, self.q_lif),
+            (self.k_conv, self.k_bn, self.k_lif),
+            (self.v_conv, self.v_bn, self.v_lif),
+        )
+        heads = (spikes.flatten(3).unflatten(2, (self.num_heads, -1)).transpose(3, 4) for spikes in (q, k, v))
+        q, k, v = heads  # [T, B, heads, tokens, channels]
+        x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
+        x = self.attn_lif(x * self.scale)
+        x = x.transpose(2, 3).reshape(T, B, H, W, C).movedim(4, 2)
+        if self.cross_sample_lif:  # T*B steps of one sample: the membrane runs on from each image into the next
+            x = x.flatten(0, 1).unsqueeze(1)
+        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif).reshape(T, B, C, H, W)
 
 
 ATTENTION = {"token": TokenQKAttention, "channel": ChannelQKAttention, "ssa": SpikingSelfAttention}
@@ -159,8 +128,8 @@ class MLP(nn.Module):
         self.mlp2_lif = lif()
 
     def forward(self, x):
-        x = self.mlp1_lif(conv_bn(x, self.mlp1_conv, self.mlp1_bn))
-        return self.mlp2_lif(conv_bn(x, self.mlp2_conv, self.mlp2_bn))
+        x = conv_bn_lif(x, self.mlp1_conv, self.mlp1_bn, self.mlp1_lif)
+        return conv_bn_lif(x, self.mlp2_conv, self.mlp2_bn, self.mlp2_lif)
 
 
 class Block(nn.Module):
@@ -190,7 +159,7 @@ class SPEDSInit(nn.Module):
         super().__init__()
         self.proj_conv = nn.Conv2d(in_channels, dim // 2, 3, padding=1, bias=False)
         self.proj_bn = nn.BatchNorm2d(dim // 2)
-        self.proj_lif = lif()
+        self.proj_lif = lif(save_bytes=False)  # this layer sees the image
         self.proj1_conv = nn.Conv2d(dim // 2, dim, 3, padding=1, bias=False)
         self.proj1_bn = nn.BatchNorm2d(dim)
         self.proj1_lif = lif()
@@ -199,11 +168,10 @@ class SPEDSInit(nn.Module):
         self.proj_res_lif = lif()
 
     def forward(self, x):
-        first = conv_bn_static if x.stride(0) == 0 else conv_bn
-        x = self.proj_lif(first(x, self.proj_conv, self.proj_bn))
+        x = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
         shortcut = x
-        x = self.proj1_lif(conv_bn(x, self.proj1_conv, self.proj1_bn))
-        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+        x = conv_bn_lif(x, self.proj1_conv, self.proj1_bn, self.proj1_lif)
+        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
 class SPEDS(nn.Module):
@@ -223,9 +191,9 @@ class SPEDS(nn.Module):
 
     def forward(self, x):
         shortcut = x
-        x = self.proj3_lif(conv_bn(x, self.proj3_conv, self.proj3_bn))
-        x = self.proj4_lif(max_pool(conv_bn(x, self.proj4_conv, self.proj4_bn)))
-        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+        x = conv_bn_lif(x, self.proj3_conv, self.proj3_bn, self.proj3_lif)
+        x = conv_bn_lif(x, self.proj4_conv, self.proj4_bn, self.proj4_lif, pool=True)
+        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
 class HST(nn.Module):
@@ -243,6 +211,8 @@ class HST(nn.Module):
         drop_path: stochastic depth, rising linearly from 0 at the first block to this rate at the last.
         cross_sample_lif: see SpikingSelfAttention.
         backend: see MultiStepLIF.
+        fused: True: the layers' fast path where it can run, see layer.py. False: the modules one after another.
+        checkpoint_stages: stages (1, 2, 3) whose activations are computed again in the backward pass, to save memory.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
@@ -263,6 +233,8 @@ class HST(nn.Module):
         drop_path=0.0,
         cross_sample_lif=False,
         backend="auto",
+        fused=True,
+        checkpoint_stages=(),
     ):
         super().__init__()
         if T < 1:
@@ -273,10 +245,14 @@ class HST(nn.Module):
             raise ValueError(f"embed_dims (the yml's dim) is {embed_dims}; it must be a multiple of 8")
         if len(attention) != 3 or any(kind not in ATTENTION for kind in attention):
             raise ValueError(f"attention is {attention}; it must name one of {', '.join(ATTENTION)} for 3 stages")
+        if not set(checkpoint_stages) <= {1, 2, 3}:
+            raise ValueError(f"checkpoint_stages is {list(checkpoint_stages)}; the stages are 1, 2 and 3")
         self.T = T
         self.in_channels = in_channels
         self.num_classes = num_classes
-        lif = partial(MultiStepLIF, backend=backend)
+        self.checkpoint_stages = tuple(checkpoint_stages)
+        # Stochastic depth scales spikes to fractions, which no byte holds.
+        lif = partial(MultiStepLIF, backend=backend, fused=fused, save_bytes=drop_path == 0)
         rates = iter(torch.linspace(0, drop_path, depths).tolist())
 
         def stage(index, dim, blocks):
@@ -296,17 +272,16 @@ class HST(nn.Module):
             timm.layers.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    def run_stage(self, index, x):
+        for module in (getattr(self, f"patch_embed{index}"), *getattr(self, f"stage{index}")):
+            x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
+        return x
+
     def forward_features(self, x):
         """[T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
-        x = self.patch_embed1(x)
-        for block in self.stage1:
-            x = block(x)
-        x = self.patch_embed2(x)
-        for block in self.stage2:
-            x = block(x)
-        x = self.patch_embed3(x)
-        for block in self.stage3:
-            x = block(x)
+        x = self.run_stage(1, x)
+        x = self.run_stage(2, x)
+        x = self.run_stage(3, x)
         return x.flatten(3).mean(3)
 
     def forward(self, x):

@@ -22,6 +22,9 @@ KEYS = {
         str, "auto", "the release's semantics of SSA's last neuron", choices=("auto", "true", "false")
     ),
     "backend": Key(str, "auto", "neuron backend", choices=("auto", "torch", "cupy", "spikingjelly")),
+    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
+    "compile": Key(bool, False, "torch.compile the model"),
+    "checkpoint_stages": Key([int], [], "stages computed again in the backward pass, to save memory"),
     "sync_bn": Key(bool, False, "BatchNorm statistics over all ranks (GPU only)"),
     "dist_bn": Key(
         str,
@@ -29,7 +32,7 @@ KEYS = {
         "statistics to test and save: rank 0's, or reduce: the mean",
         choices=("", "broadcast", "reduce"),
     ),
-    "channels_last": Key(bool, False, "channels_last memory format"),
+    "channels_last": Key(bool, False, "channels_last memory format in the plain path too"),
     # data
     "dataset": Key(str, DATASET, "data set", flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits")),
     "data_dir": Key(str, "./data", "where it lies, or is downloaded to", flags=("-data-dir",)),

@@ -9,23 +9,11 @@ from functools import partial
 
 import timm.layers
 import torch
-import torch.nn.functional as F
 from timm.models import register_model
 from torch import nn
 
+from layer import checkpointed, conv_bn_lif, conv_bn_lif_each, product
 from lif import MultiStepLIF
-
-
-# Copied from cifar10/model.py
-def conv_bn(x, conv, bn):
-    """Convolution and BatchNorm over T*B samples: [T, B, C, ...] -> [T, B, C', ...]."""
-    return bn(conv(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-
-
-# Copied from cifar10/model.py
-def max_pool(x):
-    """Halves height and width: [T, B, C, H, W] -> [T, B, C, H/2, W/2]."""
-    return F.max_pool2d(x.flatten(0, 1), kernel_size=3, stride=2, padding=1).unflatten(0, x.shape[:2])
 
 
 # Copied from cifar10/model.py
@@ -46,7 +34,7 @@ class TokenQKAttention(nn.Module):
         lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
     """
 
-    summed = 3  # of [T, B, heads, channels, tokens]: one value per token
+    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF):
         super().__init__()
@@ -64,20 +52,18 @@ class TokenQKAttention(nn.Module):
         self.proj_lif = lif()
 
     def forward(self, x):
-        H, W = x.shape[3:]
-        x = x.flatten(3)
-        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
-        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
-        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True))
-        x = (mask * k).flatten(2, 3)
-        return self.proj_lif(conv_bn(x, self.proj_conv, self.proj_bn)).unflatten(3, (H, W))
+        q, k = conv_bn_lif_each(x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif))
+        q, k = (spikes.unflatten(2, (self.num_heads, -1)) for spikes in (q, k))
+        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True)).to(k.dtype)  # autocast sums in float32
+        x = product(torch.mul, mask, k, self.attn_lif).flatten(2, 3)
+        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
 
 
 # Copied from cifar10/model.py
 class ChannelQKAttention(TokenQKAttention):
     """Q-K channel attention (paper, section 3.2): as above with a mask over channels."""
 
-    summed = 4  # of [T, B, heads, channels, tokens]: one value per channel
+    summed = (4, 5)  # of [T, B, heads, channels, H, W]: one value per channel
 
 
 # Copied from cifar10/model.py
@@ -112,19 +98,21 @@ class SpikingSelfAttention(nn.Module):
         self.proj_lif = lif()
 
     def forward(self, x):
-        (T, B), (H, W) = x.shape[:2], x.shape[3:]
-        x = x.flatten(3)
-        q = self.q_lif(conv_bn(x, self.q_conv, self.q_bn)).unflatten(2, (self.num_heads, -1))
-        k = self.k_lif(conv_bn(x, self.k_conv, self.k_bn)).unflatten(2, (self.num_heads, -1))
-        v = self.v_lif(conv_bn(x, self.v_conv, self.v_bn)).unflatten(2, (self.num_heads, -1))
-        x = v @ k.transpose(-2, -1) @ q  # channels come before tokens here: this is (Q (K^T V))^T
-        x = self.attn_lif(x * self.scale).flatten(2, 3)
-        x = conv_bn(x, self.proj_conv, self.proj_bn)
-        if self.cross_sample_lif:
-            x = self.proj_lif(x.flatten(0, 1)).unflatten(0, (T, B))
-        else:
-            x = self.proj_lif(x)
-        return x.unflatten(3, (H, W))
+        T, B, C, H, W = x.shape
+        q, k, v = conv_bn_lif_each(
+            x,
+            (self.q_conv, self.q_bn, self.q_lif),
+            (self.k_conv, self.k_bn, self.k_lif),
+            (self.v_conv, self.v_bn, self.v_lif),
+        )
+        heads = (spikes.flatten(3).unflatten(2, (self.num_heads, -1)).transpose(3, 4) for spikes in (q, k, v))
+        q, k, v = heads  # [T, B, heads, tokens, channels]
+        x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
+        x = self.attn_lif(x * self.scale)
+        x = x.transpose(2, 3).reshape(T, B, H, W, C).movedim(4, 2)
+        if self.cross_sample_lif:  # T*B steps of one sample: the membrane runs on from each image into the next
+            x = x.flatten(0, 1).unsqueeze(1)
+        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif).reshape(T, B, C, H, W)
 
 
 # Copied from cifar10/model.py
@@ -145,8 +133,8 @@ class MLP(nn.Module):
         self.mlp2_lif = lif()
 
     def forward(self, x):
-        x = self.mlp1_lif(conv_bn(x, self.mlp1_conv, self.mlp1_bn))
-        return self.mlp2_lif(conv_bn(x, self.mlp2_conv, self.mlp2_bn))
+        x = conv_bn_lif(x, self.mlp1_conv, self.mlp1_bn, self.mlp1_lif)
+        return conv_bn_lif(x, self.mlp2_conv, self.mlp2_bn, self.mlp2_lif)
 
 
 # Copied from cifar10/model.py
@@ -177,7 +165,7 @@ class SPEDSInit(nn.Module):
         super().__init__()
         self.proj_conv = nn.Conv2d(in_channels, dim // 8, 3, padding=1, bias=False)
         self.proj_bn = nn.BatchNorm2d(dim // 8)
-        self.proj_lif = lif()
+        self.proj_lif = lif(save_bytes=False)  # this layer sees the events
         self.proj1_conv = nn.Conv2d(dim // 8, dim // 4, 3, padding=1, bias=False)
         self.proj1_bn = nn.BatchNorm2d(dim // 4)
         self.proj1_lif = lif()
@@ -192,12 +180,12 @@ class SPEDSInit(nn.Module):
         self.proj_res_lif = lif()
 
     def forward(self, x):
-        x = self.proj_lif(conv_bn(x, self.proj_conv, self.proj_bn))
-        x = self.proj1_lif(max_pool(conv_bn(x, self.proj1_conv, self.proj1_bn)))
+        x = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        x = conv_bn_lif(x, self.proj1_conv, self.proj1_bn, self.proj1_lif, pool=True)
         shortcut = x
-        x = self.proj2_lif(max_pool(conv_bn(x, self.proj2_conv, self.proj2_bn)))
-        x = self.proj3_lif(max_pool(conv_bn(x, self.proj3_conv, self.proj3_bn)))
-        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+        x = conv_bn_lif(x, self.proj2_conv, self.proj2_bn, self.proj2_lif, pool=True)
+        x = conv_bn_lif(x, self.proj3_conv, self.proj3_bn, self.proj3_lif, pool=True)
+        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
 # Copied from cifar10/model.py with proj3->proj
@@ -218,9 +206,9 @@ class SPEDS(nn.Module):
 
     def forward(self, x):
         shortcut = x
-        x = self.proj_lif(conv_bn(x, self.proj_conv, self.proj_bn))
-        x = self.proj4_lif(max_pool(conv_bn(x, self.proj4_conv, self.proj4_bn)))
-        return x + self.proj_res_lif(conv_bn(shortcut, self.proj_res_conv, self.proj_res_bn))
+        x = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        x = conv_bn_lif(x, self.proj4_conv, self.proj4_bn, self.proj4_lif, pool=True)
+        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
 class HST(nn.Module):
@@ -238,6 +226,8 @@ class HST(nn.Module):
         drop_path: stochastic depth, rising linearly from 0 at the first block to this rate at the last.
         cross_sample_lif: see SpikingSelfAttention.
         backend: see MultiStepLIF.
+        fused: True: the layers' fast path where it can run, see layer.py. False: the modules one after another.
+        checkpoint_stages: stages (1, 2) whose activations are computed again in the backward pass, to save memory.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
@@ -258,6 +248,8 @@ class HST(nn.Module):
         drop_path=0.0,
         cross_sample_lif=False,
         backend="auto",
+        fused=True,
+        checkpoint_stages=(),
     ):
         super().__init__()
         if T < 1:
@@ -268,10 +260,14 @@ class HST(nn.Module):
             raise ValueError(f"embed_dims (the yml's dim) is {embed_dims}; it must be a multiple of 16")
         if len(attention) != 2 or any(kind not in ATTENTION for kind in attention):
             raise ValueError(f"attention is {attention}; it must name one of {', '.join(ATTENTION)} for 2 stages")
+        if not set(checkpoint_stages) <= {1, 2}:
+            raise ValueError(f"checkpoint_stages is {list(checkpoint_stages)}; the stages are 1 and 2")
         self.T = T
         self.in_channels = in_channels
         self.num_classes = num_classes
-        lif = partial(MultiStepLIF, backend=backend)
+        self.checkpoint_stages = tuple(checkpoint_stages)
+        # Stochastic depth scales spikes to fractions, which no byte holds.
+        lif = partial(MultiStepLIF, backend=backend, fused=fused, save_bytes=drop_path == 0)
         rates = iter(torch.linspace(0, drop_path, depths).tolist())
 
         def stage(index, dim, blocks):
@@ -289,14 +285,16 @@ class HST(nn.Module):
             timm.layers.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    # Copied from cifar10/model.py
+    def run_stage(self, index, x):
+        for module in (getattr(self, f"patch_embed{index}"), *getattr(self, f"stage{index}")):
+            x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
+        return x
+
     def forward_features(self, x):
         """[T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
-        x = self.patch_embed1(x)
-        for block in self.stage1:
-            x = block(x)
-        x = self.patch_embed2(x)
-        for block in self.stage2:
-            x = block(x)
+        x = self.run_stage(1, x)
+        x = self.run_stage(2, x)
         return x.flatten(3).mean(3)
 
     def forward(self, x):

@@ -12,6 +12,7 @@ import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError
 from engine import evaluate, make_autocast
+from fused import available
 from lif import resolve_backend
 from runtime import logger
 
@@ -37,8 +38,12 @@ def check_model(cfg):
 
 def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
+    if cfg.compile and cfg.checkpoint_stages:
+        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # says which it is
+        if cfg.fused:
+            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
         model = timm.create_model(
             cfg.model,
             T=cfg.time_step,
@@ -53,11 +58,16 @@ def build_model(cfg, cross_sample_lif, ranks):
             drop_path=cfg.drop_path or 0.0,
             cross_sample_lif=cross_sample_lif,
             backend=cfg.backend,
+            fused=cfg.fused,
+            checkpoint_stages=cfg.checkpoint_stages,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    return model.to(ranks.device, memory_format=layout)
+    model = model.to(ranks.device, memory_format=layout)
+    if cfg.compile:
+        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+    return model
 
 
 def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):

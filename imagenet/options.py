@@ -19,7 +19,10 @@ KEYS = {
         str, "auto", "the release's semantics of SSA's last neuron", choices=("auto", "true", "false")
     ),
     "backend": Key(str, "auto", "neuron backend", choices=("auto", "torch", "cupy", "spikingjelly")),
-    "channels_last": Key(bool, False, "channels_last memory format"),
+    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
+    "compile": Key(bool, False, "torch.compile the model"),
+    "checkpoint_stages": Key([int], [], "stages computed again in the backward pass, to save memory"),
+    "channels_last": Key(bool, False, "channels_last memory format in the plain path too"),
     # data
     "data_path": Key(str, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG"),
     "nb_classes": Key(int, 1000, "classes", low=1),

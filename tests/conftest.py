@@ -103,7 +103,11 @@ class Golden:
 
 def check_golden(golden, build, lif_class, semantics):
     """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes the model."""
+    for fused in (True, False):
+        check_golden_path(golden, lambda fused=fused: build(fused=fused), lif_class, semantics)
 
+
+def check_golden_path(golden, build, lif_class, semantics):
     def equal(name, value):
         want = golden.arrays[f"{semantics}/{name}"]
         assert np.shape(value) == want.shape, name
@@ -122,9 +126,11 @@ def check_golden(golden, build, lif_class, semantics):
     hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if isinstance(m, lif_class)]
     model.eval()
     with torch.no_grad():
-        logits = model(x)
+        equal("eval_logits", model(x))  # with hooks, which the fused path leaves to the plain one
     for hook in hooks:
         hook.remove()
+    with torch.no_grad():
+        logits = model(x)
     equal("eval_logits", logits)
     assert list(rates) == golden.meta["lif_modules"]
     equal("firing_rates", list(rates.values()))

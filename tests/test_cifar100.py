@@ -20,8 +20,8 @@ def resolve(*argv):
 def test_golden(semantics):
     golden = Golden("cifar100")
 
-    def build():
-        return cifar100.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release")
+    def build(fused):
+        return cifar100.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused)
 
     check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics)
 

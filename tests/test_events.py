@@ -53,8 +53,8 @@ def small_model(folder, **kwargs):
 def test_golden(folder, semantics):
     golden = Golden(folder.name)
 
-    def build():
-        return folder.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release")
+    def build(fused):
+        return folder.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused)
 
     check_golden(golden, build, folder.lif.MultiStepLIF, semantics)
 
@@ -688,7 +688,8 @@ def test_from_recordings_to_accuracy(folder, data_path, trained):
     log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     best = max(log, key=lambda line: line["test_acc1"])
     assert len(log) == {"dvs128-gesture": 14, "cifar10-dvs": 8}[folder.name]
-    assert best["test_acc1"] >= 45 and log[-1]["test_acc1"] >= 35  # chance: 9 and 10
+    # Chance is 9 and 10 % of a few test samples, and a training loss of 2.4 and 2.3; seeds differ by 10 %.
+    assert best["test_acc1"] >= 35 and log[-1]["test_acc1"] >= 25 and log[-1]["train_loss"] < 2.0
 
     args = ["--data-path", data_path[folder.name], *learn(folder.name)]
     done = script(alone, "test", *args, cwd=alone)

@@ -122,7 +122,7 @@ def test_spikingjelly_tools():
 
 def test_log_line(caplog):
     lif._resolve.cache_clear()
-    lif._log.cache_clear()
+    lif.say.cache_clear()
     with caplog.at_level(logging.INFO, logger="qkformer"):
         for _ in range(3):
             lif.MultiStepLIF()(torch.zeros(2, 2))

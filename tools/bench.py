@@ -2,20 +2,23 @@
 
 Usage:
     python tools/bench.py                                             # HST-10-384, batch 32 on a GPU, 2 on a CPU
-    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6
-    python tools/bench.py --model QKFormer_10_768 --batch 24 --size 224 288 384 --json bench.json
+    python tools/bench.py --published --json bench.json               # all models, growth with T, size and batch
+    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
     python tools/bench.py --profile trace.json                        # PyTorch's profiler, for chrome://tracing
+    python tools/bench.py --bytes                                     # bytes moved and saved, by parts of the model
 
 What is compared:
-    ours          the folder's model, its default neuron backend
-    torch         the same with the plain PyTorch neuron
-    release-like  the same with spikingjelly's neuron and the image copied T times, so that the first convolution
-                  runs on all copies, as in the authors' release
+    fast          the folder's model as it comes
+    plain         fused: false, backend: torch; module by module, the neuron in PyTorch
+    release-like  fused: false, backend: spikingjelly; as in the authors' release, with spikingjelly's neuron
     spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
+    compiled      fast, through torch.compile; not by default
+    checkpointed  fast, with the activations of stages 1 and 2 computed again; not by default
 
 They take turns, so that a machine that warms up or slows down does so for all; figures are medians over the rounds,
 with the spread between the quartiles. On a GPU in float16 mixed precision, timed by CUDA events, memory is the peak
-of allocated tensors; on a CPU in float32, memory is what autograd saves for the backward pass.
+of allocated tensors; on a CPU in float32, memory is what autograd saves for the backward pass. --dtype bfloat16 on a
+CPU counts the memory of 16-bit mixed precision.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import time
 from pathlib import Path
 
 import torch
+import traffic
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
@@ -36,19 +40,29 @@ from torch.profiler import profile
 ROOT = Path(__file__).resolve().parent.parent
 IMAGENET = ("QKFormer_10_384", "QKFormer_10_512", "QKFormer_10_768")
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")
-PATHS = ("ours", "torch", "release-like", "spikingjelly")
+EVENT = ("dvs128-gesture", "cifar10-dvs")
+PATHS = ("fast", "plain", "release-like", "spikingjelly")
+# Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the default.
+PUBLISHED = [
+    (["QKFormer_10_384"], [32, 64], None, None),
+    (["QKFormer_10_512"], [32], None, None),
+    (["QKFormer_10_768"], [24], None, None),
+    (["cifar10", "cifar100"], [64], None, None),
+    (["dvs128-gesture", "cifar10-dvs"], [16], None, None),
+    (["QKFormer_10_384"], [32], [1, 2, 6], None),
+    (["QKFormer_10_384"], [32], None, [288, 384]),
+    (["QKFormer_10_384"], [1, 8, 128], None, None),
+]
 
 
-class Repeated(torch.nn.Module):
-    """A model of ours on T copies of the image, without knowing that they are equal."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        x = x.repeat(self.model.T, 1, 1, 1, 1)
-        return self.model.head(self.model.forward_features(x).mean(0))
+def import_models(name):
+    """The module model.py of this model's folder, in place of another folder's."""
+    sys.path.insert(0, str(ROOT / ("imagenet" if name in IMAGENET else name)))
+    for module in ("model", "layer", "fused", "lif"):
+        sys.modules.pop(module, None)
+    models = importlib.import_module("model")
+    sys.path.pop(0)
+    return models
 
 
 def build(name, path, T, models):
@@ -57,23 +71,30 @@ def build(name, path, T, models):
     if path == "spikingjelly":
         peer = getattr(qkformer, name.lower(), None)
         return peer(T=T) if peer else None
-    if path == "release-like":
-        model = entry(T=T, backend="spikingjelly")
-        return model if name.startswith(("dvs", "cifar10-dvs")) else Repeated(model)
-    return entry(T=T, backend="auto" if path == "ours" else "torch")
+    if path in ("fast", "compiled", "checkpointed"):
+        return entry(T=T, checkpoint_stages=(1, 2) if path == "checkpointed" else ())
+    return entry(T=T, backend="torch" if path == "plain" else "spikingjelly", fused=False)
+
+
+def make_input(name, batch, T, size, device):
+    shape = (batch, T, 2, size, size) if name in EVENT else (batch, 3, size, size)
+    return (torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)).to(device)
 
 
 class Candidate:
     """One path of one configuration, ready to run a step of either kind."""
 
-    def __init__(self, model, x, classes):
+    def __init__(self, model, x, dtype, compiled):
         self.model, self.x = model.to(x.device), x
-        self.target = torch.arange(len(x), device=x.device) % classes
+        self.target = torch.arange(len(x), device=x.device) % model.head.out_features
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        self.scaler = torch.amp.GradScaler(x.device.type, enabled=x.is_cuda)
-        self.autocast = functools.partial(torch.autocast, x.device.type, dtype=torch.float16, enabled=x.is_cuda)
+        self.scaler = torch.amp.GradScaler(x.device.type, enabled=dtype == torch.float16)
+        mixed = dtype != torch.float32
+        self.autocast = functools.partial(torch.autocast, x.device.type, dtype=dtype if mixed else None, enabled=mixed)
         self.seconds = {"train": [], "infer": []}
-        self.memory = {}
+        self.memory = 0.0
+        if compiled:
+            self.model.compile(dynamic=False)
 
     def loss(self):
         functional.reset_net(self.model)
@@ -114,38 +135,38 @@ class Candidate:
             torch.cuda.reset_peak_memory_stats()
             self.train()
             return torch.cuda.max_memory_allocated() / 2**20
-        saved, parameters = {}, {parameter.data_ptr() for parameter in self.model.parameters()}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         self.model.train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with traffic.Saved(self.model) as saved:
             loss = self.loss()
-        total = sum(saved.values())
         loss.backward()
-        return total / 2**20
+        return saved.total / 2**20
 
 
-def bench(name, batch, T, size, paths, rounds, device, models):
+def bench(name, batch, T, size, paths, rounds, device, dtype):
     """[{path, kind, images/s, ...}, ...] of one configuration, and its candidates."""
-    event = name in ("dvs128-gesture", "cifar10-dvs")
-    shape = (batch, T, 2, size, size) if event else (batch, 3, size, size)
-    x = (torch.poisson(torch.full(shape, 0.3)) if event else torch.randn(shape)).to(device)
+    models, x = import_models(name), make_input(name, batch, T, size, device)
     candidates = {}
     for path in paths:
         torch.manual_seed(0)
         model = build(name, path, T, models)
-        if model is not None:
-            head = model.model.head if isinstance(model, Repeated) else model.head
-            candidates[path] = Candidate(model, x, head.out_features)
-    for candidate in candidates.values():  # compiles kernels, chooses algorithms
-        candidate.train()
-        candidate.infer()
-        candidate.memory = candidate.measure_memory()
+        if model is None:
+            continue
+        # What the others hold on a GPU is in everybody's peak; so each is measured alone, and moved away meanwhile.
+        for other in candidates.values():
+            other.model.cpu()
+        held = torch.cuda.memory_allocated() if x.is_cuda else 0  # by the others' optimizers
+        candidate = Candidate(model, x, dtype, path == "compiled")
+        for _ in range(2):  # compiles kernels, chooses algorithms
+            candidate.train()
+            candidate.infer()
+        candidate.memory = candidate.measure_memory() - held / 2**20
+        candidates[path] = candidate
+    return measure(candidates, name, batch, T, size, rounds), candidates
+
+
+def measure(candidates, name, batch, T, size, rounds):
+    for candidate in candidates.values():
+        candidate.model.to(candidate.x.device)
     for _ in range(rounds):
         for kind in ("train", "infer"):
             for candidate in candidates.values():
@@ -168,21 +189,33 @@ def bench(name, batch, T, size, paths, rounds, device, models):
                     "train_memory_mb": candidate.memory,
                 }
             )
-    return rows, candidates
+    return rows
 
 
 def print_table(rows):
     print(f"{'model':16} {'batch':>5} {'T':>3} {'size':>4}  {'':6}", end="")
-    print(f"{'path':13} {'images/s':>9} {'ms':>9} {'spread':>7} {'ours is':>8} {'memory MB':>10}")
+    print(f"{'path':13} {'images/s':>9} {'ms':>9} {'spread':>7} {'fast is':>8} {'memory MB':>10} {'fast has':>8}")
     for row in rows:
         same = ("model", "batch", "T", "size", "kind")
-        ours = [r for r in rows if r["path"] == "ours" and all(r[key] == row[key] for key in same)]
-        faster = f"{row['seconds'] / ours[0]['seconds']:7.2f}x" if ours else ""
+        fast = [r for r in rows if r["path"] == "fast" and all(r[key] == row[key] for key in same)]
+        faster = f"{row['seconds'] / fast[0]['seconds']:7.2f}x" if fast else ""
+        smaller = f"{100 * fast[0]['train_memory_mb'] / row['train_memory_mb']:6.0f} %" if fast else ""
         print(
             f"{row['model']:16} {row['batch']:5} {row['T']:3} {row['size']:4}  {row['kind']:6}{row['path']:13} "
             f"{row['images_per_second']:9.1f} {1000 * row['seconds']:9.1f} {100 * row['spread']:6.1f}% {faster:>8} "
-            f"{row['train_memory_mb']:10.0f}"
+            f"{row['train_memory_mb']:10.0f} {smaller:>8}"
         )
+
+
+def configurations(arguments, on_gpu):
+    """(model, batch, T, size) one after another."""
+    chosen = [(arguments.model, arguments.batch, arguments.T, arguments.size)]
+    for models, batches, Ts, sizes in PUBLISHED if arguments.published else chosen:
+        for name in models:
+            for batch in batches or [32 if on_gpu else 2]:
+                for T in Ts or [16 if name in EVENT else 4]:
+                    for size in sizes or [128 if name in EVENT else 224 if name in IMAGENET else 32]:
+                        yield name, batch, T, size
 
 
 def main():
@@ -191,40 +224,45 @@ def main():
     parser.add_argument("--batch", nargs="+", type=int, help="default: 32 on a GPU, 2 on a CPU")
     parser.add_argument("--T", nargs="+", type=int, help="default: 4; event models 16")
     parser.add_argument("--size", nargs="+", type=int, help="default: 224; CIFAR 32; event models 128")
-    parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
+    parser.add_argument("--published", action="store_true", help="the published batches of all models, and growth")
+    parser.add_argument("--paths", nargs="+", default=PATHS, choices=(*PATHS, "compiled", "checkpointed"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--profile", metavar="FILE", help="write a trace of one training step of the first path there")
+    parser.add_argument("--bytes", action="store_true", help="no timing: bytes moved and saved, by parts of the model")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(sys.argv),
     }
-    print("; ".join(f"{name} {value}" for name, value in machine.items()))
+    print("; ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     rows = []
-    for name in arguments.model:
-        folder, event = ("imagenet" if name in IMAGENET else name), name in ("dvs128-gesture", "cifar10-dvs")
-        sys.path.insert(0, str(ROOT / folder))
-        for module in ("model", "lif"):  # another folder's, of the model before
-            sys.modules.pop(module, None)
-        models = importlib.import_module("model")
-        sys.path.pop(0)
-        for batch in arguments.batch or [32 if device.type == "cuda" else 2]:
-            for T in arguments.T or [16 if event else 4]:
-                for size in arguments.size or [128 if event else 224 if folder == "imagenet" else 32]:
-                    found, candidates = bench(name, batch, T, size, arguments.paths, arguments.rounds, device, models)
-                    rows += found
-                    print_table(found)
-                    if arguments.profile:
-                        with profile() as trace:
-                            next(iter(candidates.values())).train()
-                        trace.export_chrome_trace(arguments.profile)
-                        arguments.profile = None
+    for name, batch, T, size in configurations(arguments, device.type == "cuda"):
+        if arguments.bytes:
+            found = traffic.table(name, import_models(name), make_input(name, batch, T, size, "cpu"), T)
+            traffic.print_table(found)
+            rows += found
+            continue
+        try:
+            found, candidates = bench(name, batch, T, size, arguments.paths, arguments.rounds, device, dtype)
+        except torch.OutOfMemoryError as error:
+            print(f"{name}, batch {batch}, T {T}, size {size}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        rows += found
+        print_table(found)
+        if arguments.profile:
+            with profile() as trace:
+                next(iter(candidates.values())).train()
+            trace.export_chrome_trace(arguments.profile)
+            arguments.profile = None
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 

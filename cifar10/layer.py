@@ -1,0 +1,272 @@
+"""A layer of the network: convolution, BatchNorm over T*B samples, (max-pool,) and the LIF neuron over T.
+
+`conv_bn_lif` runs the modules one after another or, where it can, the fused path: one function of autograd that works
+in channels_last, shows a static image once instead of T times, normalises, integrates and fires in one pass over
+memory (fused.py), and keeps for the backward pass the convolution's output and the layer's input, spikes as bytes.
+Both compute the same function, to rounding.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fused
+
+aten = torch.ops.aten
+
+
+def conv_bn_lif(x, conv, bn, lif, pool=False):
+    """[T, B, C, H, W] -> spikes [T, B, C', H', W'].
+
+    Args:
+        x: images or spikes.
+        conv, bn, lif: the layer's modules; to a Conv1d the H*W tokens are a line.
+        pool: 3x3 max-pool of stride 2 between BatchNorm and neuron.
+    """
+    if can_fuse(x, [conv], [bn], [lif]):
+        return fused_layers(x, [conv], [bn], lif, pool)
+    steps, space = x.shape[:2], x.shape[3:]
+    x = x.flatten(0, 1)
+    x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
+    if pool:
+        x = F.max_pool2d(x, *POOL)
+    return lif(x.unflatten(0, steps))
+
+
+def conv_bn_lif_each(x, *layers):
+    """The spikes of layers (conv, bn, lif) that read the same x, such as q, k and v; fused, they are one product."""
+    convs, bns, lifs = zip(*layers, strict=True)
+    if can_fuse(x, convs, bns, lifs):
+        spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)  # so that their gradients are joined as they lie
+        return [part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)]
+    return [conv_bn_lif(x, *layer) for layer in layers]
+
+
+POOL = (3, 2, 1)  # kernel, stride, padding
+
+
+def checkpointed(module, x):
+    """module(x), of which the backward pass keeps x alone and computes the rest again."""
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), Recomputation(module)))
+
+
+class Recomputation:
+    """Context in which BatchNorms use a batch's statistics again, but running statistics do not count it again."""
+
+    def __init__(self, module):
+        self.bns = [bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self):
+        self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
+        for bn in self.bns:
+            bn.momentum = 0.0
+
+    def __exit__(self, *error):
+        for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
+            bn.momentum = momentum
+            bn.num_batches_tracked.copy_(batches)
+
+
+class Product(torch.autograd.Function):
+    """a @ b, or a * b, of spikes, which wait for the backward pass as bytes."""
+
+    @staticmethod
+    def forward(ctx, operator, a, b):
+        ctx.operator = operator
+        ctx.save_for_backward(a.to(torch.uint8), b.to(torch.uint8))
+        return operator(a, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, b = (x.to(grad.dtype) for x in ctx.saved_tensors)
+        if ctx.operator is torch.matmul:
+            return None, grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
+        return None, (grad * b).sum_to_size(a.shape), (grad * a).sum_to_size(b.shape)
+
+
+def product(operator, a, b, lif):
+    """torch.matmul or torch.mul of spikes; where `lif` is fused, it saves them as bytes."""
+    return Product.apply(operator, a, b) if getattr(lif, "fused", False) else operator(a, b)
+
+
+# The fused path ---------------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """What ConvBNLIF needs besides tensors."""
+
+    T: int
+    stride: tuple
+    padding: tuple
+    eps: float
+    tau: float
+    v_threshold: float
+    pool: bool
+    save_bytes: bool
+
+
+def can_fuse(x, convs, bns, lifs):
+    """Whether these modules, which read the same x, are such that the fused path computes what they do."""
+    if x.device.type not in ("cpu", "cuda") or not all(getattr(lif, "fused", False) for lif in lifs):
+        return False
+    kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
+    if len(kinds) > 1 or None in kinds:
+        return False
+    if bns[0].training and isinstance(bns[0], nn.SyncBatchNorm):
+        fused.say_once("SyncBatchNorm: layers run unfused")
+        return False
+    if not bns[0].training and torch.is_grad_enabled():  # frozen statistics in a backward pass
+        return False
+    for module in (*convs, *bns, *lifs):  # who hooks a module wants it called
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    dtype = autocast(x[:0]).dtype
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    for bn in bns:  # the kernels' arithmetic
+        if any(tensor.dtype != real for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
+            return False
+    return len(x) <= fused.MAX_T and fused.available(x.device.type, dtype, lifs[0].backend)
+
+
+def settings(conv, bn, lif):
+    """What layers joined into one must have in common; None for a layer that can't run fused."""
+    plain = isinstance(bn, nn.modules.batchnorm._BatchNorm) and bn.momentum is not None and not lif.store_v_seq
+    if not plain or bn.running_mean is None or bn.weight is None:
+        return None
+    if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
+    return *shape, bn.training, bn.eps, lif.tau, lif.v_threshold, lif.backend, lif.save_bytes
+
+
+def fused_layers(x, convs, bns, lif, pool=False):
+    """The layers' channels side by side in one tensor; parameters and running statistics stay the modules' own."""
+    bn, T = bns[0], len(x)
+    if x.stride(0) == 0:  # the same image at every step
+        x = x[:1]
+    weight = join(conv.weight for conv in convs)
+    stride, padding = convs[0].stride, convs[0].padding
+    if weight.dim() == 3:  # of a Conv1d
+        weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
+    bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
+    gamma, beta = join(bn.weight for bn in bns), join(bn.bias for bn in bns)
+    sign = torch.ones_like(gamma)
+    if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
+        sign = torch.where(gamma < 0, -sign, sign)
+        weight, gamma = weight * sign[:, None, None, None], gamma * sign
+    options = Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool, lif.save_bytes)
+    if bn.training:
+        spikes, mean, var = ConvBNLIF.apply(x, weight, bias, gamma, beta, options)
+        update_statistics(convs, bns, mean * sign, var)
+        return spikes
+    # The convolution leaves its bias out.
+    mean = join(bn.running_mean for bn in bns) - (0 if bias is None else bias)
+    invstd = torch.rsqrt(join(bn.running_var for bn in bns) + bn.eps)
+    y = convolve(x, weight, options)
+    y = (F.max_pool2d(y, *POOL) if pool else y).unflatten(0, x.shape[:2])
+    neurons = (*affine(mean * sign, invstd, gamma, beta), lif.tau, lif.v_threshold)
+    if len(y) < T:
+        return fused.fire(y, T, *neurons)
+    fused.fire_(y, *neurons)
+    return y
+
+
+def join(tensors):
+    first, *rest = tensors
+    return torch.cat([first, *rest]) if rest else first
+
+
+def autocast(x):
+    """x in autocast's type, where that is on; it leaves float64 alone."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if on else x
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(x, weight, options):
+    """[T, B, C, H, W] -> [T*B, C', H', W'] in channels_last, in autocast's type."""
+    x, weight = channels_last(autocast(x.flatten(0, 1))), channels_last(autocast(weight))
+    return channels_last(F.conv2d(x, weight, None, options.stride, options.padding))
+
+
+def affine(mean, invstd, gamma, beta):
+    """BatchNorm as scale * y + shift."""
+    scale = gamma * invstd
+    return scale, beta - mean * scale
+
+
+class ConvBNLIF(torch.autograd.Function):
+    """(x, weight, bias, gamma, beta, options) -> spikes and the batch's mean and unbiased variance, for training."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, options):
+        y = convolve(x, weight, options)
+        mean, var = fused.statistics(y)
+        invstd = torch.rsqrt(var + options.eps)
+        pooled = F.max_pool2d(y, *POOL) if options.pool else y
+        scale, shift = affine(mean, invstd, gamma, beta)
+        spikes = fused.fire(pooled.unflatten(0, x.shape[:2]), options.T, scale, shift, options.tau, options.v_threshold)
+        n = options.T * y.numel() // (len(x) * len(mean))  # values of a channel; an image shown T times counts T times
+        if n == 1:
+            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
+        ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
+        if options.save_bytes and ctx.needs_input_grad[0]:  # spikes, or sums of them: small whole numbers
+            x = x.to(torch.uint8)
+        ctx.save_for_backward(x, y, weight, gamma, beta, mean, invstd)
+        var = var * (n / (n - 1))  # unbiased, as running_var has it
+        ctx.mark_non_differentiable(mean, var)
+        return spikes, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_spikes, *_):
+        x, y, weight, gamma, beta, mean, invstd = ctx.saved_tensors
+        y = channels_last(y)  # which it is, unless a hook on saved tensors has laid it out anew
+        options, pooled = ctx.options, y
+        if options.pool:
+            pooled, indices = F.max_pool2d(y, *POOL, return_indices=True)
+        neurons = (*affine(mean, invstd, gamma, beta), options.tau, options.v_threshold)
+        grad, sums = fused.fire_backward(grad_spikes, pooled.unflatten(0, x.shape[:2]), mean, *neurons)
+        grad = grad.flatten(0, 1)
+        if options.pool:
+            size, stride, padding = ([n, n] for n in POOL)
+            grad = aten.max_pool2d_with_indices_backward(grad, y, size, stride, padding, [1, 1], False, indices)
+            grad = channels_last(grad)
+        fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
+        grad_x, grad_weight = convolution_backward(grad, x, weight, options, ctx.needs_input_grad[0])
+        grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
+        # BatchNorm takes a bias before it out again: the gradient is 0; rounding leaves the plain path some noise.
+        grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
+        return grad_x, grad_weight.to(weight.dtype), grad_bias, sums[1] * invstd, sums[0], None
+
+
+def convolution_backward(grad, x, weight, options, wants_x):
+    x, weight = channels_last(x.flatten(0, 1).to(grad.dtype)), channels_last(weight.to(grad.dtype))
+    if (
+        weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
+    ):  # matrix products of rows of channels
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
+        grad_x = rows @ weight.flatten(1) if wants_x else None
+        return grad_x.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2) if wants_x else None, grad_weight
+    args = (None, options.stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
+    return aten.convolution_backward(grad, x, weight, *args)[:2]
+
+
+@torch.no_grad()
+def update_statistics(convs, bns, mean, var):
+    """What BatchNorm does with the statistics of a batch; the bias, which the convolution left out, is in the mean."""
+    start = 0
+    for conv, bn in zip(convs, bns, strict=True):
+        part = slice(start, start := start + bn.num_features)
+        bn.running_mean.lerp_(mean[part] if conv.bias is None else mean[part] + conv.bias, bn.momentum)
+        bn.running_var.lerp_(var[part], bn.momentum)
+        bn.num_batches_tracked.add_(1)

@@ -1,0 +1,395 @@
+"""The fused layers against the plain ones: alone, in models, recomputed, compiled, on the CPU and on a GPU."""
+
+import copy
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import load
+from torch import nn
+
+cifar10 = load("cifar10")
+lif, fused, layer, models = cifar10.lif, cifar10.fused, cifar10.layer, cifar10.model
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+
+
+# Layers -----------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "1x1": (nn.Conv2d, (12, 24, 1), {}, False),
+    "token": (nn.Conv1d, (12, 12, 1), {"bias": False}, False),
+    "3x3": (nn.Conv2d, (12, 9, 3), {"padding": 1, "bias": False}, False),
+    "strided": (nn.Conv2d, (12, 24, 1), {"stride": 2, "bias": False}, False),
+    "pooled": (nn.Conv2d, (12, 16, 3), {"padding": 1, "bias": False}, True),
+}
+
+
+def make_layer(kind, dtype, device="cpu", **options):
+    torch.manual_seed(len(kind))
+    convolution, sizes, keywords, pool = KINDS[kind]
+    conv = convolution(*sizes, **keywords)
+    norm = nn.BatchNorm1d if convolution is nn.Conv1d else nn.BatchNorm2d
+    bn = norm(sizes[1])
+    nn.init.normal_(bn.weight, 0.3, 1.0)  # negative ones too: max-pooling must know
+    nn.init.normal_(bn.bias, 0.7, 1.0)
+    nn.init.normal_(bn.running_mean, 0.0, 0.3)
+    node = lif.MultiStepLIF(**{"save_bytes": True, **options})
+    return nn.ModuleList([conv, bn, node]).to(device, dtype), pool
+
+
+def both(kind, x, dtype, device="cpu", autocast=None):
+    """(spikes, gradients, buffers, spikes in evaluation) of the fused and of the plain layer, from the same start."""
+    results = []
+    grad = None
+    for on in (True, False):
+        modules, pool = make_layer(kind, dtype, device, fused=on)
+        assert layer.can_fuse(x, *([module] for module in modules)) == on
+        leaf = x.detach().requires_grad_()
+        with torch.autocast(device, dtype=autocast) if autocast else nullcontext():
+            spikes = layer.conv_bn_lif(leaf, *modules, pool=pool)
+        grad = torch.randn_like(spikes) if grad is None else grad
+        spikes.backward(grad)
+        gradients = {name: parameter.grad for name, parameter in modules.named_parameters()}
+        modules.eval()
+        with torch.no_grad(), torch.autocast(device, dtype=autocast) if autocast else nullcontext():
+            tested = layer.conv_bn_lif(x, *modules, pool=pool)
+        results.append((spikes.detach(), {**gradients, "x": leaf.grad}, dict(modules.named_buffers()), tested))
+    return results
+
+
+def whole_numbers(dtype, shape=(4, 3, 12, 8, 6)):
+    torch.manual_seed(1)
+    return torch.randint(0, 4, shape).to(dtype)
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_is_the_plain_one(kind):
+    x = whole_numbers(torch.float64)
+    ours, plain = both(kind, x, torch.float64)
+    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[3], plain[3]) and 0 < plain[0].mean() < 1
+    for name, want in plain[1].items():
+        torch.testing.assert_close(ours[1][name], want, rtol=1e-9, atol=1e-9, msg=name)
+    for name, want in plain[2].items():
+        torch.testing.assert_close(ours[2][name], want, rtol=1e-12, atol=1e-12, msg=name)
+    assert (ours[1].get("0.bias", torch.zeros(1)) == 0).all()  # in front of BatchNorm, exactly
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_shown_T_times(kind):
+    """Computed once, with the gradients and running statistics of T copies."""
+    torch.manual_seed(2)
+    x = torch.randn(3, 12, 8, 6, dtype=torch.float64).expand(4, 3, 12, 8, 6)
+    ours, pool = make_layer(kind, torch.float64, save_bytes=False)
+    plain = copy.deepcopy(ours)
+    plain[2].fused = False
+    spikes, want = (layer.conv_bn_lif(x, *modules, pool=pool) for modules in (ours, plain))
+    grad = torch.randn_like(want)
+    spikes.backward(grad)
+    want.backward(grad)
+    assert torch.equal(spikes, want) and 0 < want.mean() < 1
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@compiled
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_flips_few_spikes(kind):
+    """float32 against float32: sums in another order. Flips are counted, in training and in evaluation."""
+    x = whole_numbers(torch.float32, (4, 8, 12, 32, 24))
+    ours, plain = both(kind, x, torch.float32)
+    for index in (0, 3):
+        flips = (ours[index] != plain[index]).float().mean().item()
+        assert flips <= 2e-5, f"{flips:.1e} of the spikes"
+    for name, want in plain[1].items():
+        if name != "0.bias":  # noise in the plain path
+            error = (ours[1][name] - want).norm() / want.norm()
+            assert error <= 1e-2, f"{name}: {error:.1e}"
+
+
+@compiled
+def test_mixed_precision():
+    """bfloat16 autocast: the fused layer does not round between BatchNorm and neuron; types are the plain path's."""
+    x = whole_numbers(torch.bfloat16, (4, 8, 12, 32, 24))
+    ours, plain = both("1x1", x, torch.float32, autocast=torch.bfloat16)
+    assert ours[0].dtype == plain[0].dtype == torch.bfloat16
+    assert {name: a.dtype for name, a in ours[1].items()} == {name: a.dtype for name, a in plain[1].items()}
+    assert (ours[0] != plain[0]).float().mean() <= 1e-2
+    error = (ours[1]["0.weight"] - plain[1]["0.weight"]).norm() / plain[1]["0.weight"].norm()
+    assert error <= 0.1
+
+
+@compiled
+def test_each_joins_parameters_and_leaves_them_apart():
+    x = whole_numbers(torch.float64)
+    runs = []
+    for on in (True, False):
+        torch.manual_seed(3)
+        layers = [nn.ModuleList([nn.Conv1d(12, C, 1), nn.BatchNorm1d(C), lif.MultiStepLIF(fused=on)]) for C in (8, 12)]
+        layers = nn.ModuleList(layers).double()
+        spikes = layer.conv_bn_lif_each(x, *layers)
+        sum((s * (i + 1)).square().sum() for i, s in enumerate(spikes)).backward()
+        runs.append((spikes, layers))
+    for a, b in zip(*(spikes for spikes, _ in runs), strict=True):
+        assert torch.equal(a, b)
+    for which in ("named_parameters", "named_buffers"):
+        for (name, a), (_, b) in zip(*(getattr(layers, which)() for _, layers in runs), strict=True):
+            a, b = (a.grad, b.grad) if which == "named_parameters" else (a, b)
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@compiled
+def test_what_runs_plain(monkeypatch):
+    lines = set()
+    monkeypatch.setattr(fused, "say", lines.add)
+    x = whole_numbers(torch.float32)
+
+    def fuses(change=lambda conv, bn, node: None, x=x, **options):
+        modules, _ = make_layer("1x1", torch.float32, **options)
+        change(*modules)
+        return layer.can_fuse(x, *([module] for module in modules))
+
+    assert fuses()
+    assert not fuses(fused=False)
+    assert not fuses(backend="torch") and not fuses(backend="spikingjelly")
+    assert not fuses(lambda conv, bn, node: node.register_forward_hook(print))
+    assert not fuses(lambda conv, bn, node: conv.register_forward_pre_hook(print))
+    assert not fuses(lambda conv, bn, node: bn.eval())  # frozen, in a backward pass
+    with torch.no_grad():
+        assert fuses(lambda conv, bn, node: bn.eval())
+    assert not fuses(lambda conv, bn, node: setattr(node, "store_v_seq", True))
+    assert not fuses(lambda conv, bn, node: setattr(bn, "momentum", None))
+    assert not fuses(lambda conv, bn, node: setattr(conv, "groups", 3))
+    assert not fuses(x=x.half()) and not fuses(x=x.double()) and not fuses(x=x.to("meta"))
+    assert not fuses(lambda conv, bn, node: bn.bfloat16())
+    for modules in (
+        [nn.Conv2d(12, 24, 1), nn.Identity(), lif.MultiStepLIF()],
+        [*make_layer("1x1", x.dtype)[0][:2], nn.ReLU()],
+    ):
+        assert not layer.can_fuse(x, *([module] for module in modules))
+    assert not fuses(x=x.expand(4, 3, 12, 8, 6).repeat(17, 1, 1, 1, 1)) and lines == {"layers run fused on cpu"}
+    modules, _ = make_layer("1x1", torch.float32)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(modules)
+    assert not layer.can_fuse(x, *([module] for module in synchronised))
+    assert lines == {"layers run fused on cpu", "SyncBatchNorm: layers run unfused"}
+
+
+def test_without_a_compiler(monkeypatch):
+    lines = []
+    monkeypatch.setattr(fused, "say", lines.append)
+    fused.host_library.cache_clear()
+    fused.host_error.cache_clear()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    try:
+        modules, _ = make_layer("1x1", torch.float32)
+        x = whole_numbers(torch.float32)
+        got = layer.conv_bn_lif(x, *modules)
+        modules[2].fused = False
+        assert torch.equal(got, layer.conv_bn_lif(x, *modules))
+        assert len(lines) == 1 and lines[0].startswith("layers run unfused on cpu: no working C++ compiler (")
+        assert "/nowhere/c++" in lines[0]
+    finally:
+        fused.host_library.cache_clear()
+        fused.host_error.cache_clear()
+
+
+@compiled
+def test_layers_that_differ_are_not_joined():
+    x = whole_numbers(torch.float64)
+    layers = [make_layer("token", torch.float64)[0] for _ in range(2)]
+    convs, bns, nodes = zip(*layers, strict=True)
+    assert layer.can_fuse(x, convs, bns, nodes)
+    nodes[1].v_threshold = 0.3
+    assert not layer.can_fuse(x, convs, bns, nodes)
+    spikes = layer.conv_bn_lif_each(x, *layers)
+    assert spikes[1].sum() > spikes[0].sum()
+
+
+def test_a_pixel_that_wants_its_gradient():
+    """The first layer's input may require a gradient; its pixels are no whole numbers."""
+    results = []
+    for on in (True, False):
+        model, x = make_model("cifar10", fused=on)
+        x = (x / 3).requires_grad_()
+        results.append((*step(model, x), {"x": x.grad}))
+    check_same(*results)
+
+
+def test_saved_tensors_laid_out_anew():
+    """Hooks on saved tensors may return them contiguous, as save_on_cpu does with pinned memory."""
+    x = whole_numbers(torch.float64)
+    for kind in KINDS:
+        gradients = []
+        for hooks in (nullcontext(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x)):
+            modules, pool = make_layer(kind, torch.float64)
+            leaf = x.clone().requires_grad_()
+            with hooks:
+                spikes = layer.conv_bn_lif(leaf, *modules, pool=pool)
+            torch.manual_seed(0)
+            spikes.backward(torch.randn(spikes.shape, dtype=spikes.dtype))
+            gradients.append([leaf.grad, *(parameter.grad for parameter in modules.parameters())])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@compiled
+def test_a_single_value_has_no_variance():
+    modules, _ = make_layer("1x1", torch.float32)
+    with pytest.raises(ValueError, match="single value"):
+        layer.conv_bn_lif(torch.ones(1, 1, 12, 1, 1), *modules)
+
+
+# Models -----------------------------------------------------------------------------------------------------------
+
+FOLDERS = {
+    "cifar10": ({"embed_dims": 48, "num_heads": 2}, (2, 3, 16, 12)),
+    "imagenet": ({"embed_dims": 48, "num_heads": 2, "depths": 5, "num_classes": 7}, (2, 3, 64, 48)),
+    "dvs128-gesture": ({"embed_dims": 32, "num_heads": 2}, (2, 6, 2, 32, 48)),
+}
+
+
+def make_model(name, **options):
+    folder = load(name)
+    torch.manual_seed(4)
+    keywords, shape = FOLDERS[name]
+    entry = getattr(folder.model, "QKFormer_10_384" if name == "imagenet" else "QKFormer")
+    return entry(**keywords, **options).double(), torch.rand(shape, dtype=torch.float64) * 2
+
+
+def step(model, x):
+    """Logits, gradients and buffers after a training step."""
+    torch.manual_seed(5)
+    logits = model.train()(x)
+    logits.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits.detach(), gradients, dict(model.named_buffers())
+
+
+def check_same(ours, want, exact=False):
+    assert torch.equal(ours[0], want[0]) if exact else (ours[0] - want[0]).abs().max() <= 1e-12
+    for a, b in zip(ours[1:], want[1:], strict=True):
+        for name, value in b.items():
+            tolerance = 0.0 if exact else 1e-10
+            torch.testing.assert_close(a[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("options", [{}, {"cross_sample_lif": True}, {"drop_path": 0.3}, {"T": 3}], ids=str)
+def test_model_is_the_plain_one(name, options):
+    (ours, x), (plain, _) = make_model(name, **options), make_model(name, fused=False, **options)
+    plain.load_state_dict(ours.state_dict())
+    check_same(step(ours, x), step(plain, x))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["token", "channel", "ssa"])
+def test_every_attention(attention):
+    (ours, x), (plain, _) = (make_model("cifar10", attention=(attention,) * 3, fused=on) for on in (True, False))
+    check_same(step(ours, x), step(plain, x))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("on", [True, False])
+def test_checkpoint_stages(name, on):
+    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic depth; less saved."""
+    stages = (1, 2) if name == "dvs128-gesture" else (1, 3)
+    saved = []
+    results = []
+    for checkpoint_stages in ((), stages):
+        model, x = make_model(name, drop_path=0.3, checkpoint_stages=checkpoint_stages, fused=on)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(step(model, x))
+        saved.append(sum(sizes))
+    check_same(*results, exact=True)
+    logits = model(x).sum()  # a graph that is used twice
+    logits.backward(retain_graph=True)
+    logits.backward()
+    batches = [value for name, value in results[1][2].items() if name.endswith("num_batches_tracked")]
+    assert batches and all(value == 2 for value in batches)
+    assert saved[1] < 0.7 * saved[0]
+    with pytest.raises(ValueError, match=r"checkpoint_stages is \[4\]"):
+        make_model(name, checkpoint_stages=[4])
+
+
+@compiled
+def test_whole_model_compiles(monkeypatch):
+    for name in ("lif", "fused", "layer"):
+        monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
+    model, x = make_model("cifar10", depths=3)
+    want = step(copy.deepcopy(model), x)
+    check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
+    model, _ = make_model("cifar10", cross_sample_lif=True, depths=3)
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do
+    with torch.no_grad():
+        for batch in (2, 3):  # the number of images may change
+            assert model(x[:1].repeat(batch, 1, 1, 1)).shape == (batch, 10)
+
+
+def prefixed(result):
+    logits, *rest = result
+    return logits, *({f"_orig_mod.{name}": value for name, value in values.items()} for values in rest)
+
+
+def test_training_curve():
+    """30 steps of the same model on the same data, fused and plain: the same losses as far as rounding lets them."""
+    curves = []
+    for on in (True, False):
+        torch.manual_seed(6)
+        model = models.QKFormer(embed_dims=48, num_heads=2, fused=on)
+        x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 10
+        x += y[:, None, None, None] / 5
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        losses = []
+        for i in range(30):
+            part = slice(i % 4 * 16, i % 4 * 16 + 16)
+            loss = nn.functional.cross_entropy(model(x[part]), y[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    ours, plain = curves
+    torch.testing.assert_close(ours[:3], plain[:3], rtol=1e-3, atol=1e-3)
+    assert (ours[-4:].mean() - plain[-4:].mean()).abs() <= 0.15 and plain[-4:].mean() < 0.9 * plain[:4].mean()
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_on_gpu(kind):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    ours, plain = both(kind, whole_numbers(torch.float32, (4, 8, 12, 32, 24)).cuda(), torch.float32, device="cuda")
+    assert (ours[0] != plain[0]).float().mean() <= 1e-4 and (ours[3] != plain[3]).float().mean() <= 1e-4
+    for name, want in plain[1].items():
+        if name != "0.bias":
+            assert (ours[1][name] - want).norm() <= 1e-2 * want.norm(), name
+    half = whole_numbers(torch.float16, (4, 8, 12, 32, 24)).cuda()
+    ours, plain = both(kind, half, torch.float32, device="cuda", autocast=torch.float16)
+    assert (ours[0] != plain[0]).float().mean() <= 1e-2
+
+
+@gpu
+def test_model_on_gpu():
+    """A float16 training step of a model, eager, with recomputed stages and compiled."""
+    model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
+    recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
+    x = torch.randn(8, 3, 32, 32, device="cuda")
+    for variant in (model, recomputed, torch.compile(copy.deepcopy(model), fullgraph=True)):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = variant(x).square().mean()
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in variant.parameters())
