@@ -8,10 +8,12 @@ for float64), and the membrane is recomputed in the backward pass.
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -233,6 +235,23 @@ def empty(T, like):
     return like.new_empty(T, B, H, W, C).permute(0, 1, 4, 2, 3)
 
 
+_scratch = {}
+
+
+def scratch(purpose, rows, dtype, device):
+    """Memory [*, H, W, C] of the given shape that a layer's backward pass is done with when it returns.
+
+    On a CPU it is kept for the next layer: the system gives out large blocks page by page and takes them back when
+    they are freed, which takes longer than the arithmetic in them. On a GPU PyTorch's allocator keeps them.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(rows, dtype=dtype, device=device)
+    key, size = (purpose, dtype, threading.get_ident()), math.prod(rows)
+    if key not in _scratch or _scratch[key].numel() < size:
+        _scratch[key] = torch.empty(size, dtype=dtype)
+    return _scratch[key][:size].view(rows)
+
+
 def step_of(y, T):
     """Distance in memory from a step of y to the next, 0 for a y of one step that stands for T."""
     return y[0].numel() if len(y) == T else 0
@@ -258,22 +277,26 @@ def fire_(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, tau: float,
     launch("fire", len(y), y, y[0].numel(), y, y, scale, shift, tau, v_threshold)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::fire_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::fire_backward", mutates_args=("grad",))
 def fire_backward(
     grad_spikes: torch.Tensor,
     y: torch.Tensor,
+    grad: torch.Tensor,
     mean: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
     tau: float,
     v_threshold: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of scale * y + shift, and [2, C]: its sums and those of its product with y - mean."""
+) -> torch.Tensor:
+    """Writes the gradient of scale * y + shift into grad, which is like y in channels_last.
+
+    Returns [2, C]: the sums of that gradient and of its product with y - mean.
+    """
     T, y, grad_spikes = len(grad_spikes), rows_of_channels(y), rows_of_channels(grad_spikes)
-    grad, partial = empty(len(y), y), mean.new_empty(PARTS, 2, len(mean))
+    partial = mean.new_empty(PARTS, 2, len(mean))
     tensors = (y, grad_spikes, grad, scale, shift, mean, partial)
     launch("fire_backward", T, y, step_of(y, T), *tensors, tau, v_threshold, ALPHA)
-    return grad, partial.sum(0)
+    return partial.sum(0)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise_backward_", mutates_args=("grad",))
@@ -313,5 +336,5 @@ def _(y, T, scale, shift, tau, v_threshold):
 
 
 @fire_backward.register_fake
-def _(grad_spikes, y, mean, scale, shift, tau, v_threshold):
-    return empty(len(y), y), mean.new_empty(2, len(mean))
+def _(grad_spikes, y, grad, mean, scale, shift, tau, v_threshold):
+    return mean.new_empty(2, len(mean))

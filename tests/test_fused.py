@@ -36,7 +36,8 @@ def kernels(y, T, gamma, beta, tau, v_threshold, grad):
     invstd = torch.rsqrt(var + 1e-5)
     scale, shift = layer.affine(mean, invstd, gamma, beta)
     spikes = fused.fire(y, T, scale, shift, tau, v_threshold)
-    grad_y, sums = fused.fire_backward(grad, y, mean, scale, shift, tau, v_threshold)
+    grad_y = fused.empty(len(y), y)
+    sums = fused.fire_backward(grad, y, grad_y, mean, scale, shift, tau, v_threshold)
     grad_y = grad_y.flatten(0, 1)
     flat = fused.rows_of_channels(y).flatten(0, 1)
     fused.normalise_backward_(grad_y, flat, mean, invstd, gamma, sums)
@@ -83,12 +84,18 @@ def test_in_place_and_threads():
     y = torch.randn(4, 3, 7, 5, 40).movedim(-1, 2)
     scale, shift, grad = torch.rand(40), torch.rand(40), torch.randn_like(y)
     args = (torch.zeros(40), scale, shift, 2.0, 1.0)
-    spikes, first = fused.fire(y, 4, scale, shift, 2.0, 1.0), fused.fire_backward(grad, y, *args)
+    spikes = fused.fire(y, 4, scale, shift, 2.0, 1.0)
+
+    def backward():
+        out = torch.empty_like(y)
+        return fused.fire_backward(grad, y, out, *args), out
+
+    first = backward()
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            second = fused.fire_backward(grad, y, *args)
+            second = backward()
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     finally:
         torch.set_num_threads(threads)
@@ -102,7 +109,9 @@ def test_operators_are_registered_right():
     torch.library.opcheck(fused.fire, (y, 4, scale, scale, 2.0, 1.0))
     torch.library.opcheck(fused.fire, (y[:1], 4, scale, scale, 2.0, 1.0))
     torch.library.opcheck(fused.fire_, (y.clone(), scale, scale, 2.0, 1.0))
-    torch.library.opcheck(fused.fire_backward, (torch.randn_like(y), y, scale, scale, scale, 2.0, 1.0))
+    torch.library.opcheck(
+        fused.fire_backward, (torch.randn_like(y), y, torch.empty_like(y), scale, scale, scale, 2.0, 1.0)
+    )
     flat = y.flatten(0, 1)
     sums = torch.rand(2, 8)
     torch.library.opcheck(fused.statistics, (flat,))
