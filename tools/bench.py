@@ -29,6 +29,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -55,14 +56,21 @@ PUBLISHED = [
 ]
 
 
-def import_models(name):
-    """The module model.py of this model's folder, in place of another folder's."""
-    sys.path.insert(0, str(ROOT / ("imagenet" if name in IMAGENET else name)))
+@functools.cache
+def import_folder(folder):
+    """The module model.py of a folder, beside those of other folders."""
     for module in ("model", "layer", "fused", "lif"):
         sys.modules.pop(module, None)
-    models = importlib.import_module("model")
+    sys.path.insert(0, str(ROOT / folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm, that a model of this name is there already
+        models = importlib.import_module("model")
     sys.path.pop(0)
     return models
+
+
+def import_models(name):
+    return import_folder("imagenet" if name in IMAGENET else name)
 
 
 def build(name, path, T, models):
