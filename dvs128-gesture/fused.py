@@ -132,6 +132,25 @@ ENTRY void fire_backward(index_t rows, index_t channels, index_t step, const sca
 #endif
 }
 
+#ifndef __CUDACC_RTC__
+// Sums of y - pivot and of its square, per part. PyTorch's own for channels_last add up whole columns in float32.
+ENTRY void statistics(index_t rows, index_t channels, const scalar_t* y, const real_t* pivot, real_t* partial) {
+#pragma omp parallel for
+    for (index_t part = 0; part < PARTS; ++part) {
+        real_t* total = partial + part * 2 * channels;
+        real_t* squares = total + channels;
+        for (index_t c = 0; c < 2 * channels; ++c) total[c] = 0;
+        for (index_t r = part * rows / PARTS; r < (part + 1) * rows / PARTS; ++r)
+#pragma omp simd
+            for (index_t c = 0; c < channels; ++c) {
+                const real_t d = real_t(y[r * channels + c]) - pivot[c];
+                total[c] += d;
+                squares[c] += d * d;
+            }
+    }
+}
+#endif
+
 // The rest of BatchNorm's backward pass, in place: grad becomes that of y.
 ENTRY void normalise_backward(index_t rows, index_t channels, const scalar_t* y, scalar_t* grad, const real_t* a,
                               const real_t* b, const real_t* c) {
@@ -318,8 +337,15 @@ def normalise_backward_(
 
 @torch.library.custom_op(f"{NAMESPACE}::statistics", mutates_args=())
 def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel of [N, C, H, W], in the kernels' arithmetic."""
+    """Mean and biased variance of each channel of [N, C, H, W] in channels_last, in the kernels' arithmetic."""
     real = torch.float64 if y.dtype == torch.float64 else torch.float32
+    if y.device.type == "cpu":
+        n, C = y.numel() // y.shape[1], y.shape[1]
+        pivot = y[0, :, 0, 0].to(real).contiguous()  # a value of each channel, so that few digits cancel
+        partial = pivot.new_empty(PARTS, 2, C)
+        launch("statistics", 1, y.unsqueeze(0), y, pivot, partial)
+        total, squares = partial.sum(0, dtype=torch.float64) / n
+        return (pivot + total).to(real), (squares - total.square()).clamp_(min=0).to(real)
     unused = (torch.zeros(y.shape[1], dtype=real, device=y.device) for _ in range(2))  # a run's; momentum 0 keeps them
     return torch.ops.aten.batch_norm_update_stats(y, *unused, 0.0)
 
