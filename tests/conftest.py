@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 
+pytest_plugins = ["on_digits", "on_photos", "on_events"]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -178,6 +179,35 @@ def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=180, check
     )
     assert not check or done.returncode == 0, done.stdout
     return done
+
+
+def start(folder, *args, ranks=1, env=None):
+    """Start a folder's train.py and go on; returns the process, its output line by line in .stdout."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *map(str, args)],
+        cwd=ROOT / folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def log_of(folder):
+    """The run's log without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    clock = ("seconds", "images_per_second", "peak_memory_mb")
+    return [{name: line[name] for name in line if name not in clock} for line in lines]
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def one_line(done, *words, code=1):

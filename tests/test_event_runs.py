@@ -1,0 +1,169 @@
+"""dvs128-gesture/ and cifar10-dvs/: runs from raw recordings to an accuracy."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, build_model, copy_folder, load, log_of, script
+from on_events import FOLDERS, SMALL, check_frames, cpu, resolve, write
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory):
+    """Recordings of each data set, written once; converted by the first run that needs them."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in FOLDERS}
+    for name, root in roots.items():
+        write(name, root, **({"samples": 30} if name == "cifar10-dvs" else {}))
+    return roots
+
+
+def learn(name):
+    """Arguments of a run that learns."""
+    epochs, lr, batch = (8, 1e-2, 8) if name == "cifar10-dvs" else (14, 2e-2, 4)
+    args = [*SMALL, "--dim", 64, "--epochs", epochs, "--lr", lr, "--min-lr", 5e-4, "--batch-size", batch]
+    args += ["--weight-decay", 0, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--smoothing", 0, "--mixup", 0]
+    return [*args, "--no-aug"]
+
+
+@pytest.fixture(scope="module")
+def trained(data_path, tmp_path_factory):
+    """From raw recordings to a checkpoint, by a copy of the folder alone in an empty place; once for each folder."""
+
+    @functools.cache
+    def train(name):
+        alone = copy_folder(name, tmp_path_factory.mktemp("alone"))
+        return alone, script(alone, "train", "--data-path", data_path[name], *learn(name), cwd=alone)
+
+    return train
+
+
+def test_from_recordings_to_accuracy(folder, data_path, trained):
+    alone, done = trained(folder.name)
+    assert "reading recordings" in done.stdout and "integrating frames" in done.stdout
+    run = alone / "output" / folder.name
+    log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    best = max(log, key=lambda line: line["test_acc1"])
+    assert len(log) == {"dvs128-gesture": 14, "cifar10-dvs": 8}[folder.name]
+    # Chance is 9 and 10 % of a few test samples, and a training loss of 2.4 and 2.3; seeds differ by 10 %.
+    assert best["test_acc1"] >= 35 and log[-1]["test_acc1"] >= 25 and log[-1]["train_loss"] < 2.0
+
+    args = ["--data-path", data_path[folder.name], *learn(folder.name)]
+    done = script(alone, "test", *args, cwd=alone)
+    result = json.loads((run / "test.json").read_text())
+    assert "reading recordings" not in done.stdout and f"top-1 {best['test_acc1']:.2f} %" in done.stdout
+    assert result["top1"] == best["test_acc1"] and result["loss"] == pytest.approx(best["test_loss"], rel=1e-5)
+    done = script(alone, "train", *args, "--test-only", "--resume", "auto", cwd=alone)
+    assert f"last.pth: top-1 {log[-1]['test_acc1']:.2f} %" in done.stdout and "epoch" not in done.stdout
+
+
+RANDOM = [*SMALL, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--T-train", 1]
+RANDOM += ["--drop-path", 0.2, "--mixup-prob", 1, "--lr", 1e-2]
+
+
+def kill_when(condition, folder, *args):
+    """Start train.py and SIGKILL it as soon as condition() holds."""
+    command = [sys.executable, "train.py", *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as script(): with other threads sums round otherwise
+    process = subprocess.Popen(
+        command, cwd=ROOT / folder.name, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_and_restarted(folder, tmp_path):
+    """Killed while events are made, while frames are made and in training; the same command ends as if never."""
+    written = write(folder.name, tmp_path, **({"samples": 10} if folder.name == "cifar10-dvs" else {"trials": 1}))
+    frames, events = tmp_path / "frames_number_2_split_by_number", tmp_path / "events_np"
+    args = ["--data-path", tmp_path, "--output-dir", tmp_path / "out", "--resume", "auto", *RANDOM]
+    kill_when(lambda: any((tmp_path / ".qkformer-building" / "events_np").rglob("*.npz")), folder, *args)
+    assert not events.exists()
+    kill_when(lambda: any((tmp_path / ".qkformer-building").glob("frames*/**/*.npz")), folder, *args)
+    assert events.exists() and not frames.exists()
+    run = tmp_path / "out" / folder.name
+    kill_when((run / "last.pth").exists, folder, *args)
+    check_frames(frames, written, 2)
+    assert not (tmp_path / ".qkformer-building").exists()
+
+    done = script(folder.name, "train", *args)
+    assert "resuming" in done.stdout
+    args[args.index("--output-dir") + 1] = tmp_path / "whole"
+    script(folder.name, "train", *args)
+    assert log_of(run) == log_of(tmp_path / "whole" / folder.name)
+    one, other = (torch.load(tmp_path / name / folder.name / "last.pth")["model"] for name in ("out", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def evaluate(folder, cfg, path, eval_amp, semantics=False):
+    """Metrics of a checkpoint on one rank."""
+    one, model = cpu(folder), build_model(folder, cfg, semantics)
+    folder.checkpoint.load_weights(model, folder.checkpoint.load_checkpoint(path), path)
+    loader = folder.data.test_loader(cfg, folder.data.build_dataset(cfg, False, one), one)
+    return folder.engine.evaluate(model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp))
+
+
+def test_training_on_two_ranks(folder, tmp_path, data_path):
+    """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp says otherwise."""
+    args = ["--data-path", data_path[folder.name], "--output-dir", tmp_path, *RANDOM, "--epochs", 1, "--T", 3]
+    args += ["--amp-dtype", "bfloat16"]
+    done = script(folder.name, "train", *args, ranks=2)
+    assert "2 rank(s), 16 samples a step" in done.stdout and done.stdout.count("integrating frames") == 1
+    [line], best = log_of(tmp_path / folder.name), tmp_path / folder.name / "best.pth"
+    cfg = resolve(folder, *args)
+    assert evaluate(folder, cfg, best, cfg.eval_amp).loss == line["test_loss"] != evaluate(folder, cfg, best, True).loss
+
+
+@pytest.mark.parametrize("semantics", ["false", "true"])
+def test_testing_on_two_ranks(folder, data_path, trained, semantics):
+    """Each sample once, in one rank's batches: the result is one rank's, in both semantics."""
+    alone, _ = trained(folder.name)
+    args = [
+        "--data-path",
+        data_path[folder.name],
+        *learn(folder.name),
+        "--cross-sample-lif",
+        semantics,
+        "--val-batch-size",
+        3,
+    ]
+    script(alone, "test", *args, ranks=2, cwd=alone)
+    result = json.loads((alone / "output" / folder.name / "test.json").read_text())
+
+    cfg, path = resolve(folder, *args), alone / "output" / folder.name / "best.pth"
+    want = evaluate(folder, cfg, path, cfg.eval_amp, semantics == "true")
+    assert [result[key] for key in ("top1", "top5", "loss")] == [want.top1, want.top5, want.loss]
+    assert result["cross_sample_lif"] == (semantics == "true")
+
+
+def test_missing_recordings_on_two_ranks(tmp_path):
+    args = ["--data-path", tmp_path, "--output-dir", tmp_path / "out"]
+    done = script("cifar10-dvs", "train", *args, ranks=2, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(errors) <= 2 and len(set(errors)) == 1 and "no recordings" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--T-train", 17], ["T_train is 17", "T = 16"]),
+        (["-b", 3], ["batch_size is 3", "even"]),
+        (["--attention", "token"], ["attention", "2 values"]),
+        (["--split-sead", 3], ["split-sead", "split_seed"]),
+    ],
+)
+def test_mistakes(args, words):
+    cifar10_dvs = load("cifar10-dvs")
+    with pytest.raises(cifar10_dvs.config.UserError) as error:
+        cifar10_dvs.train.main([*map(str, args)])
+    assert all(word in str(error.value) for word in words)

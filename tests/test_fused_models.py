@@ -1,0 +1,155 @@
+"""Models of fused layers against plain ones: recomputed, compiled, in training, on the CPU and on a GPU."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from conftest import load
+from torch import nn
+
+cifar10 = load("cifar10")
+lif, fused, layer, models = cifar10.lif, cifar10.fused, cifar10.layer, cifar10.model
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+
+FOLDERS = {
+    "cifar10": ({"embed_dims": 48, "num_heads": 2}, (2, 3, 16, 12)),
+    "imagenet": ({"embed_dims": 48, "num_heads": 2, "depths": 5, "num_classes": 7}, (2, 3, 64, 48)),
+    "dvs128-gesture": ({"embed_dims": 32, "num_heads": 2}, (2, 6, 2, 32, 48)),
+}
+
+
+def make_model(name, **options):
+    folder = load(name)
+    torch.manual_seed(4)
+    keywords, shape = FOLDERS[name]
+    entry = getattr(folder.model, "QKFormer_10_384" if name == "imagenet" else "QKFormer")
+    return entry(**keywords, **options).double(), torch.rand(shape, dtype=torch.float64) * 2
+
+
+def step(model, x):
+    """Logits, gradients and buffers after a training step."""
+    torch.manual_seed(5)
+    logits = model.train()(x)
+    logits.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits.detach(), gradients, dict(model.named_buffers())
+
+
+def check_same(ours, want, exact=False):
+    assert torch.equal(ours[0], want[0]) if exact else (ours[0] - want[0]).abs().max() <= 1e-12
+    for a, b in zip(ours[1:], want[1:], strict=True):
+        for name, value in b.items():
+            tolerance = 0.0 if exact else 1e-10
+            torch.testing.assert_close(a[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("options", [{}, {"cross_sample_lif": True}, {"drop_path": 0.3}, {"T": 3}], ids=str)
+def test_model_is_the_plain_one(name, options):
+    (ours, x), (plain, _) = make_model(name, **options), make_model(name, fused=False, **options)
+    plain.load_state_dict(ours.state_dict())
+    check_same(step(ours, x), step(plain, x))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["token", "channel", "ssa"])
+def test_every_attention(attention):
+    (ours, x), (plain, _) = (make_model("cifar10", attention=(attention,) * 3, fused=on) for on in (True, False))
+    check_same(step(ours, x), step(plain, x))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("on", [True, False])
+def test_checkpoint_stages(name, on):
+    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic depth; less saved."""
+    stages = (1, 2) if name == "dvs128-gesture" else (1, 3)
+    saved = []
+    results = []
+    for checkpoint_stages in ((), stages):
+        model, x = make_model(name, drop_path=0.3, checkpoint_stages=checkpoint_stages, fused=on)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results.append(step(model, x))
+        saved.append(sum(sizes))
+    check_same(*results, exact=True)
+    logits = model(x).sum()  # a graph that is used twice
+    logits.backward(retain_graph=True)
+    logits.backward()
+    batches = [value for name, value in results[1][2].items() if name.endswith("num_batches_tracked")]
+    assert batches and all(value == 2 for value in batches)
+    assert saved[1] < 0.7 * saved[0]
+    with pytest.raises(ValueError, match=r"checkpoint_stages is \[4\]"):
+        make_model(name, checkpoint_stages=[4])
+
+
+@compiled
+def test_whole_model_compiles(monkeypatch):
+    for name in ("lif", "fused", "layer"):
+        monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
+    model, x = make_model("cifar10", depths=3)
+    want = step(copy.deepcopy(model), x)
+    check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
+    model, _ = make_model("cifar10", cross_sample_lif=True, depths=3)
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do
+    with torch.no_grad():
+        for batch in (2, 3):  # the number of images may change
+            assert model(x[:1].repeat(batch, 1, 1, 1)).shape == (batch, 10)
+
+
+def prefixed(result):
+    logits, *rest = result
+    return logits, *({f"_orig_mod.{name}": value for name, value in values.items()} for values in rest)
+
+
+def test_training_curve():
+    """30 steps of the same model on the same data, fused and plain: the same losses as far as rounding lets them."""
+    curves = []
+    for on in (True, False):
+        torch.manual_seed(6)
+        model = models.QKFormer(embed_dims=48, num_heads=2, fused=on)
+        x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 10
+        x += y[:, None, None, None] / 5
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        losses = []
+        for i in range(30):
+            part = slice(i % 4 * 16, i % 4 * 16 + 16)
+            loss = nn.functional.cross_entropy(model(x[part]), y[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    ours, plain = curves
+    torch.testing.assert_close(ours[:3], plain[:3], rtol=1e-3, atol=1e-3)
+    assert (ours[-4:].mean() - plain[-4:].mean()).abs() <= 0.06 and plain[-4:].mean() < 0.95 * plain[:4].mean()
+
+
+def test_a_pixel_that_wants_its_gradient():
+    """The first layer's input may require a gradient; its pixels are no whole numbers."""
+    results = []
+    for on in (True, False):
+        model, x = make_model("cifar10", fused=on)
+        x = (x / 3).requires_grad_()
+        results.append((*step(model, x), {"x": x.grad}))
+    check_same(*results)
+
+
+@gpu
+def test_model_on_gpu():
+    """A float16 training step of a model, eager, with recomputed stages and compiled."""
+    model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
+    recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
+    x = torch.randn(8, 3, 32, 32, device="cuda")
+    for variant in (model, recomputed, torch.compile(copy.deepcopy(model), fullgraph=True)):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = variant(x).square().mean()
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in variant.parameters())
