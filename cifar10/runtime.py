@@ -193,9 +193,13 @@ def run(main):
     except torch.OutOfMemoryError as error:
         code = fail(f"not enough GPU memory; make batch_size smaller ({str(error).split('. ')[0]})")
     except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not re.search("closed by peer|reset by peer|NCCL", str(error)):
+        if type(error).__module__ == "torch._inductor.exc":
+            reason = str(error).strip().splitlines()[0]
+            code = fail(f"torch.compile can't build this model ({reason}); compile: false runs without it")
+        elif torch.distributed.is_initialized() and re.search("closed by peer|reset by peer|NCCL", str(error)):
+            code = fail(f"rank {torch.distributed.get_rank()} lost another rank, which says why in a line of its own")
+        else:
             raise
-        code = fail(f"rank {torch.distributed.get_rank()} lost another rank, which says why in a line of its own")
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

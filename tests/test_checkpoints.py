@@ -159,6 +159,12 @@ def test_no_data_and_no_network(tmp_path):
     )
 
 
+def test_no_compiler_for_torch_compile(tmp_path):
+    args = [*SMALL, "--compile", "true", "--epochs", 1, "--output", tmp_path]
+    done = script("cifar10", "train", *args, env={"CXX": "no-such-compiler"}, check=False)
+    one_line(done, "torch.compile", "no-such-compiler", "compile: false")
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     cifar10.checkpoint.save_checkpoint({"a": torch.ones(3)}, path)
