@@ -8,12 +8,10 @@ for float64), and the membrane is recomputed in the backward pass.
 
 import ctypes
 import functools
-import math
 import os
 import shlex
 import subprocess
 import tempfile
-import threading
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from lif import ALPHA, CTYPES, NAMESPACE, NVRTC_OPTIONS, cupy_error, say
 
 MAX_T = 64  # steps held in registers; a longer sequence (the release's neuron over T*B) runs through plain layers
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PARTS = 256  # partial sums of a channel: a fixed number, so that sums do not depend on the number of threads
 TILE = (32, 8)  # channels x rows of a CUDA block
 
@@ -181,11 +180,22 @@ def host_library(dtype, T):
         return ctypes.CDLL(path)
 
 
+def keep_memory():
+    """Let glibc keep large blocks that are freed, for the next layer and step (mallopt(3)).
+
+    It would return them to the system, which hands them out anew page by page: longer than the arithmetic in them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+
+
 @functools.cache
 def host_error():
     """None where the system's C++ compiler builds the kernels, else the reason in one line."""
     try:
         host_library(torch.float32, 4)
+        keep_memory()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         return f"no working C++ compiler ({reason})"
@@ -252,23 +262,6 @@ def rows_of_channels(x):
 def empty(T, like):
     _, B, C, H, W = like.shape
     return like.new_empty(T, B, H, W, C).permute(0, 1, 4, 2, 3)
-
-
-_scratch = {}
-
-
-def scratch(purpose, rows, dtype, device):
-    """Memory [*, H, W, C] of the given shape that a layer's backward pass is done with when it returns.
-
-    On a CPU it is kept for the next layer: the system gives out large blocks page by page and takes them back when
-    they are freed, which takes longer than the arithmetic in them. On a GPU PyTorch's allocator keeps them.
-    """
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(rows, dtype=dtype, device=device)
-    key, size = (purpose, dtype, threading.get_ident()), math.prod(rows)
-    if key not in _scratch or _scratch[key].numel() < size:
-        _scratch[key] = torch.empty(size, dtype=dtype)
-    return _scratch[key][:size].view(rows)
 
 
 def step_of(y, T):

@@ -234,8 +234,7 @@ class ConvBNLIF(torch.autograd.Function):
         if options.pool:
             pooled, indices = F.max_pool2d(y, *POOL, return_indices=True)
         neurons = (*affine(mean, invstd, gamma, beta), options.tau, options.v_threshold)
-        N, C, H, W = pooled.shape
-        grad = fused.scratch("grad", (N, H, W, C), y.dtype, y.device).permute(0, 3, 1, 2)
+        grad = torch.empty_like(pooled)
         steps = x.shape[:2]
         sums = fused.fire_backward(grad_spikes, pooled.unflatten(0, steps), grad.unflatten(0, steps), mean, *neurons)
         if options.pool:
@@ -252,9 +251,7 @@ class ConvBNLIF(torch.autograd.Function):
 
 def convolution_backward(grad, x, weight, options, wants_x):
     x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
-    if x.dtype != grad.dtype:
-        N, C, H, W = x.shape
-        x = fused.scratch("x", (N, H, W, C), grad.dtype, x.device).permute(0, 3, 1, 2).copy_(x)
+    x = x.to(grad.dtype)
     if (
         weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
     ):  # matrix products of rows of channels
