@@ -29,16 +29,15 @@ SOURCE = r"""
 #include <cuda_fp16.h>
 #define INLINE __device__ __forceinline__
 #define ENTRY extern "C" __global__
-#define EACH(row, channel)                                                     \
-    const index_t channel = index_t(blockIdx.x) * blockDim.x + threadIdx.x;    \
-    if (channel < channels)                                                    \
-        for (index_t row = index_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += gridDim.y * blockDim.y)
+#define ROWS(row)                                                                                                      \
+    for (index_t row = index_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += gridDim.y * blockDim.y)
+#define CHANNELS(channel)                                                                                              \
+    if (const index_t channel = index_t(blockIdx.x) * blockDim.x + threadIdx.x; channel < channels)
 #else
+#define ROWS(row) _Pragma("omp parallel for") for (index_t row = 0; row < rows; ++row)
+#define CHANNELS(channel) _Pragma("omp simd") for (index_t channel = 0; channel < channels; ++channel)
 #define INLINE static inline __attribute__((always_inline))
 #define ENTRY extern "C"
-#define EACH(row, channel)                                                     \
-    _Pragma("omp parallel for") for (index_t row = 0; row < rows; ++row)       \
-        _Pragma("omp simd") for (index_t channel = 0; channel < channels; ++channel)
 extern "C" __attribute__((const, simd("notinbranch"))) float expf(float);
 extern "C" __attribute__((const, simd("notinbranch"))) double exp(double);
 struct __nv_bfloat16 {
@@ -50,9 +49,11 @@ struct __nv_bfloat16 {
     operator float() const { return __builtin_bit_cast(float, unsigned(bits) << 16); }
 };
 #endif
+#define EACH(row, channel) ROWS(row) CHANNELS(channel)
 typedef long long index_t;
 INLINE float exponential(float x) { return expf(x); }
 INLINE double exponential(double x) { return exp(x); }
+INLINE index_t clamp(index_t i, index_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 // Neuron i of n. Its input at step t is scale * y[t * step + i] + shift; step is 0 for an image shown STEPS times.
 INLINE void fire_one(index_t i, index_t n, index_t step, const scalar_t* y, scalar_t* spikes, real_t scale,
@@ -105,6 +106,7 @@ ENTRY void fire_backward(index_t rows, index_t channels, index_t step, const sca
                          real_t* partial, real_t tau, real_t threshold, real_t alpha) {
 #ifdef __CUDACC_RTC__
     __shared__ real_t sums[2][8][32];  // TILE, transposed
+    const index_t c = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
     real_t total = 0, dot = 0;
     EACH(r, c) fire_backward_one(r * channels + c, rows * channels, step, y, grad_spikes, grad, scale[c], shift[c],
                                  mean[c], tau, threshold, alpha, total, dot);
@@ -156,6 +158,63 @@ ENTRY void normalise_backward(index_t rows, index_t channels, const scalar_t* y,
     EACH(r, k) {
         const index_t i = r * channels + k;
         grad[i] = scalar_t(a[k] * real_t(grad[i]) + b[k] * real_t(y[i]) + c[k]);
+    }
+}
+
+// Max-pooling, 3x3 with stride 2 and padding 1. A tap is which of a window's nine is the largest, the first of equals.
+ENTRY void pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y, scalar_t* pooled,
+                unsigned char* taps) {
+    const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+    ROWS(r) {
+        const index_t n = r / (out_width * out_height), oh = r / out_width % out_height, ow = r % out_width;
+        const scalar_t* pixel[9];
+        int tap[9];
+#pragma unroll
+        for (int k = 0; k < 9; ++k) {  // outside of y the nearest pixel stands in, which the window has anyway
+            const index_t h = clamp(2 * oh - 1 + k / 3, height), w = clamp(2 * ow - 1 + k % 3, width);
+            pixel[k] = y + ((n * height + h) * width + w) * channels;
+            tap[k] = (h - 2 * oh + 1) * 3 + w - 2 * ow + 1;
+        }
+        CHANNELS(c) {
+            real_t best = pixel[0][c];
+            int which = tap[0];
+#pragma unroll
+            for (int k = 1; k < 9; ++k) {
+                const real_t value = real_t(pixel[k][c]);
+                const bool larger = value > best || value != value;
+                best = larger ? value : best;
+                which = larger ? tap[k] : which;
+            }
+            pooled[r * channels + c] = scalar_t(best);
+            taps[r * channels + c] = which;
+        }
+    }
+}
+
+// normalise_backward of a gradient that comes through max-pooling: a pixel is in one to four windows.
+ENTRY void pool_backward(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
+                         const scalar_t* grad_pooled, const unsigned char* taps, scalar_t* grad, const real_t* a,
+                         const real_t* b, const real_t* c) {
+    const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+    ROWS(r) {
+        const index_t n = r / (width * height), h = r / width % height, w = r % width;
+        index_t window[4];
+        int tap[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const index_t oh = h / 2 + j / 2, ow = w / 2 + j % 2;
+            const bool inside = j / 2 <= h % 2 && j % 2 <= w % 2 && oh < out_height && ow < out_width;
+            window[j] = inside ? ((n * out_height + oh) * out_width + ow) * channels : 0;
+            tap[j] = inside ? (h - 2 * oh + 1) * 3 + w - 2 * ow + 1 : -1;
+        }
+        CHANNELS(k) {
+            real_t sum = 0;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                sum += taps[window[j] + k] == tap[j] ? real_t(grad_pooled[window[j] + k]) : 0;
+            const index_t i = r * channels + k;
+            grad[i] = scalar_t(a[k] * sum + b[k] * real_t(y[i]) + c[k]);
+        }
     }
 }
 """
@@ -321,11 +380,46 @@ def normalise_backward_(
     sums: torch.Tensor,
 ) -> None:
     """From the gradient of BatchNorm's output, [N, C, H, W] in channels_last, and its sums to the gradient of y."""
+    launch("normalise_backward", 1, y.unsqueeze(0), y, grad, *coefficients(y, mean, invstd, gamma, sums))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::pool", mutates_args=())
+def pool(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """3x3 max-pooling of stride 2 of [N, C, H, W] in channels_last; which of its window each value was, as bytes."""
+    pooled, taps = empty_pooled(y)
+    launch("pool", 1, pooled.unsqueeze(0), *y.shape[2:], y, pooled, taps)
+    return pooled, taps
+
+
+@torch.library.custom_op(f"{NAMESPACE}::pool_backward", mutates_args=())
+def pool_backward(
+    grad: torch.Tensor,
+    taps: torch.Tensor,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    invstd: torch.Tensor,
+    gamma: torch.Tensor,
+    sums: torch.Tensor,
+) -> torch.Tensor:
+    """The same from the gradient of what pool() made of BatchNorm's output, and its sums."""
+    grad_y = torch.empty_like(y)
+    factors = coefficients(y, mean, invstd, gamma, sums)
+    launch("pool_backward", 1, y.unsqueeze(0), *y.shape[2:], y, grad, taps, grad_y, *factors)
+    return grad_y
+
+
+def empty_pooled(y):
+    N, C, H, W = y.shape
+    pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
+    return pooled, torch.empty_like(pooled, dtype=torch.uint8)
+
+
+def coefficients(y, mean, invstd, gamma, sums):
+    """Of BatchNorm's backward pass: a * grad + b * y + c."""
     n = y.numel() // len(mean)
     a = gamma * invstd
     b = -a * invstd.square() * sums[1] / n
-    c = -a * sums[0] / n - b * mean
-    launch("normalise_backward", 1, y.unsqueeze(0), y, grad, a, b, c)
+    return a, b, -a * sums[0] / n - b * mean
 
 
 @torch.library.custom_op(f"{NAMESPACE}::statistics", mutates_args=())
@@ -347,6 +441,16 @@ def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _(y):
     real = torch.float64 if y.dtype == torch.float64 else torch.float32
     return tuple(y.new_empty(y.shape[1], dtype=real) for _ in range(2))
+
+
+@pool.register_fake
+def _(y):
+    return empty_pooled(y)
+
+
+@pool_backward.register_fake
+def _(grad, taps, y, mean, invstd, gamma, sums):
+    return torch.empty_like(y)
 
 
 @fire.register_fake

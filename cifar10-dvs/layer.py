@@ -33,7 +33,7 @@ def conv_bn_lif(x, conv, bn, lif, pool=False):
     x = x.flatten(0, 1)
     x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
     if pool:
-        x = F.max_pool2d(x, *POOL)
+        x = F.max_pool2d(x, 3, 2, 1)
     return lif(x.unflatten(0, steps))
 
 
@@ -44,9 +44,6 @@ def conv_bn_lif_each(x, *layers):
         spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)  # so that their gradients are joined as they lie
         return [part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)]
     return [conv_bn_lif(x, *layer) for layer in layers]
-
-
-POOL = (3, 2, 1)  # kernel, stride, padding
 
 
 def checkpointed(module, x):
@@ -168,7 +165,7 @@ def fused_layers(x, convs, bns, lif, pool=False):
     mean = join(bn.running_mean for bn in bns) - (0 if bias is None else bias)
     invstd = torch.rsqrt(join(bn.running_var for bn in bns) + bn.eps)
     y = convolve(x, weight, options)
-    y = (F.max_pool2d(y, *POOL) if pool else y).unflatten(0, x.shape[:2])
+    y = (fused.pool(y)[0] if pool else y).unflatten(0, x.shape[:2])
     neurons = (*affine(mean * sign, invstd, gamma, beta), lif.tau, lif.v_threshold)
     if len(y) < T:
         return fused.fire(y, T, *neurons)
@@ -211,7 +208,7 @@ class ConvBNLIF(torch.autograd.Function):
         y = convolve(x, weight, options)
         mean, var = fused.statistics(y)
         invstd = torch.rsqrt(var + options.eps)
-        pooled = F.max_pool2d(y, *POOL) if options.pool else y
+        pooled = fused.pool(y)[0] if options.pool else y
         scale, shift = affine(mean, invstd, gamma, beta)
         spikes = fused.fire(pooled.unflatten(0, x.shape[:2]), options.T, scale, shift, options.tau, options.v_threshold)
         n = options.T * y.numel() // (len(x) * len(mean))  # values of a channel; an image shown T times counts T times
@@ -232,16 +229,15 @@ class ConvBNLIF(torch.autograd.Function):
         y = channels_last(y)  # which it is, unless a hook on saved tensors has laid it out anew
         options, pooled = ctx.options, y
         if options.pool:
-            pooled, indices = F.max_pool2d(y, *POOL, return_indices=True)
+            pooled, taps = fused.pool(y)
         neurons = (*affine(mean, invstd, gamma, beta), options.tau, options.v_threshold)
         grad = torch.empty_like(pooled)
         steps = x.shape[:2]
         sums = fused.fire_backward(grad_spikes, pooled.unflatten(0, steps), grad.unflatten(0, steps), mean, *neurons)
         if options.pool:
-            size, stride, padding = ([n, n] for n in POOL)
-            grad = aten.max_pool2d_with_indices_backward(grad, y, size, stride, padding, [1, 1], False, indices)
-            grad = channels_last(grad)
-        fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
+            grad = fused.pool_backward(grad, taps, y, mean, invstd, gamma, sums)
+        else:
+            fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
         grad_x, grad_weight = convolution_backward(grad, x, weight, options, ctx.needs_input_grad[0])
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
         # BatchNorm takes a bias before it out again: the gradient is 0; rounding leaves the plain path some noise.

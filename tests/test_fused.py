@@ -67,6 +67,28 @@ def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=
             assert flips <= 2e-3
 
 
+def check_pooling(dtype, C, size, device="cpu"):
+    """Against autograd in float64 through BatchNorm and max_pool2d: values, and gradients to the first of equals."""
+    torch.manual_seed(C)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    y = (2 * torch.randn(3, C, *size)).to(device, dtype).contiguous(memory_format=CL)
+    gamma = torch.rand(C, dtype=real).to(device)
+    leaf = y.double().requires_grad_()
+    z = nn.functional.batch_norm(leaf, None, None, gamma.double(), None, True)
+    want = nn.functional.max_pool2d(z, 3, 2, 1)
+    grad = torch.randn(want.shape).to(device, dtype).contiguous(memory_format=CL)
+    want.backward(grad.double())
+
+    pooled, taps = fused.pool(y)
+    assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1)) and taps.dtype == torch.uint8
+    var, mean = torch.var_mean(y.to(real), dim=(0, 2, 3), correction=0)
+    sums = torch.stack([grad.to(real).sum((0, 2, 3)), (grad.to(real) * (pooled - mean[:, None, None])).sum((0, 2, 3))])
+    have = fused.pool_backward(grad, taps, y, mean, torch.rsqrt(var + 1e-5), gamma, sums)
+    tolerance = {8: 1e-10, 4: 1e-4, 2: 2e-2}[dtype.itemsize]
+    torch.testing.assert_close(have.double(), leaf.grad, rtol=tolerance, atol=tolerance)
+
+
+SIZES = [(6, 8), (7, 5), (1, 4), (2, 1)]
 CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (64, 64, 5), (6, 1, 96)]
 
 
@@ -76,6 +98,14 @@ CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (64, 64, 
 def test_kernels(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C)
     check_kernels(dtype, T, steps, C, tau=3.7, v_threshold=0.4)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", fused.HOST_CTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_pooling(dtype, size):
+    check_pooling(dtype, 40, size)
+    check_pooling(dtype, 3, size)
 
 
 @compiled
@@ -128,6 +158,8 @@ def test_operators_are_registered_right():
     torch.library.opcheck(fused.statistics, (flat,))
     torch.library.opcheck(fused.statistics, (flat.bfloat16(),))
     torch.library.opcheck(fused.normalise_backward_, (flat.clone(), flat, scale, scale, scale, sums))
+    torch.library.opcheck(fused.pool, (flat,))
+    torch.library.opcheck(fused.pool_backward, (*fused.pool(flat), flat, scale, scale, scale, sums))
 
 
 # The CUDA side of the source --------------------------------------------------------------------------------------
@@ -229,7 +261,9 @@ def cuda_on_host(monkeypatch, tmp_path):
 def test_cuda_side_on_host(cuda_on_host, dtype):
     for T, steps, C in ((4, 4, 48), (4, 1, 33), (16, 16, 3)):
         check_kernels(dtype, T, steps, C)
-    assert set(cuda_on_host) == {"fire", "fire_backward", "normalise_backward"}
+    for size in SIZES:
+        check_pooling(dtype, 35, size)
+    assert set(cuda_on_host) == {"fire", "fire_backward", "normalise_backward", "pool", "pool_backward"}
 
 
 # On a GPU ---------------------------------------------------------------------------------------------------------
@@ -241,3 +275,10 @@ def test_cuda_side_on_host(cuda_on_host, dtype):
 def test_kernels_on_gpu(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C, device="cuda")
     check_kernels(dtype, T, steps, C, device="cuda", B=7, size=(31, 17))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", lif.CTYPES)
+@pytest.mark.parametrize("size", [*SIZES, (56, 56)])
+def test_pooling_on_gpu(dtype, size):
+    check_pooling(dtype, 40, size, device="cuda")
