@@ -53,6 +53,7 @@ struct __nv_bfloat16 {
 typedef long long index_t;
 INLINE float exponential(float x) { return expf(x); }
 INLINE double exponential(double x) { return exp(x); }
+INLINE void store(scalar_t* place, real_t value) { *place = scalar_t(value); }  // inlined, bfloat16 vectorises
 INLINE index_t clamp(index_t i, index_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 // Neuron i of n. Its input at step t is scale * y[t * step + i] + shift; step is 0 for an image shown STEPS times.
@@ -157,7 +158,7 @@ ENTRY void normalise_backward(index_t rows, index_t channels, const scalar_t* y,
                               const real_t* b, const real_t* c) {
     EACH(r, k) {
         const index_t i = r * channels + k;
-        grad[i] = scalar_t(a[k] * real_t(grad[i]) + b[k] * real_t(y[i]) + c[k]);
+        store(grad + i, a[k] * real_t(grad[i]) + b[k] * real_t(y[i]) + c[k]);
     }
 }
 
@@ -185,7 +186,7 @@ ENTRY void pool(index_t rows, index_t channels, index_t height, index_t width, c
                 best = larger ? value : best;
                 which = larger ? tap[k] : which;
             }
-            pooled[r * channels + c] = scalar_t(best);
+            store(pooled + r * channels + c, best);
             taps[r * channels + c] = which;
         }
     }
@@ -213,7 +214,7 @@ ENTRY void pool_backward(index_t rows, index_t channels, index_t height, index_t
             for (int j = 0; j < 4; ++j)
                 sum += taps[window[j] + k] == tap[j] ? real_t(grad_pooled[window[j] + k]) : 0;
             const index_t i = r * channels + k;
-            grad[i] = scalar_t(a[k] * sum + b[k] * real_t(y[i]) + c[k]);
+            store(grad + i, a[k] * sum + b[k] * real_t(y[i]) + c[k]);
         }
     }
 }
