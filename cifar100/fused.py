@@ -207,7 +207,7 @@ def pool_backward(
     gamma: torch.Tensor,
     sums: torch.Tensor,
 ) -> torch.Tensor:
-    """The same from the gradient of what pool() made of BatchNorm's output, and its sums."""
+    """normalise_backward_ through max-pooling: from the gradient of the pooled output and its sums to that of y."""
     grad_y = torch.empty_like(y)
     factors = coefficients(y, mean, invstd, gamma, sums)
     launch("pool_backward", 1, y.unsqueeze(0), *y.shape[2:], y, grad, taps, grad_y, *factors)

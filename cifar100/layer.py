@@ -248,9 +248,8 @@ class ConvBNLIF(torch.autograd.Function):
 def convolution_backward(grad, x, weight, options, wants_x):
     x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
     x = x.to(grad.dtype)
-    if (
-        weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
-    ):  # matrix products of rows of channels
+    pointwise = weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
+    if pointwise:  # matrix products of rows of channels
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
         grad_x = rows @ weight.flatten(1) if wants_x else None
