@@ -20,7 +20,9 @@ from train import build_model
 
 # Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir, images/s->samples/s
 def main(argv=None):
-    cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on events.")
+    cfg, notes, _ = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on events."
+    )
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:

@@ -266,7 +266,7 @@ class Trainer:
 
 
 def main(argv=None):
-    cfg, notes = load_config(
+    cfg, notes, _ = load_config(
         options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on CIFAR10-DVS."
     )
     if cfg.test_only:

@@ -18,7 +18,9 @@ from train import build_model
 
 
 def main(argv=None):
-    cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on CIFAR.")
+    cfg, notes, _ = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on CIFAR."
+    )
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:

@@ -279,7 +279,9 @@ class Trainer:
 
 
 def main(argv=None):
-    cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on CIFAR.")
+    cfg, notes, _ = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on CIFAR."
+    )
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:

@@ -265,7 +265,7 @@ class Trainer:
 
 
 def main(argv=None):
-    cfg, notes = load_config(
+    cfg, notes, _ = load_config(
         options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on DVS128 Gesture."
     )
     if cfg.test_only:

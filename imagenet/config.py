@@ -5,6 +5,7 @@ import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -81,6 +82,15 @@ class Key:
         return words
 
 
+class Given(NamedTuple):
+    """What the user said: the yml's name, whether -c named it, the keys set in it and its bases, and by flags."""
+
+    file: str
+    named: bool
+    yml: dict
+    flags: dict
+
+
 def load_config(keys, no_effect, default_file, argv=None, description=None):
     """Resolve the configuration.
 
@@ -90,25 +100,29 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
         default_file: yml beside this file, read when no -c is given.
         argv: the command line, default sys.argv[1:].
 
-    Returns (cfg, notes): an argparse.Namespace with every key, and lines to print about keys without effect.
+    Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys without effect, and
+    what of cfg was set where, a Given.
     Raises UserError for a file that can't be read, an unknown key or a value of the wrong type.
     """
     parser = _parser(keys, no_effect, default_file, description)
     flags, unknown = parser.parse_known_args(argv)
     flags = vars(flags)
-    file = _find(flags.pop("config"))
+    named = "config" in flags
+    file = _find(flags.pop("config", default_file))
     if unknown:
         raise UserError(f"command line: unknown flag {unknown[0]}{_nearest(unknown[0], keys, no_effect)}")
 
     cfg = {name: key.default for name, key in keys.items()}
     notes = []
-    given = [(name, value, origin) for origin, values in _read(file) for name, value in values.items()]
-    given += [(name, value, "command line") for name, value in flags.items() if value is not None]
-    for name, value, origin in given:
+    given = Given(file.name, named, {}, {})
+    said = [(name, value, origin) for origin, values in _read(file) for name, value in values.items()]
+    said += [(name, value, "command line") for name, value in flags.items() if value is not None]
+    for name, value, origin in said:
         name = str(name).replace("-", "_")
         if name in keys:
             try:
                 cfg[name] = keys[name].convert(value)
+                (given.flags if origin == "command line" else given.yml)[name] = cfg[name]
             except ValueError as wanted:
                 raise UserError(f"{origin}: {name} is {value!r}; it must be {wanted}") from None
         elif name in no_effect:
@@ -117,7 +131,7 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
             raise UserError(f"{origin}: unknown key {name}{_nearest(name, keys, no_effect)}")
     if cfg["experiment"] is None:
         cfg["experiment"] = file.stem
-    return argparse.Namespace(**cfg), notes
+    return argparse.Namespace(**cfg), notes, given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,7 +147,7 @@ def _parser(keys, no_effect, default_file, description):
         argument_default=argparse.SUPPRESS,
     )
     where = "yml, relative to this folder or to the script's"
-    parser.add_argument("-c", "--config", default=default_file, metavar="FILE", help=where)
+    parser.add_argument("-c", "--config", metavar="FILE", help=f"{where} [{default_file}]")
     for name, key in keys.items():
         nargs = "+" if isinstance(key.kind, list) else "?" if key.kind is bool else None
         const = "true" if key.kind is bool else None

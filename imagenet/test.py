@@ -77,7 +77,7 @@ def write_predictions(path, rows, with_wnids):
 
 def main(argv=None):
     description = "Test QKFormer on ImageNet."
-    cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
+    cfg, notes, _ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:

@@ -280,7 +280,7 @@ class Trainer:
 
 def main(argv=None):
     description = "Train QKFormer on ImageNet."
-    cfg, notes = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
+    cfg, notes, _ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:

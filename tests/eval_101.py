@@ -18,7 +18,7 @@ from conftest import Golden
 
 def main():
     cross, *flags = sys.argv[1:]
-    cfg, _ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags)
+    cfg, *_ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags)
     ranks = Ranks(cfg.device)
     model = Golden.fill(build_model(cfg, cross == "true", ranks)).float()
     samples = torch.utils.data.Subset(data.build_dataset(cfg, False, ranks), range(101))

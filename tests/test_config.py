@@ -70,7 +70,7 @@ workers: 8
 
 def resolve(*argv):
     options = cifar10.options
-    return cifar10.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])
+    return cifar10.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[:2]
 
 
 def test_published_recipe():

@@ -183,7 +183,7 @@ def test_fine_tuning_recipes():
 
 def test_release_flags():
     flags = "--batch_size 24 --accum_iter 3 --model QKFormer_10_768 --data_path /d --finetune a --resume b --eval"
-    cfg, notes = imagenet.config.load_config(
+    cfg, notes, _ = imagenet.config.load_config(
         imagenet.options.KEYS,
         imagenet.options.NO_EFFECT,
         imagenet.options.DEFAULT_CONFIG,
