@@ -1,4 +1,4 @@
-"""Augmentation of event frames: a flip, then one of six operations, the same for all frames of a sample."""
+"""Augmentation of event frames: a flip, then one of six operations, alike for all frames."""
 
 import math
 
@@ -7,13 +7,17 @@ from torchvision.transforms.v2 import functional as TF
 
 STEPS = 31  # magnitudes are uniform over this many equally spaced values, from -max to max
 SHEAR = 0.3  # radians
-TRANSLATE = 5.0  # pixels
+# Pixels of a translation: one of 31 values from -5 to 5, truncated towards 0. The release truncates
+# a float32 linspace in which 1 and 2 come out as 0.9999999 and 1.9999999. So 0 is here seven times
+# instead of five, and 2 twice instead of three times. Written out, since what linspace rounds to
+# depends on the processor.
+SHIFTS = (-5, -4, -4, -4, -3, -3, -3, -2, -2, -1, -1, -1, *7 * (0,), 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5)
 ROTATE = 30.0  # degrees
 CUTOUT = (0.001, 0.11)  # of the frame's area
 
 
 def augment(frames):
-    """One sample [T, 2, H, W], float, its random numbers from PyTorch's CPU generator. The shape stays."""
+    """Augment one sample, float [T, 2, H, W], with numbers from PyTorch's CPU generator."""
     if torch.rand(()) < 0.5:
         frames = TF.horizontal_flip(frames)
     return OPERATIONS[draw(len(OPERATIONS))](frames)
@@ -25,7 +29,7 @@ def draw(n):
 
 
 def magnitude(largest):
-    return largest * (2 * draw(STEPS) - (STEPS - 1)) / (STEPS - 1)  # one division: whole numbers come out whole
+    return largest * (2 * draw(STEPS) - (STEPS - 1)) / (STEPS - 1)
 
 
 def identity(frames):
@@ -38,12 +42,11 @@ def shear_x(frames):
 
 
 def translate_x(frames):
-    """By whole pixels: the drawn value is truncated towards 0, so that 0 is drawn most."""
-    return affine(frames, translate=[int(magnitude(TRANSLATE)), 0])
+    return affine(frames, translate=[SHIFTS[draw(STEPS)], 0])
 
 
 def translate_y(frames):
-    return affine(frames, translate=[0, int(magnitude(TRANSLATE))])
+    return affine(frames, translate=[0, SHIFTS[draw(STEPS)]])
 
 
 def rotate(frames):
@@ -52,7 +55,7 @@ def rotate(frames):
 
 
 def cutout(frames):
-    """One square inside the frame set to 0, its area uniform over CUTOUT."""
+    """Set one square to 0. It lies inside the frame; its area is uniform over CUTOUT."""
     height, width = frames.shape[-2:]
     area = CUTOUT[0] + (CUTOUT[1] - CUTOUT[0]) * torch.rand(()).item()
     side = min(round(math.sqrt(area * height * width)), height, width)
