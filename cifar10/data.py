@@ -9,6 +9,7 @@ from PIL import Image
 from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.utils import calculate_md5
 
 from config import UserError
 from engine import Batches, test_batches, train_batches
@@ -88,16 +89,43 @@ def build_dataset(cfg, train, ranks):
 
 
 def open_cifar(cfg, train, transform, download=False):
-    cifar = CIFAR[cfg.dataset]
+    """CIFAR in data_dir, downloaded where it is missing. UserError says what is wrong with it there."""
+    cifar, where = CIFAR[cfg.dataset], Path(cfg.data_dir).resolve()
+    if where.name == cifar.base_folder:
+        raise UserError(f"data_dir {where} is one folder too deep; data_dir must be {where.parent}")
     try:
         return cifar(cfg.data_dir, train=train, transform=transform, download=download)
-    except (OSError, RuntimeError) as error:
-        where = Path(cfg.data_dir).resolve()
+    except Exception as error:  # whatever the network, the disk and torchvision make of it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fault = cifar_fault(cifar, where) or f"{cfg.dataset} is not in data_dir {where}"
         raise UserError(
-            f"{cfg.dataset} is not in data_dir {where} and could not be downloaded ({reason}): "
+            f"{fault}, and could not be downloaded ({reason}): "
             f"put {cifar.filename} from {cifar.url} there; `-c quickstart.yml` needs no data set"
         ) from None
+
+
+def cifar_fault(cifar, where):
+    """What is wrong with CIFAR's files in a folder, in words; None if there are none."""
+    batches = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    files = {where / cifar.base_folder / name: md5 for name, md5 in batches}
+    try:
+        if where.is_file():
+            return f"data_dir {where} is a file, not the folder that holds it"
+        for path, wanted in {where / cifar.filename: cifar.tgz_md5, **files}.items():
+            if path.is_file() and (found := calculate_md5(path)) != wanted:
+                return f"{path} is damaged or another file (its MD5 is {found}, not {wanted})"
+        if (where / cifar.base_folder).is_dir():
+            missing = next((path for path in files if not path.exists()), None)
+            return f"{missing} is missing" if missing else None
+        for kind in ("binary", "matlab"):
+            path = where / cifar.filename.replace("python", kind)
+            if path.exists():
+                return f"{path} is CIFAR in another format; the Python version is not there"
+        for path in (*where.glob(f"*/{cifar.base_folder}"), *where.glob(f"*/{cifar.filename}")):
+            return f"data_dir {where} is one folder too high (data_dir {path.parent} has {path.name})"
+    except OSError as error:
+        return f"{error.filename} can't be read ({error.strerror})"
+    return None
 
 
 def make_loader(cfg, dataset, collate, batches, ranks):
