@@ -50,12 +50,14 @@ class TokenQKAttention(nn.Module):
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
 
-    def forward(self, x):
+    def attend(self, x):
         q, k = conv_bn_lif_each(x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif))
         q, k = (spikes.unflatten(2, (self.num_heads, -1)) for spikes in (q, k))
         mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True)).to(k.dtype)  # autocast sums in float32
-        x = product(torch.mul, mask, k, self.attn_lif).flatten(2, 3)
-        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        return product(torch.mul, mask, k, self.attn_lif).flatten(2, 3)
+
+    def forward(self, x):
+        return conv_bn_lif(self.attend(x), self.proj_conv, self.proj_bn, self.proj_lif)
 
 
 class ChannelQKAttention(TokenQKAttention):
@@ -94,7 +96,7 @@ class SpikingSelfAttention(nn.Module):
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
 
-    def forward(self, x):
+    def attend(self, x):
         T, B, C, H, W = x.shape
         q, k, v = conv_bn_lif_each(
             x,
@@ -106,10 +108,13 @@ class SpikingSelfAttention(nn.Module):
         q, k, v = heads  # [T, B, heads, tokens, channels]
         x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
         x = self.attn_lif(x * self.scale)
-        x = x.transpose(2, 3).reshape(T, B, H, W, C).movedim(4, 2)
+        return x.transpose(2, 3).reshape(T, B, H, W, C).movedim(4, 2)
+
+    def forward(self, x):
+        shape, x = x.shape, self.attend(x)
         if self.cross_sample_lif:  # T*B steps of one sample: the membrane runs on from each image into the next
             x = x.flatten(0, 1).unsqueeze(1)
-        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif).reshape(T, B, C, H, W)
+        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif).reshape(shape)
 
 
 ATTENTION = {"token": TokenQKAttention, "channel": ChannelQKAttention, "ssa": SpikingSelfAttention}
@@ -168,9 +173,8 @@ class SPEDSInit(nn.Module):
         self.proj_res_lif = lif()
 
     def forward(self, x):
-        x = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
-        shortcut = x
-        x = conv_bn_lif(x, self.proj1_conv, self.proj1_bn, self.proj1_lif)
+        shortcut = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        x = conv_bn_lif(shortcut, self.proj1_conv, self.proj1_bn, self.proj1_lif)
         return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
@@ -190,10 +194,9 @@ class SPEDS(nn.Module):
         self.proj_res_lif = lif()
 
     def forward(self, x):
-        shortcut = x
-        x = conv_bn_lif(x, self.proj3_conv, self.proj3_bn, self.proj3_lif)
-        x = conv_bn_lif(x, self.proj4_conv, self.proj4_bn, self.proj4_lif, pool=True)
-        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
+        y = conv_bn_lif(x, self.proj3_conv, self.proj3_bn, self.proj3_lif)
+        y = conv_bn_lif(y, self.proj4_conv, self.proj4_bn, self.proj4_lif, pool=True)
+        return y + conv_bn_lif(x, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
 
 
 class HST(nn.Module):
@@ -216,6 +219,8 @@ class HST(nn.Module):
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
+
+    first_embedding, embedding, block = SPEDSInit, SPEDS, Block  # ms.py has others
 
     def __init__(
         self,
@@ -247,23 +252,19 @@ class HST(nn.Module):
             raise ValueError(f"attention is {attention}; it must name one of {', '.join(ATTENTION)} for 3 stages")
         if not set(checkpoint_stages) <= {1, 2, 3}:
             raise ValueError(f"checkpoint_stages is {list(checkpoint_stages)}; the stages are 1, 2 and 3")
-        self.T = T
-        self.in_channels = in_channels
-        self.num_classes = num_classes
+        self.T, self.in_channels, self.num_classes = T, in_channels, num_classes
         self.checkpoint_stages = tuple(checkpoint_stages)
         # Stochastic depth scales spikes to fractions, which no byte holds.
         lif = partial(MultiStepLIF, backend=backend, fused=fused, save_bytes=drop_path == 0)
         rates = iter(torch.linspace(0, drop_path, depths).tolist())
 
         def stage(index, dim, blocks):
-            block = partial(Block, dim, num_heads, mlp_ratios, attention[index])
-            return nn.ModuleList(
-                block(drop_path=next(rates), lif=lif, cross_sample_lif=cross_sample_lif) for _ in range(blocks)
-            )
+            block = partial(self.block, dim, num_heads, mlp_ratios, attention[index])
+            return nn.ModuleList(block(next(rates), lif, cross_sample_lif) for _ in range(blocks))
 
-        self.patch_embed1 = SPEDSInit(in_channels, embed_dims // 4, lif)
-        self.patch_embed2 = SPEDS(embed_dims // 2, lif)
-        self.patch_embed3 = SPEDS(embed_dims, lif)
+        self.patch_embed1 = self.first_embedding(in_channels, embed_dims // 4, lif)
+        self.patch_embed2 = self.embedding(embed_dims // 2, lif)
+        self.patch_embed3 = self.embedding(embed_dims, lif)
         self.stage1 = stage(0, embed_dims // 4, 1)
         self.stage2 = stage(1, embed_dims // 2, 1)
         self.stage3 = stage(2, embed_dims, depths - 2)
@@ -279,9 +280,8 @@ class HST(nn.Module):
 
     def forward_features(self, x):
         """[T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
-        x = self.run_stage(1, x)
-        x = self.run_stage(2, x)
-        x = self.run_stage(3, x)
+        for index in (1, 2, 3):
+            x = self.run_stage(index, x)
         return x.flatten(3).mean(3)
 
     def forward(self, x):
@@ -299,7 +299,7 @@ def check_heads(dim, num_heads):
 
 
 @register_model
-def QKFormer(T=4, pretrained=False, drop_path_rate=None, **kwargs):
+def QKFormer(T=4, pretrained=False, drop_path_rate=None, kind=HST, **kwargs):
     """HST-4-384 of the paper's CIFAR experiments; keywords: see HST. `drop_path_rate` is timm's name of drop_path."""
     if pretrained:
         raise ValueError("pretrained is True, but no weights come with the model; load a checkpoint instead")
@@ -307,4 +307,4 @@ def QKFormer(T=4, pretrained=False, drop_path_rate=None, **kwargs):
         kwargs.pop(key, None)
     if drop_path_rate is not None:
         kwargs["drop_path"] = drop_path_rate
-    return HST(T=T, **kwargs)
+    return kind(T=T, **kwargs)
