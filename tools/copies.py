@@ -19,7 +19,18 @@ import sys
 from pathlib import Path
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
-SAME = ("lif.py", "layer.py", "fused.py", "fused.cu", "config.py", "runtime.py", "engine.py", "checkpoint.py")
+SAME = (
+    "lif.py",
+    "layer.py",
+    "fused.py",
+    "fused.cu",
+    "config.py",
+    "runtime.py",
+    "engine.py",
+    "checkpoint.py",
+    "firing.py",
+    "energy.py",
+)
 MARKER = re.compile(r"^ *# Copied from (\S+\.py)(?: with (.+))?$")
 SHORT = 4  # definitions of fewer lines need no mark
 

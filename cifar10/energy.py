@@ -1,0 +1,215 @@
+"""Operations and theoretical energy of a model, counted over the samples that it is evaluated on.
+
+The energy is the paper's (45 nm CMOS): 4.6 pJ for each multiply-accumulate (MAC) of the first
+convolution + 0.9 pJ for each synaptic operation (SOP) of all other convolutions, of Q-K attention
+and of SSA. SOPs of a layer are the firing rate of its input x T x its MACs in one step. In detail:
+
+- Firing rate: the mean of the input. Where spikes have added up, a value of 2 is two accumulates;
+  `nonzero` is the share of values that are not 0. A convolution's MACs count its zero padding.
+- First convolution: MACs. An image, the same at all steps, is convolved once; frames T times.
+- Q-K attention: the sum over q accumulates the spikes of q, and each spike of k meets its mask.
+  Both have N x C MACs; the inputs whose rate counts are q and k.
+- SSA: each spike of k adds a row of v to k^T v, each spike of q a row of that to q (k^T v). Both
+  have N x C x C / heads MACs; the inputs whose rate counts are k and q. The neuron's threshold
+  takes in the factor 0.125.
+- BatchNorm is folded into its convolution and costs nothing. Neurons, pooling and shortcuts are
+  not counted.
+- The linear head is no part of the formula: its row counts MACs (SOPs where it reads spikes), but
+  the sums leave it out.
+- ANN equivalent: 4.6 pJ for each MAC of the same layers, once for an image, T times for frames.
+"""
+
+import csv
+import json
+import math
+import re
+from typing import NamedTuple
+
+from firing import silent, stage_of
+from runtime import logger
+
+MAC, AC = 4.6e-9, 0.9e-9  # mJ
+# The paper's firing rates of HST-10-768 at 224 x 224 with T = 4, stages 1 and 2; those of outputs.
+PAPER = {
+    "q_lif": (0.0432, 0.0231),
+    "k_lif": (0.1784, 0.0847),
+    "v_lif": (None, None),
+    "attn_lif": (0.3477, 0.2655),
+    "masked k": (0.0832, 0.0350),
+    "proj_lif": (0.1478, 0.0577),
+    "fc1_lif": (0.0518, 0.0246),
+    "fc2_lif": (0.2733, 0.1869),
+}
+
+
+class Row(NamedTuple):
+    """A layer, or a product in an attention."""
+
+    layer: str
+    stage: str
+    rate: float | None  # of the input; None for real values
+    nonzero: float | None
+    steps: float  # in which it is computed
+    macs: float  # in one step
+    sops: float | None  # of an image; None where MACs are counted
+    energy: float  # mJ an image
+    ann: float  # likewise
+
+
+class Sums(NamedTuple):
+    macs: float
+    sops: float
+    energy: float
+    ann: float
+
+
+def count(counter):
+    """[Row] of a gathered Counter, in the order of computation."""
+    modules = dict(counter.model.named_modules())
+    rows = []
+    for name, tally in counter.layers.items():
+        path, _, layer = name.rpartition(".")
+        if layer == "proj_conv" and hasattr(modules[path], "k_lif"):
+            rows += products(counter, path, modules[path])
+        macs, steps = tally.macs / tally.passes, tally.passes / counter.images
+        first = not rows
+        if first and counter.static:
+            steps = 1
+        rows.append(make_row(counter, name, tally, macs, steps, spikes=not (first or tally.real)))
+    return rows
+
+
+def products(counter, name, attention):
+    """Rows of what an attention computes between the neurons of q, k (and v) and its projection."""
+    q, k = (counter.neurons[f"{name}.{neuron}"] for neuron in ("q_lif", "k_lif"))
+    work = [("sum of q", q, 1), ("mask * k", k, 1)]
+    if hasattr(attention, "v_lif"):
+        width = attention.q_conv.out_channels // attention.num_heads
+        work = [("k^T v", k, width), ("q (k^T v)", q, width)]
+    rows = []
+    for what, tally, each in work:
+        macs = tally.values * each / (counter.images * counter.T)
+        rows.append(make_row(counter, f"{name}: {what}", tally, macs, counter.T, spikes=True))
+    return rows
+
+
+def make_row(counter, name, tally, macs, steps, spikes):
+    stage = stage_of(name)
+    rates = (None, None) if tally.real else (tally.rate, tally.nonzero)
+    sops = tally.rate * steps * macs if spikes else None
+    energy = AC * sops if spikes else MAC * macs * steps
+    once = counter.static or stage == "head"
+    return Row(name, stage, *rates, steps, macs, sops, energy, MAC * macs * (1 if once else steps))
+
+
+def add_up(rows):
+    """{stage: Sums}, and of "all"; the head is in none."""
+    stages = {}
+    for row in rows:
+        for stage in (row.stage, "all"):
+            if row.stage != "head":
+                stages.setdefault(stage, []).append((row.macs, row.sops or 0, row.energy, row.ann))
+    return {
+        stage: Sums(*map(math.fsum, zip(*stages[stage], strict=True)))
+        for stage in sorted(stages, key=lambda stage: (stage == "all", stage))
+    }
+
+
+def block_rates(counter):
+    """{neuron: {stage: mean output over its blocks}}, with "masked k" of Q-K attention."""
+    tallies = dict(counter.neurons)
+    for name, module in counter.model.named_modules():
+        if hasattr(module, "k_lif") and not hasattr(module, "v_lif"):
+            tallies[f"{name}.masked k"] = counter.layers[f"{name}.proj_conv"]
+    rates = {}
+    for name, tally in tallies.items():
+        if match := re.match(r"(stage\d+)\.\d+\.\w+\.(.+)", name):
+            rates.setdefault(match[2], {}).setdefault(match[1], []).append(tally.rate)
+    means = {
+        name: {stage: math.fsum(values) / len(values) for stage, values in stages.items()}
+        for name, stages in rates.items()
+    }
+    return {name: means[name] for name in dict.fromkeys((*PAPER, *means)) if name in means}
+
+
+def is_published(model):
+    """Whether this is HST-10-768 with token attention, whose firing rates the paper reports."""
+    stages = [getattr(model, f"stage{index}", ()) for index in (1, 2, 3)]
+    attention = [getattr(block, "tssa", None) for block in (*stages[0], *stages[1])]
+    token = all(getattr(module, "summed", None) == 3 for module in attention)
+    return [*map(len, stages)] == [1, 2, 7] and token and model.head.in_features == 768
+
+
+def describe(counter, rows, sums):
+    """The report's lines."""
+    lines = [f"{'layer':34}{'rate':>8}{'nonzero':>9}{'MACs':>10}{'steps':>6}{'SOPs':>10}{'mJ':>10}"]
+    for row in rows:
+        rates = "    real         "
+        if row.rate is not None:
+            rates = f"{row.rate:8.4f}{row.nonzero:9.4f}"
+        sops = "" if row.sops is None else number(row.sops)
+        work = f"{number(row.macs):>10}{row.steps:6g}{sops:>10}"
+        lines.append(f"{row.layer:34}{rates}{work}{row.energy:10.4g}")
+
+    stages, published = [stage for stage in sums if stage != "all"], is_published(counter.model)
+    titles = "".join(f"{stage:>10}" for stage in stages)
+    paper = "    paper: stage1    stage2" if published else ""
+    lines += ["", f"{'firing rates in the blocks, outputs':36}{titles}{paper}"]
+    for name, rates in block_rates(counter).items():
+        cells = [f"{rates[stage]:10.4f}" if stage in rates else " " * 10 for stage in stages]
+        if published and PAPER[name][0]:
+            cells += [f"{PAPER[name][0]:17.4f}{PAPER[name][1]:10.4f}"]
+        lines.append(f"{name:36}{''.join(cells)}".rstrip())
+
+    lines += [silent(counter), ""] if silent(counter) else [""]
+    total = sums["all"]
+    for stage in stages:
+        share = sums[stage].energy / total.energy if total.energy else 0
+        bar = "█" * round(40 * share)
+        lines.append(f"{stage} {bar:40} {sums[stage].energy:.4g} mJ, {100 * share:.0f} %")
+    head = math.fsum(row.energy for row in rows if row.stage == "head")
+    times = f"{total.ann / total.energy:.2f} x as much" if total.energy else "against nothing"
+    return [
+        *lines,
+        f"energy: {total.energy:.4g} mJ an image, the mean of {counter.images:,}; T = {counter.T}, "
+        f"{number(total.macs)} MACs a step, {number(total.sops)} SOPs",
+        f"ANN equivalent: {total.ann:.4g} mJ, {times}; the head, in neither: {head:.2g} mJ",
+    ]
+
+
+def number(value):
+    """As in 1.23 G, with three digits."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:#.3g} {unit}".replace(". ", " ")
+    return f"{value:.3g}"
+
+
+def report(counter, ranks, path):
+    """Print what was counted; write energy.csv (layers) and energy.json beside the checkpoint."""
+    counter = counter.gather(ranks)
+    rows = count(counter)
+    sums = add_up(rows)
+    for line in describe(counter, rows, sums):
+        logger.info(line)
+    result = {
+        "checkpoint": str(path),
+        "images": counter.images,
+        "T": counter.T,
+        "unit": "mJ an image",
+        **sums["all"]._asdict(),
+        "stages": {stage: sums[stage]._asdict() for stage in sums if stage != "all"},
+        "neurons": {name: tally.rate for name, tally in counter.neurons.items()},
+        "blocks": block_rates(counter),
+        "layers": [row._asdict() for row in rows],
+    }
+    if ranks.main:
+        table, whole = path.with_name("energy.csv"), path.with_name("energy.json")
+        try:
+            whole.write_text(json.dumps(result, indent=1) + "\n")
+            with open(table, "w", newline="") as file:
+                csv.writer(file).writerows([Row._fields, *rows])
+            logger.info(f"written: {table} and {whole.name}")
+        except OSError as error:
+            logger.warning(f"warning: {table} can't be written: {error.strerror}")
+    return result
