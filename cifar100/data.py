@@ -4,16 +4,15 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 import torchvision
 from PIL import Image
 from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets.utils import calculate_md5
 
 from config import UserError
-from engine import Batches, test_batches, train_batches
+from engine import BatchLoader, test_batches, train_batches
 
 CIFAR = {"torch/cifar10": torchvision.datasets.CIFAR10, "torch/cifar100": torchvision.datasets.CIFAR100}
 
@@ -130,14 +129,8 @@ def cifar_fault(cifar, where):
 
 
 def make_loader(cfg, dataset, collate, batches, ranks):
-    loader = DataLoader(
-        Batches(dataset, collate),
-        batch_size=None,
-        sampler=batches,
-        num_workers=min(cfg.workers, len(batches)),
-        pin_memory=cfg.pin_mem and ranks.device.type == "cuda",
-        generator=torch.Generator(),  # so that it leaves PyTorch's own alone
-    )
+    pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
+    loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
     return PrefetchLoader(loader, mean=cfg.mean, std=cfg.std, channels=image_size(cfg)[0], device=ranks.device)
 
 

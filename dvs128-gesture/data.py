@@ -6,13 +6,12 @@ import torch
 from spikingjelly.datasets import utils
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from timm.data.mixup import Mixup, mixup_target
-from torch.utils.data import DataLoader
 from torchvision.datasets import DatasetFolder
 
 from augment import augment
 from config import UserError
 from convert import prepare
-from engine import Batches, test_batches, train_batches
+from engine import BatchLoader, test_batches, train_batches
 from runtime import logger
 
 ARCHIVES = {"DvsGesture": "DvsGesture.tar.gz"}  # folder in it: archive
@@ -107,39 +106,19 @@ class Collate:
         return frames, targets
 
 
-# Copied from imagenet/data.py with ImageBatches->FrameBatches
-class FrameBatches(Batches):
-    """Batches that return the line of a UserError, for Loader to raise: from a worker it would come as a traceback."""
-
-    def __getitem__(self, key):
-        try:
-            return super().__getitem__(key)
-        except UserError as error:
-            return str(error)
-
-
 class Loader:
     """Batches of (frames, targets) on this rank's device."""
 
     def __init__(self, cfg, dataset, collate, batches, ranks):
         self.device = ranks.device
-        self.loader = DataLoader(
-            FrameBatches(dataset, collate),
-            batch_size=None,
-            sampler=batches,
-            num_workers=min(cfg.workers, len(batches)),
-            pin_memory=ranks.device.type == "cuda",
-            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
-        )
+        pin_memory = ranks.device.type == "cuda"
+        self.loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        for batch in self.loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            frames, targets = batch
+        for frames, targets in self.loader:
             yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import UserError
-from engine import Batches, test_batches, train_batches
+from engine import BatchLoader, test_batches, train_batches
 from runtime import logger
 
 # JPEG: start of image, of a scan, end of image; a marker, other than what stands within a scan's data; those that
@@ -170,38 +170,20 @@ def find_images(cfg):
     return Images(samples, build_transform(cfg, False), cfg.on_bad_image == "skip")
 
 
-class ImageBatches(Batches):
-    """Batches that return the line of a UserError, for Loader to raise: from a worker it would come as a traceback."""
-
-    def __getitem__(self, key):
-        try:
-            return super().__getitem__(key)
-        except UserError as error:
-            return str(error)
-
-
 class Loader:
     """Images [B, 3, H, W] and targets of the given batches, made by worker processes, on the rank's device."""
 
     def __init__(self, cfg, dataset, collate, batches, ranks):
         self.device = ranks.device
         self.layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-        self.loader = DataLoader(
-            ImageBatches(dataset, collate),
-            batch_size=None,
-            sampler=batches,
-            num_workers=min(cfg.num_workers, len(batches)),
-            pin_memory=cfg.pin_mem and ranks.device.type == "cuda",
-            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
-        )
+        pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
+        self.loader = BatchLoader(dataset, collate, batches, cfg.num_workers, pin_memory)
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
         for batch in self.loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
             if batch is not None:
                 images, targets = batch
                 images = images.to(self.device, non_blocking=True, memory_format=self.layout)

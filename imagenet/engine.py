@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import UserError
@@ -30,8 +30,31 @@ class Batches(Dataset):
 
     def __getitem__(self, key):
         indices, seed = key
-        with seeded(seed):
-            return self.collate([self.dataset[index] for index in indices])
+        try:
+            with seeded(seed):
+                return self.collate([self.dataset[index] for index in indices])
+        except UserError as error:
+            return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
+
+
+class BatchLoader(DataLoader):
+    """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError."""
+
+    def __init__(self, dataset, collate, batches, workers, pin_memory):
+        super().__init__(
+            Batches(dataset, collate),
+            batch_size=None,
+            sampler=batches,
+            num_workers=min(workers, len(batches)),
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+        )
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
