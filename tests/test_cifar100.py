@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import DATA, ROOT, Golden, build_model, check_golden, copy_folder, load, script
+from conftest import ROOT, Golden, build_model, check_golden, copy_folder, load, script
 
 cifar100 = load("cifar100")
 
@@ -35,7 +35,7 @@ def test_the_recipe_builds_the_published_model():
 
 def test_learning_rates_of_the_published_run():
     optimizer, scheduler, num_epochs = cifar100.train.build_optimizer(resolve(), torch.nn.Linear(2, 2))
-    with open(DATA / "curves" / "cifar100.csv") as file:
+    with open(ROOT / "cifar100" / "curves" / "cifar100.csv") as file:
         published = [float(row["lr"]) for row in csv.DictReader(file)]
     assert num_epochs == len(published) == 410
     for epoch, want in enumerate(published):

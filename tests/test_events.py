@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import DATA, ROOT, Golden, build_model, check_golden, load
+from conftest import ROOT, Golden, build_model, check_golden, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
 
 # Model ------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def learning_rates(folder):
 
 
 def test_learning_rates_of_the_published_run():
-    with open(DATA / "curves" / "cifar10-dvs.csv") as file:
+    with open(ROOT / "cifar10-dvs" / "curves" / "cifar10-dvs.csv") as file:
         published = [float(row["lr"]) for row in csv.DictReader(file)]
     assert len(published) == 106
     assert list(learning_rates(load("cifar10-dvs"))) == published

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import DATA, ROOT, Golden, check_golden, script
+from conftest import ROOT, Golden, check_golden, script
 from on_photos import CPU, imagenet, resolve
 
 SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
@@ -98,15 +98,15 @@ IMAGES = 1_281_167
 
 
 def curve(name):
-    with open(DATA / "curves" / f"{name}.csv") as file:
+    with open(ROOT / "imagenet" / "curves" / f"{name}.csv") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(
     ("yml", "name", "peak"),
     [
-        ("hst_10_768.yml", "imagenet_hst_10_768_224_json", 1.35e-3),
-        ("finetune_384.yml", "imagenet_hst_10_768_384_finetune", 1.2e-3),
+        ("hst_10_768.yml", "hst_10_768", 1.35e-3),
+        ("finetune_384.yml", "finetune_384", 1.2e-3),
     ],
 )
 def test_mean_learning_rates_of_the_published_runs(yml, name, peak):
@@ -128,7 +128,7 @@ def test_last_learning_rates_of_the_published_runs(yml, size):
     cfg = resolve("-c", yml)
     micro_steps = IMAGES // (cfg.batch_size * 8)
     assert cfg.model == f"QKFormer_10_{size}" and imagenet.optim.differences(cfg, 8) is None
-    for row in curve(f"imagenet_hst_10_{size}_224"):
+    for row in curve(f"hst_10_{size}"):
         peak = imagenet.optim.peak_lr(cfg, 8)
         lr = imagenet.optim.learning_rate(cfg, peak, int(row["epoch"]), micro_steps - 1, micro_steps)
         assert lr == pytest.approx(float(row["lr_last"]), abs=0.51e-6), row["epoch"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DATA
+from conftest import ROOT
 from on_digits import CPU, cifar10, resolve
 from PIL import Image
 
@@ -22,7 +22,7 @@ def ranks(rank, world_size):
 def test_learning_rates_of_the_published_run():
     model = torch.nn.Linear(2, 2)
     optimizer, scheduler, num_epochs = cifar10.train.build_optimizer(resolve(), model)
-    with open(DATA / "curves" / "cifar10.csv") as file:
+    with open(ROOT / "cifar10" / "curves" / "cifar10.csv") as file:
         published = [float(row["lr"]) for row in csv.DictReader(file)]
     assert num_epochs == len(published) == 410
     for epoch, want in enumerate(published):
