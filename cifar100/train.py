@@ -22,6 +22,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, random_seed
 
 import data
 import model as models
+import ms
 import options
 from checkpoint import (
     load_checkpoint,
@@ -43,9 +44,9 @@ def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
     if cfg.compile and cfg.checkpoint_stages:
         raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
-    names = timm.list_models(module=models.__name__)
+    names = [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
     if cfg.model not in names:
-        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(names)}")
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(names)}")
     channels, height, width = data.image_size(cfg)
     if height % 4 or width % 4:
         raise UserError(f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4")

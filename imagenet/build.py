@@ -8,6 +8,7 @@ import torch
 
 import data
 import model as models
+import ms
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError
@@ -28,10 +29,10 @@ RELEASED = {  # MD5 of the release's files
 
 
 def check_model(cfg):
-    """UserError where model.py does not have cfg.model, or not at this input size."""
-    names = timm.list_models(module=models.__name__)
+    """UserError where there is no cfg.model, or not at this input size."""
+    names = [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
     if cfg.model not in names:
-        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(names)}")
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(names)}")
     if cfg.input_size % 16:
         raise UserError(f"input_size is {cfg.input_size}; it must be a multiple of 16")
 

@@ -1,0 +1,159 @@
+# Copied from cifar10/ms.py
+"""MS-QKFormer for CIFAR: QKFormer with membrane shortcuts, the pre-activation variant of the paper's ablation.
+
+Every layer is neuron, convolution, BatchNorm, and shortcuts add membrane inputs in place of spikes. The authors of
+MaxFormer ("Spiking Transformers Need High Frequency Information", NeurIPS 2025) trained and published it as
+MS-QKFormer; parameter names are those of their release. What the two models have in common is model.py's.
+"""
+
+from timm.models import register_model
+from torch import nn
+
+from layer import conv_bn_lif
+from lif import MultiStepLIF
+from model import HST, ChannelQKAttention, DropPath, QKFormer, SpikingSelfAttention, TokenQKAttention
+from preact import conv_bn, fire
+
+
+class MSTokenQKAttention(TokenQKAttention):
+    """Q-K token attention of membrane inputs: `proj_lif` comes first, and no neuron last."""
+
+    def forward(self, x):
+        x = self.attend(fire(x, self.proj_lif))
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+
+
+class MSChannelQKAttention(MSTokenQKAttention):
+    """The same with a mask over channels."""
+
+    summed = ChannelQKAttention.summed
+
+
+class MSSelfAttention(SpikingSelfAttention):
+    """SSA of membrane inputs: `x_lif` comes first, and no neuron last."""
+
+    def __init__(self, dim, num_heads, lif=MultiStepLIF):
+        super().__init__(dim, num_heads, lif)
+        del self.proj_lif
+        self.x_lif = lif()
+
+    def forward(self, x):
+        x = self.attend(fire(x, self.x_lif))
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+
+
+MS_ATTENTION = {"token": MSTokenQKAttention, "channel": MSChannelQKAttention, "ssa": MSSelfAttention}
+
+
+class MSMLP(nn.Module):
+    """Two 1x1 convolutions, each behind a neuron and before BatchNorm; `hidden` channels between them.
+
+    What it returns is to be added to x. Where `hidden` is `dim`, each half has a shortcut of its own.
+    """
+
+    def __init__(self, dim, hidden, lif=MultiStepLIF):
+        super().__init__()
+        self.fc1_lif = lif()
+        self.fc1_conv = nn.Conv2d(dim, hidden, 1)
+        self.fc1_bn = nn.BatchNorm2d(hidden)
+        self.fc2_lif = lif()
+        self.fc2_conv = nn.Conv2d(hidden, dim, 1)
+        self.fc2_bn = nn.BatchNorm2d(dim)
+        self.halves = hidden == dim
+
+    def forward(self, x):
+        spikes = fire(x, self.fc1_lif)
+        if self.halves:
+            y = conv_bn(spikes, self.fc1_conv, self.fc1_bn, self.fc1_lif)
+            return y + conv_bn(fire(x + y, self.fc2_lif), self.fc2_conv, self.fc2_bn, self.fc2_lif)
+        spikes = conv_bn_lif(spikes, self.fc1_conv, self.fc1_bn, self.fc2_lif)
+        return conv_bn(spikes, self.fc2_conv, self.fc2_bn, self.fc2_lif)
+
+
+class MSBlock(nn.Module):
+    """x + attention(x), then x + mlp(x): membrane inputs add up. `attention` is "token", "channel" or "ssa"."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
+        super().__init__()
+        self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
+        self.mlp = MSMLP(dim, int(dim * mlp_ratio), lif)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.mlp(x))
+
+
+class Embed(nn.Module):
+    """The modules of a layer of an embedding: neuron, convolution, BatchNorm."""
+
+    def __init__(self, in_channels, channels, kernel, stride, lif):
+        super().__init__()
+        self.embed_lif = lif()
+        self.embed_conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.embed_bn = nn.BatchNorm2d(channels)
+
+
+class MSEmbeddingInit(nn.Module):
+    """First patch embedding: [T, B, in_channels, H, W] -> membrane inputs [T, B, dim, H, W]."""
+
+    def __init__(self, in_channels, dim, lif):
+        super().__init__()
+        self.proj_conv = nn.Conv2d(in_channels, dim // 2, 3, padding=1, bias=False)
+        self.proj_bn = nn.BatchNorm2d(dim // 2)
+        self.embed1 = Embed(dim // 2, dim, 3, 1, lif)
+        self.embed2 = Embed(dim // 2, dim, 1, 1, lif)
+
+    def forward(self, x):
+        x = conv_bn(x, self.proj_conv, self.proj_bn, self.embed1.embed_lif)
+        main, shortcut = (
+            conv_bn(fire(x, part.embed_lif), part.embed_conv, part.embed_bn, part.embed_lif)
+            for part in (self.embed1, self.embed2)
+        )
+        return main + shortcut
+
+
+class MSEmbedding(nn.Module):
+    """Patch embedding of membrane inputs: [T, B, dim/2, H, W] -> [T, B, dim, H/2, W/2]."""
+
+    def __init__(self, dim, lif):
+        super().__init__()
+        self.embed1 = Embed(dim // 2, dim, 3, 1, lif)
+        self.max_embed1 = Embed(dim, dim, 3, 1, lif)
+        self.embed2 = Embed(dim // 2, dim, 1, 2, lif)  # of the first one's spikes; its own neuron is never called
+
+    def forward(self, x):
+        first, second, shortcut = self.embed1, self.max_embed1, self.embed2
+        spikes = fire(x, first.embed_lif)
+        x = conv_bn_lif(spikes, first.embed_conv, first.embed_bn, second.embed_lif)
+        x = conv_bn(x, second.embed_conv, second.embed_bn, second.embed_lif, pool=True)
+        return x + conv_bn(spikes, shortcut.embed_conv, shortcut.embed_bn, first.embed_lif)
+
+
+class MSHST(HST):
+    """HST with membrane shortcuts: a last neuron before the head. Keywords: see HST.
+
+    No layer of it runs over T*B: ValueError for a cross_sample_lif of True.
+    """
+
+    first_embedding, embedding, block = MSEmbeddingInit, MSEmbedding, MSBlock
+
+    def __init__(self, *args, cross_sample_lif=False, backend="auto", fused=True, **kwargs):
+        if cross_sample_lif not in (False, "auto"):
+            raise ValueError(
+                f"cross_sample_lif is {cross_sample_lif}; MS-QKFormer has no neuron that runs on from sample to sample"
+            )
+        super().__init__(*args, backend=backend, fused=fused, **kwargs)
+        self.head_lif = MultiStepLIF(backend=backend, fused=fused)
+
+    def forward_features(self, x):
+        """[T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
+        return self.head_lif(super().forward_features(x))
+
+
+@register_model
+def MSQKFormer(T=4, pretrained=False, drop_path_rate=None, **kwargs):
+    """MS-QKFormer 4-384 of the CIFAR experiments; keywords: see MSHST and HST."""
+    return QKFormer(T, pretrained, drop_path_rate, kind=MSHST, **kwargs)

@@ -1,0 +1,124 @@
+# Copied from cifar10/preact.py
+"""Layers of a network with membrane shortcuts: a neuron alone, and convolution and BatchNorm of its spikes.
+
+Where no shortcut ends between a convolution and the next neuron, conv_bn_lif of layer.py serves. Here is what is left,
+both ends of such a chain. They run fused where layer.py's layers do, and keep for the backward pass as little: the
+neuron its input, the convolution its output and the spikes it reads, as bytes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused
+import layer
+
+
+def fire(x, lif):
+    """Membrane inputs [T, B, C, H, W] -> spikes, in one pass over memory."""
+    if x.device.type != "cpu" or not can_fire(x, lif):  # on a GPU the neuron's own kernel does it
+        return lif(x)
+    return Fire.apply(x[:1] if x.stride(0) == 0 else x, len(x), lif.tau, lif.v_threshold)
+
+
+def can_fire(x, lif):
+    hooks = lif._forward_hooks or lif._forward_pre_hooks or lif._backward_hooks or lif._backward_pre_hooks
+    if not lif.fused or lif.store_v_seq or hooks or len(x) > fused.MAX_T:
+        return False
+    return fused.available(x.device.type, x.dtype, lif.backend)
+
+
+class Fire(torch.autograd.Function):
+    """(x of T steps or one that stands for all, T, tau, v_threshold) -> spikes of T steps."""
+
+    @staticmethod
+    def forward(ctx, x, T, *options):
+        ctx.save_for_backward(x)
+        ctx.options = options
+        one, zero = identity(x)
+        return fused.fire(x, T, one, zero, *options)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_spikes):
+        x = fused.rows_of_channels(*ctx.saved_tensors)
+        grad = torch.empty_like(x)
+        one, zero = identity(x)
+        fused.fire_backward(grad_spikes, x, grad, zero, one, zero, *ctx.options)
+        return grad, None, None, None
+
+
+def identity(x):
+    """Scale and shift of a BatchNorm that is not there."""
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_ones(x.shape[2], dtype=real), x.new_zeros(x.shape[2], dtype=real)
+
+
+def conv_bn(x, conv, bn, lif, pool=False):
+    """Spikes [T, B, C, H, W] of the neuron `lif`, or images -> membrane inputs [T, B, C', H', W'].
+
+    Args:
+        conv, bn: the layer's modules; to a Conv1d the H*W tokens are a line.
+        lif: says by its options whether the layer may run fused.
+        pool: 3x3 max-pool of stride 2 after BatchNorm.
+    """
+    if not layer.can_fuse(x, [conv], [bn], [lif]):
+        return layer.conv_bn_lif(x, conv, bn, nn.Identity(), pool)
+    T, batch = x.shape[:2]
+    if x.stride(0) == 0:  # the same image at every step
+        x = x[:1]
+    weight, stride, padding = conv.weight, conv.stride, conv.padding
+    if weight.dim() == 3:  # of a Conv1d
+        weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
+    gamma, sign = bn.weight, torch.ones_like(bn.weight)
+    if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
+        sign = torch.where(gamma < 0, -sign, sign)
+        weight, gamma = weight * sign[:, None, None, None], gamma * sign
+    options = layer.Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool, lif.save_bytes)
+    if bn.training:
+        y, mean, var = ConvBN.apply(x, weight, conv.bias, gamma, bn.bias, options)
+        layer.update_statistics([conv], [bn], mean * sign, var)
+    else:
+        y = layer.convolve(x, weight, options)
+        y = fused.pool(y)[0] if pool else y
+        mean = bn.running_mean if conv.bias is None else bn.running_mean - conv.bias  # the convolution leaves it out
+        y = F.batch_norm(y, mean * sign, bn.running_var, gamma, bn.bias, eps=bn.eps)
+    return y.unflatten(0, (-1, batch)).expand(T, -1, -1, -1, -1)
+
+
+class ConvBN(torch.autograd.Function):
+    """ConvBNLIF without the neuron: -> [T*B, C', H', W'] and the batch's mean and unbiased variance, for training."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, options):
+        y = layer.convolve(x, weight, options)
+        mean, var = fused.statistics(y)
+        n = options.T * y.numel() // (len(x) * len(mean))  # values of a channel; an image shown T times counts T times
+        if n == 1:
+            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
+        ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
+        if options.save_bytes and ctx.needs_input_grad[0]:
+            x = x.to(torch.uint8)
+        ctx.save_for_backward(x, y, weight, gamma, mean, torch.rsqrt(var + options.eps))
+        pooled = fused.pool(y)[0] if options.pool else y
+        out = F.batch_norm(pooled, mean, var, gamma, beta, eps=options.eps)
+        var = var * (n / (n - 1))  # unbiased, as running_var has it
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        x, y, weight, gamma, mean, invstd = ctx.saved_tensors
+        options, y, grad = ctx.options, layer.channels_last(y), layer.channels_last(grad)
+        pooled, taps = fused.pool(y) if options.pool else (y, None)
+        statistics = (gamma, None, None, mean, invstd, True, options.eps, [not options.pool, True, True])
+        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(grad, pooled, *statistics)
+        if options.pool:
+            sums = torch.stack([grad_beta, grad_gamma / invstd])
+            grad_y = fused.pool_backward(grad, taps, y, mean, invstd, gamma, sums)
+        grad_x, grad_weight = layer.convolution_backward(grad_y, x, weight, options, ctx.needs_input_grad[0])
+        grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
+        # BatchNorm takes a bias before it out again: the gradient is 0; rounding leaves the plain path some noise.
+        grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
+        return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_gamma, grad_beta, None
