@@ -2,88 +2,60 @@
 
 import argparse
 import difflib
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
+import yml
+from keys import Key
+from yml import show
 
 HERE = Path(__file__).resolve().parent
+PATH = Key(Path, None, "path of a yml")
+
+SYNONYMS = {  # what others call a key: a hint, where such a name is not one of ours
+    "lr": "learning_rate learningrate base_lr init_lr",
+    "epochs": "epoch num_epochs n_epochs max_epochs num_epoch total_epochs",
+    "batch_size": "bs batch batchsize train_batch_size train_batch batch_size_per_gpu",
+    "val_batch_size": "test_batch_size eval_batch_size validation_batch_size vbs",
+    "weight_decay": "wd decay l2 weightdecay",
+    "time_step": "t time_steps timestep timesteps steps num_steps n_steps frames frames_number",
+    "workers": "worker n_workers j num_threads threads nworkers",
+    "opt": "optimizer optim optimiser",
+    "opt_betas": "betas adam_betas beta",
+    "opt_eps": "eps epsilon adam_eps",
+    "sched": "scheduler lr_scheduler lr_schedule schedule",
+    "min_lr": "final_lr eta_min end_lr lr_min",
+    "warmup_epochs": "warmup warmup_epoch num_warmup_epochs",
+    "cooldown_epochs": "cooldown",
+    "clip_grad": "grad_clip gradient_clip clip max_grad_norm grad_norm clip_grad_norm",
+    "accum_iter": "accumulation accum_steps grad_accum gradient_accumulation_steps accumulate",
+    "layer": "layers num_layers n_layers depth num_blocks blocks",
+    "dim": "embed_dim embed_dims embedding_dim hidden_dim width channels",
+    "num_heads": "heads n_heads head nhead",
+    "num_classes": "classes n_classes nclasses",
+    "img_size": "image_size imgsize resolution size imsize",
+    "data_dir": "data data_root root dataset_path dataset_dir datapath datadir data_folder",
+    "output": "out save_dir out_dir outdir output_folder save_path logdir work_dir",
+    "experiment": "exp exp_name experiment_name run name run_name",
+    "checkpoint": "ckpt weights checkpoint_path ckpt_path load model_path",
+    "log_interval": "log_freq log_every print_interval print_every",
+    "smoothing": "label_smoothing labelsmoothing",
+    "aa": "auto_augment autoaugment randaugment rand_augment",
+    "reprob": "random_erasing re_prob erasing erase",
+    "amp": "fp16 mixed_precision half use_amp",
+    "amp_dtype": "precision dtype",
+    "device": "gpu gpus cuda device_id gpu_id",
+    "seed": "random_seed manual_seed",
+    "backend": "neuron_backend lif_backend",
+}
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of the yml, and the flag of the same name.
-
-    kind: int, float, bool, str, or a list of one of these, as in [float].
-    null: whether the value may be null (`none` as a flag).
-    flags: short forms, as in the release.
-    choices, low, high, length: what the value is checked against.
-    """
-
-    kind: object
-    default: object
-    help: str
-    null: bool = False
-    flags: tuple = ()
-    choices: tuple = ()
-    low: float = -float("inf")
-    high: float = float("inf")
-    length: int = 0
-
-    def convert(self, value):
-        """`value` as this key's type; a string that converts counts as it. ValueError says what is wanted."""
-        if self.null and (value is None or value in ("none", "null", "None", "")):
-            return None
-        if self.null and value == ["none"]:
-            return None
-        if isinstance(self.kind, list):
-            if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-                value = value[0]  # a flag such as --mean 0.5,0.5,0.5
-            items = value if isinstance(value, (list, tuple)) else str(value).replace(",", " ").split()
-            if self.length and len(items) != self.length:
-                raise ValueError(f"{self.length} values")
-            return [self._convert_item(item, self.kind[0]) for item in items]
-        return self._convert_item(value, self.kind)
-
-    def _convert_item(self, value, kind):
-        if isinstance(value, bool) and kind is not bool:
-            value = str(value).lower()  # `true` is a word for a key that has it among its choices
-            if value not in self.choices:
-                raise ValueError(self._wanted(kind))
-        if kind is bool and isinstance(value, str):
-            value = {"true": True, "yes": True, "false": False, "no": False}.get(value.lower(), value)
-        elif kind is str and isinstance(value, (int, float)):
-            value = str(value)
-        elif kind in (int, float) and isinstance(value, (str, int, float)):
-            try:
-                number = float(value)
-                value = int(number) if kind is int and number.is_integer() else number
-            except ValueError:
-                pass
-        fits = isinstance(value, kind) and (not self.choices or value in self.choices)
-        if not fits or (kind in (int, float) and not (math.isfinite(value) and self.low <= value <= self.high)):
-            raise ValueError(self._wanted(kind))
-        return value
-
-    def _wanted(self, kind):
-        if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
-        if self.low > -float("inf"):
-            words += f" of at least {self.low:g}"
-        if self.high < float("inf"):
-            words += f" and at most {self.high:g}"
-        return words
-
-
 class Given(NamedTuple):
-    """What the user said: the yml's name, whether -c named it, the keys set in it and its bases, and by flags."""
+    """What was said: the yml's name, whether -c named it, what it and its bases set, the flags."""
 
     file: str
     named: bool
@@ -91,7 +63,7 @@ class Given(NamedTuple):
     flags: dict
 
 
-def load_config(keys, no_effect, default_file, argv=None, description=None):
+def load_config(keys, no_effect, default_file, argv=None, description=None, script=None):
     """Resolve the configuration.
 
     Args:
@@ -99,39 +71,115 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
         no_effect: {name: reason}, names of the release that are accepted and do nothing here.
         default_file: yml beside this file, read when no -c is given.
         argv: the command line, default sys.argv[1:].
+        description: first line of --help.
+        script: "train" or "test"; --help shows only the keys that this script uses.
 
-    Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys without effect, and
-    what of cfg was set where, a Given.
-    Raises UserError for a file that can't be read, an unknown key or a value of the wrong type.
+    Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys
+    without effect, and what of cfg was set where, a Given.
+    Raises UserError for a file that can't be read, an unknown key, and a value of the wrong type
+    or out of range.
     """
-    parser = _parser(keys, no_effect, default_file, description)
+    parser = _parser(keys, no_effect, default_file, description, script)
     flags, unknown = parser.parse_known_args(argv)
     flags = vars(flags)
     named = "config" in flags
     file = _find(flags.pop("config", default_file))
+    names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
     if unknown:
-        raise UserError(f"command line: unknown flag {unknown[0]}{_nearest(unknown[0], keys, no_effect)}")
+        kind = "unknown flag" if unknown[0].startswith("-") else "no flag stands before"
+        hint = _hint(unknown[0], names, no_effect)
+        raise UserError(f"command line: {kind} {_name(unknown[0])}{hint}")
 
     cfg = {name: key.default for name, key in keys.items()}
     notes = []
     given = Given(file.name, named, {}, {})
-    said = [(name, value, origin) for origin, values in _read(file) for name, value in values.items()]
-    said += [(name, value, "command line") for name, value in flags.items() if value is not None]
-    for name, value, origin in said:
-        name = str(name).replace("-", "_")
-        if name in keys:
+    sources = [(entries, given.yml) for entries in _read(file)]
+    sources.append(([(*flag, "command line") for flag in flags.items()], given.flags))
+    for entries, into in sources:
+        here = {}
+        for spelled, value, where in entries:
+            spelled = spelled.replace("-", "_")
+            name = names.get(spelled)
+            if name is None:
+                if spelled not in no_effect:
+                    hint = _hint(spelled, names, no_effect)
+                    raise UserError(f"{where}: unknown key {_name(spelled)}{hint}")
+                notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
+                continue
             try:
                 cfg[name] = keys[name].convert(value)
-                (given.flags if origin == "command line" else given.yml)[name] = cfg[name]
             except ValueError as wanted:
-                raise UserError(f"{origin}: {name} is {value!r}; it must be {wanted}") from None
-        elif name in no_effect:
-            notes.append(f"{origin}: {name} has no effect: {no_effect[name]}")
-        else:
-            raise UserError(f"{origin}: unknown key {name}{_nearest(name, keys, no_effect)}")
+                said = f"{spelled} is {show(value)}"
+                raise UserError(f"{where}: {said}; it must be {wanted}") from None
+            other, before = here.setdefault(name, (spelled, cfg[name]))
+            if before != cfg[name]:
+                said = f"{other} and {spelled} are one key, but their values differ"
+                raise UserError(f"{where}: {said}; leave one of them out")
+            into[name] = cfg[name]
     if cfg["experiment"] is None:
         cfg["experiment"] = file.stem
     return argparse.Namespace(**cfg), notes, given
+
+
+def _find(name):
+    """The yml of this name, where one is or beside the script."""
+    known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
+    try:
+        name = PATH.convert(name)
+        for path in (Path(name), HERE / name):
+            if path.is_file():
+                return path.resolve()
+        what = "a folder" if Path(name).is_dir() else "no such file"
+    except ValueError as wanted:
+        what = f"it must be {wanted}"
+    except (OSError, RuntimeError) as error:
+        what = str(error)
+    raise UserError(f"-c {_name(name)}: {what} (beside the script: {known})")
+
+
+def _read(file):
+    """[[(key, value, where), ...], ...] of a yml and of its bases, which come first.
+
+    `base: other.yml` names a yml beside the one that says so.
+    """
+    files, sources = [], []
+    while file is not None:
+        files.append(file)
+        try:
+            entries = yml.read(file)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        sources.insert(0, [entry for entry in entries if entry[0] != "base"])
+        base = [entry for entry in entries if entry[0] == "base" and entry[1] is not None]
+        file = _base(*base[0][1:], files) if base else None
+    return sources
+
+
+def _base(name, where, files):
+    try:
+        path = (files[-1].parent / PATH.convert(name)).resolve()
+        if path.is_file() and path not in files:
+            return path
+        why = "another yml; this one leads back to it" if path in files else "a yml that is there"
+    except ValueError as wanted:
+        why = str(wanted)
+    except (OSError, RuntimeError) as error:
+        why = f"a yml that can be read ({error})"
+    raise UserError(f"{where}: base is {show(name)}; it must be {why}")
+
+
+def _name(text):
+    """A name in an error: as it is, if that is short and plain."""
+    return text if text.isprintable() and len(text) <= 100 else show(text)
+
+
+def _hint(name, names, no_effect):
+    """What may be meant by an unknown name, or nothing."""
+    name = name.lstrip("-").split("=")[0].replace("-", "_").lower()
+    close = difflib.get_close_matches(name, [*names, *no_effect], 1, cutoff=0.75)
+    meant = next((key for key, others in SYNONYMS.items() if name in others.split()), None)
+    meant = meant if meant in names else close[0] if close else None
+    return f"; is {names.get(meant, meant)} meant?" if meant else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,55 +187,64 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def _parser(keys, no_effect, default_file, description):
+class _Help(argparse.HelpFormatter):
+    """One spelling of a flag, beside a short form, and its value's kind once."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _format_action_invocation(self, action):
+        short = [spelled for spelled in action.option_strings if len(spelled) <= 3]
+        long = next(spelled for spelled in action.option_strings if spelled.startswith("--"))
+        return f"{', '.join([*short, long])} {action.metavar or ''}".strip()
+
+
+def _parser(keys, no_effect, default_file, description, script):
     parser = _Parser(
+        usage="%(prog)s [-c FILE] [--KEY VALUE ...]",
         description=description,
+        epilog="Each of these is a key of the yml too, with underscores for dashes. A flag goes "
+        "over the yml, and the yml over the default [in brackets].",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
     )
-    where = "yml, relative to this folder or to the script's"
-    parser.add_argument("-c", "--config", metavar="FILE", help=f"{where} [{default_file}]")
+    text = f"yml to read, in the working directory or beside the script [{default_file}]"
+    parser.add_argument("-c", "--config", metavar="FILE", help=text)
+    groups = {}
     for name, key in keys.items():
-        nargs = "+" if isinstance(key.kind, list) else "?" if key.kind is bool else None
-        const = "true" if key.kind is bool else None
-        text = key.help.replace("%", "%%") + f" [{key.default}]"
-        spellings = dict.fromkeys((*key.flags, f"--{name.replace('_', '-')}", f"--{name}"))
-        parser.add_argument(*spellings, dest=name, nargs=nargs, const=const, metavar="VALUE", help=text)
+        if key.group not in groups:
+            groups[key.group] = parser.add_argument_group(key.group or None)
+        shown = script is None or script in key.scripts
+        for spelled in (name, *key.aliases):
+            groups[key.group].add_argument(
+                *(key.flags if spelled == name else ()),
+                *dict.fromkeys((f"--{spelled.replace('_', '-')}", f"--{spelled}")),
+                dest=spelled,
+                nargs="+" if isinstance(key.kind, list) else "?" if key.kind is bool else None,
+                const="true" if key.kind is bool else None,
+                metavar=_metavar(key),
+                help=_help(key) if shown and spelled == name else argparse.SUPPRESS,
+            )
     for name in no_effect:
         spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         parser.add_argument(*spellings, dest=name, nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
-def _find(name):
-    for path in (Path(name), HERE / name):
-        if path.is_file():
-            return path.resolve()
-    known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
-    raise UserError(f"no such configuration file: {name} (beside the script: {known})")
+def _metavar(key):
+    """The kind of a key's value, as --help shows it."""
+    kinds = {int: "N", float: "X", str: "WORD", Path: "PATH"}
+    if isinstance(key.kind, list):
+        one, (fewest, most) = kinds[key.kind[0]], key.length
+        return " ".join([one] * most) if fewest == most else f"{one} ..."
+    if key.choices or key.kind is bool:
+        return "{" + ",".join(filter(None, key.choices or ("true", "false"))) + "}"
+    return kinds[key.kind]
 
 
-def _read(file, below=()):
-    """[(origin, {key: value})], the base (`base: other.yml`, beside the file that names it) first."""
-    try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file.name}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file.name}: not a yml: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file.name}: not a list of `key: value` lines")
-    base = values.pop("base", None)
-    if base is None:
-        return [(file.name, values)]
-    path = (file.parent / str(base)).resolve()
-    if path in (file, *below) or not path.is_file():
-        raise UserError(f"{file.name}: base is {base!r}; it must name another yml beside this one")
-    return [*_read(path, (file, *below)), (file.name, values)]
-
-
-def _nearest(name, *tables):
-    name = name.lstrip("-").split("=")[0].replace("-", "_")
-    match = difflib.get_close_matches(name, [key for table in tables for key in table], 1, cutoff=0.0)
-    return f" (nearest known: {match[0]})" if match else ""
+def _help(key):
+    values = key.default if isinstance(key.default, list) else [key.default]
+    words = {None: "none", False: "false", True: "true"}
+    default = " ".join(words[v] if v is None or isinstance(v, bool) else str(v) for v in values)
+    return (f"{key.help} [{default}]" if default else key.help).replace("%", "%%")

@@ -1,82 +1,150 @@
-"""Every key of the event recipe; the defaults are the published run (dvs128-gesture.yml). Names are the release's."""
+"""Every key of the event recipe; the defaults are the published run (dvs128-gesture.yml).
 
-from config import Key
+A TrainKey is used by train.py alone; test.py accepts it too.
+"""
+
+from pathlib import Path
+
+from keys import Key, TrainKey, grouped
 
 DEFAULT_CONFIG = "dvs128-gesture.yml"
 
-KEYS = {
-    # model
+# fmt: off
+MODEL = {
     "model": Key(str, "QKFormer", "model of model.py"),
-    "T": Key(int, 16, "frames of a sample, which are the time steps", flags=("-T",), low=1),
-    "layer": Key(int, 2, "blocks in all; stage 2 has layer - 1", low=2),
-    "dim": Key(int, 256, "D, width of stage 2", low=16),
-    "num_heads": Key(int, 16, "heads of every attention", low=1),
-    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over its input's", low=0.1),
-    "attention": Key([str], ["token", "ssa"], "token, channel or ssa for each stage", length=2),
-    "drop_path": Key(float, 0.0, "stochastic depth at the last block", low=0, high=0.99),
-    "cross_sample_lif": Key(
-        str, "auto", "the release's semantics of SSA's last neuron", choices=("auto", "true", "false")
-    ),
-    "backend": Key(str, "auto", "neuron backend", choices=("auto", "torch", "cupy", "spikingjelly")),
-    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
-    "compile": Key(bool, False, "torch.compile the model"),
-    "checkpoint_stages": Key([int], [], "stages computed again in the backward pass, to save memory"),
-    "sync_bn": Key(bool, False, "BatchNorm statistics over all ranks (GPU only)"),
-    "dist_bn": Key(str, "broadcast", "BatchNorm statistics for evaluation", choices=("", "broadcast", "reduce")),
-    # data
-    "data_path": Key(str, "./data", "its folder download/ has the recordings; frames are made beside it"),
-    "num_classes": Key(int, 11, "classes", low=1),
-    "batch_size": Key(int, 16, "training batch per rank", flags=("-b",), low=1),
-    "val_batch_size": Key(int, None, "evaluation batch; default: batch_size", flags=("-vb",), null=True, low=1),
-    "workers": Key(int, 4, "loader processes per rank", flags=("-j",), low=0),
-    # augmentation
-    "no_aug": Key(bool, False, "no augmentation but mixup and T_train"),
-    "T_train": Key(int, None, "frames drawn of the T for a training batch; default: all", null=True, low=1),
-    "mixup": Key(float, 0.5, "alpha, 0: off", low=0),
-    "cutmix": Key(float, 0.0, "alpha, 0: off", low=0),
-    "cutmix_minmax": Key([float], None, "range of the cut, over cutmix", null=True, length=2, low=0, high=1),
-    "mixup_prob": Key(float, 0.5, "probability of mixup or cutmix", low=0, high=1),
-    "mixup_switch_prob": Key(float, 0.5, "probability of cutmix where both are on", low=0, high=1),
-    "mixup_mode": Key(str, "batch", "one draw per", choices=("batch", "pair", "elem")),
-    "mixup_off_epoch": Key(int, 75, "first epoch without mixup, 0: never off", low=0),
-    "smoothing": Key(float, 0.1, "label smoothing", low=0, high=0.99),
-    # optimisation
-    "epochs": Key(int, 192, "epochs before the cooldown", low=1),
-    "start_epoch": Key(int, None, "first epoch, over the checkpoint's", null=True, low=0),
-    "opt": Key(str, "adamw", "timm's optimizer"),
-    "opt_eps": Key(float, 1e-8, "epsilon", null=True, low=0),
-    "opt_betas": Key([float], [0.9, 0.999], "betas", null=True, length=2, low=0, high=1),
-    "momentum": Key(float, 0.9, "of opt: sgd", low=0, high=1),
-    "weight_decay": Key(float, 0.06, "not on biases and 1-D parameters", low=0),
-    "sched": Key(str, "cosine", "timm's scheduler", choices=("cosine", "tanh", "step", "poly")),
-    "lr": Key(float, 1e-3, "peak learning rate, not scaled with the ranks", low=0),
-    "min_lr": Key(float, 2e-5, "at the end", low=0),
-    "warmup_lr": Key(float, 1e-5, "at the start", low=0),
-    "warmup_epochs": Key(int, 10, "from warmup_lr to lr", low=0),
-    "cooldown_epochs": Key(int, 10, "at min_lr after the schedule", low=0),
-    "decay_epochs": Key(float, 20, "interval of sched: step", low=1),
-    "decay_rate": Key(float, 0.1, "factor of sched: step", low=0),
-    "lr_noise": Key([float], None, "where the learning rate is noisy, as shares of epochs", null=True),
-    "lr_noise_pct": Key(float, 0.67, "limit of that noise", low=0),
-    "lr_noise_std": Key(float, 1.0, "its standard deviation", low=0),
-    "lr_cycle_mul": Key(float, 1.0, "growth of a cosine cycle", low=1),
-    "lr_cycle_limit": Key(int, 1, "number of cycles", low=1),
-    "amp": Key(bool, True, "mixed precision"),
-    "amp_dtype": Key(str, "float16", "of amp; float16 needs a GPU", choices=("float16", "bfloat16")),
-    "eval_amp": Key(bool, False, "amp in evaluation too"),
-    # run
-    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
-    "seed": Key(int, 2021, "the same on every rank", low=0, high=2**31),
-    "output_dir": Key(str, None, "folder of all runs; default: output/ beside the script", null=True),
-    "experiment": Key(str, None, "name of the run's folder there; default: the yml's name", null=True),
-    "resume": Key(str, None, "checkpoint to go on from; auto: this experiment's last.pth", null=True),
-    "no_resume_opt": Key(bool, False, "resume without the optimizer's state"),
-    "initial_checkpoint": Key(str, None, "weights to start from", null=True),
-    "checkpoint": Key(str, None, "weights to test; default: the newest best.pth", null=True),
-    "test_only": Key(bool, False, "train.py only tests what resume names, as test.py does"),
-    "print_freq": Key(int, 256, "steps between lines where there is no terminal", low=1),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch"),
+    "T": Key(int, 16, "frames of a sample, which are the time steps", flags=("-T",),
+        aliases=("time_step",), low=1, high=1024),
+    "layer": Key(int, 2, "blocks in all; stage 2 has one fewer", low=2, high=100),
+    "dim": Key(int, 256, "D, the width of stage 2", low=16, high=8192),
+    "num_heads": Key(int, 16, "heads of every attention", low=1, high=1024),
+    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over the channels of its input",
+        low=0.1, high=64),
+    "attention": Key([str], ["token", "ssa"], "attention of each stage: token, channel or ssa",
+        choices=("token", "channel", "ssa"), length=(2, 2),
+        words="2 words, for each stage token, channel or ssa, as in token ssa"),
+    "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block",
+        low=0, high=0.99),
+    "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
+        "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
+        "without one", choices=("auto", "true", "false")),
+    "backend": Key(str, "auto", "what computes the neurons",
+        choices=("auto", "torch", "cupy", "spikingjelly")),
+    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "compile": Key(bool, False, "the model goes through torch.compile"),
+    "checkpoint_stages": TrainKey([int], [],
+        "stages that are computed again in the backward pass, to save memory", low=1, high=2,
+        length=(0, 2), words="numbers of stages from 1 to 2, as in 1 2"),
+    "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
+    "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
+        "rank 0 (broadcast) or the mean over the ranks (reduce)",
+        choices=("", "broadcast", "reduce")),
 }
+
+DATA = {
+    "data_path": Key(Path, "./data",
+        "folder whose download/ has the recordings; the frames are made beside that",
+        aliases=("data_dir",)),
+    "num_classes": Key(int, 11, "number of classes", aliases=("nb_classes",), low=1, high=100_000),
+    "batch_size": Key(int, 16, "samples of a training batch, per rank", flags=("-b",),
+        low=1, high=65536),
+    "val_batch_size": Key(int, None, "samples of a test batch; none: batch_size", flags=("-vb",),
+        null=True, low=1, high=65536),
+    "workers": Key(int, 4, "processes that load data, per rank", flags=("-j",),
+        aliases=("num_workers",), low=0, high=256),
+}
+
+AUGMENTATION = {
+    "no_aug": TrainKey(bool, False, "no augmentation but mixup, cutmix and T_train"),
+    "T_train": TrainKey(int, None, "frames drawn of the T for a training batch; none: all",
+        null=True, low=1, high=1024),
+    "mixup": TrainKey(float, 0.5, "alpha of the mixup Beta distribution; 0 turns mixup off",
+        low=0, high=100),
+    "cutmix": TrainKey(float, 0.0, "alpha of the cutmix Beta distribution; 0 turns cutmix off",
+        low=0, high=100),
+    "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares of "
+        "the image; turns cutmix on, without its Beta distribution", null=True, low=0, high=1,
+        length=(2, 2), rising=True,
+        words="2 numbers from 0 to 1, the smallest and the largest share, as in 0.2 0.8"),
+    "mixup_prob": TrainKey(float, 0.5, "probability that a batch is mixed, by mixup or cutmix",
+        low=0, high=1),
+    "mixup_switch_prob": TrainKey(float, 0.5,
+        "probability of cutmix instead of mixup, where both are on", low=0, high=1),
+    "mixup_mode": TrainKey(str, "batch",
+        "one draw of mixup for each batch, pair or element of a batch",
+        choices=("batch", "pair", "elem")),
+    "mixup_off_epoch": TrainKey(int, 75,
+        "first epoch without mixup and cutmix; 0 never turns them off", low=0, high=100_000),
+    "smoothing": TrainKey(float, 0.1, "label smoothing", low=0, high=0.99),
+}
+
+OPTIMISATION = {
+    "epochs": TrainKey(int, 192, "epochs before those of cooldown_epochs", low=1, high=100_000),
+    "start_epoch": TrainKey(int, None, "first epoch; none: the one after the checkpoint's",
+        null=True, low=0, high=100_000),
+    "opt": TrainKey(str, "adamw", "optimizer, by timm's name"),
+    "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", null=True,
+        low=0, high=1),
+    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
+        null=True, low=0, high=0.999999, length=(2, 2),
+        words="2 numbers from 0 to 0.999999, as in 0.9 0.999"),
+    "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one",
+        low=0, high=0.999999),
+    "weight_decay": TrainKey(float, 0.06, "weight decay, of all but biases and 1-D parameters",
+        low=0, high=100),
+    "sched": TrainKey(str, "cosine", "schedule of the learning rate, by timm's name",
+        choices=("cosine", "tanh", "step", "poly")),
+    "lr": TrainKey(float, 1e-3, "peak learning rate, for any number of ranks", low=1e-10, high=100),
+    "min_lr": TrainKey(float, 2e-5, "learning rate at the end of the schedule", low=0, high=100),
+    "warmup_lr": TrainKey(float, 1e-5, "learning rate at the start of the warm-up",
+        low=0, high=100),
+    "warmup_epochs": TrainKey(int, 10, "epochs of the warm-up, from warmup_lr to lr",
+        low=0, high=100_000),
+    "cooldown_epochs": TrainKey(int, 10, "epochs at min_lr, after the schedule",
+        low=0, high=100_000),
+    "decay_epochs": TrainKey(float, 20, "epochs between two steps of the step schedule",
+        low=1, high=100_000),
+    "decay_rate": TrainKey(float, 0.1, "factor of one step of the step schedule", low=0, high=1),
+    "lr_noise": TrainKey([float], None,
+        "shares of the epochs at which noise of the learning rate begins and ends", null=True,
+        low=0, high=1, length=(1, 2), rising=True,
+        words="1 or 2 numbers from 0 to 1, the begin and the end, as in 0.4 0.9"),
+    "lr_noise_pct": TrainKey(float, 0.67, "bound of the learning rate's noise, as a share of it",
+        low=0, high=10),
+    "lr_noise_std": TrainKey(float, 1.0, "standard deviation of the learning rate's noise",
+        low=0, high=10),
+    "lr_cycle_mul": TrainKey(float, 1.0, "factor from the length of one cosine cycle to the next",
+        low=1, high=100),
+    "lr_cycle_limit": TrainKey(int, 1, "number of cosine cycles", low=1, high=1000),
+    "amp": Key(bool, True, "mixed precision, in training and testing"),
+    "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
+        choices=("float16", "bfloat16")),
+    "eval_amp": Key(bool, False, "mixed precision in testing, where amp is on"),
+}
+
+RUN = {
+    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "seed": TrainKey(int, 2021, "seed of all random numbers, the same on every rank",
+        low=0, high=2**31),
+    "output_dir": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
+        aliases=("output",)),
+    "experiment": TrainKey(str, None,
+        "name of the run's folder in the output folder; none: the yml's name", null=True),
+    "resume": TrainKey(Path, None,
+        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
+    "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer"),
+    "initial_checkpoint": TrainKey(Path, None, "checkpoint with weights to start from", null=True,
+        aliases=("finetune",)),
+    "checkpoint": Key(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
+    "test_only": TrainKey(bool, False, "test what resume names, as test.py does",
+        aliases=("eval",)),
+    "print_freq": TrainKey(int, 256, "steps between two lines of progress",
+        aliases=("log_interval",), low=1, high=1_000_000),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=0, high=65536, scripts=()),
+}
+KEYS = grouped(
+    model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
+)
+# fmt: on
 
 NO_EFFECT = {
     "patience_epochs": "there is no sched: plateau",

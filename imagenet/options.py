@@ -1,79 +1,157 @@
-"""Every key of the ImageNet recipe; the defaults are the published HST-10-384 run. Names are the release's."""
+"""Every key of the ImageNet recipe; the defaults are the published HST-10-384 run.
 
-from config import Key
+A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts accept both.
+"""
+
+from pathlib import Path
+
+from keys import Key, TestKey, TrainKey, grouped
 
 DEFAULT_CONFIG = "imagenet.yml"
 
-KEYS = {
-    # model
-    "model": Key(str, "QKFormer_10_384", "QKFormer_10_384, QKFormer_10_512 or QKFormer_10_768"),
-    "time_step": Key(int, 4, "T, steps for which an image is shown", flags=("-T",), low=1),
-    "input_size": Key(int, 224, "height and width of the network's input, a multiple of 16", low=16),
-    "layer": Key(int, None, "blocks in all, over the model's 10; stage 3 has layer - 3", null=True, low=4),
-    "dim": Key(int, None, "D, width of stage 3, over the model's", null=True, low=8),
-    "num_heads": Key(int, None, "heads of every attention, over the model's", null=True, low=1),
-    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over its input's", low=0.1),
-    "attention": Key([str], ["token", "token", "ssa"], "token, channel or ssa for each stage", length=3),
-    "drop_path": Key(float, 0.0, "stochastic depth at the last block", null=True, low=0, high=0.99),
-    "cross_sample_lif": Key(
-        str, "auto", "the release's semantics of SSA's last neuron", choices=("auto", "true", "false")
-    ),
-    "backend": Key(str, "auto", "neuron backend", choices=("auto", "torch", "cupy", "spikingjelly")),
-    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
-    "compile": Key(bool, False, "torch.compile the model"),
-    "checkpoint_stages": Key([int], [], "stages computed again in the backward pass, to save memory"),
-    "channels_last": Key(bool, False, "channels_last memory format in the plain path too"),
-    # data
-    "data_path": Key(str, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG"),
-    "nb_classes": Key(int, 1000, "classes", low=1),
-    "batch_size": Key(int, 32, "training batch of a micro-step, per rank", low=1),
-    "val_batch_size": Key(int, 32, "evaluation batch; under cross_sample_lif the result depends on it", low=1),
-    "num_workers": Key(int, 10, "loader processes per rank", low=0),
-    "pin_mem": Key(bool, True, "pinned memory in the loader"),
-    "on_bad_image": Key(str, "error", "stop at a file that can't be read, or leave it out", choices=("error", "skip")),
-    # augmentation
-    "color_jitter": Key(float, None, "strength, where aa is null", null=True, low=0),
-    "aa": Key(str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy", null=True),
-    "mixup": Key(float, 0.0, "alpha, 0: off", low=0),
-    "cutmix": Key(float, 0.0, "alpha, 0: off", low=0),
-    "cutmix_minmax": Key([float], None, "range of the cut, over cutmix", null=True, length=2, low=0, high=1),
-    "mixup_prob": Key(float, 1.0, "probability of mixup or cutmix", low=0, high=1),
-    "mixup_switch_prob": Key(float, 0.5, "probability of cutmix where both are on", low=0, high=1),
-    "mixup_mode": Key(str, "batch", "one draw per", choices=("batch", "pair", "elem")),
-    "smoothing": Key(float, 0.1, "label smoothing", low=0, high=0.99),
-    "reprob": Key(float, 0.25, "probability of random erasing", low=0, high=1),
-    "remode": Key(str, "pixel", "what is put there", choices=("const", "rand", "pixel")),
-    "recount": Key(int, 1, "rectangles at most", low=1),
-    # optimisation
-    "epochs": Key(int, 200, "epochs in all", low=1),
-    "start_epoch": Key(int, 0, "first epoch of a run that resumes nothing", low=0),
-    "accum_iter": Key(int, 2, "micro-steps whose gradients make one step", low=1),
-    "lr": Key(float, None, "peak learning rate, over blr", null=True, low=0),
-    "blr": Key(float, 6e-4, "peak learning rate for 256 images a step: lr = blr x images a step / 256", low=0),
-    "min_lr": Key(float, 1e-6, "at the end", low=0),
-    "warmup_epochs": Key(float, 5, "from 0 to the peak", low=0),
-    "layer_decay": Key(float, 1.0, "before stage 3, lr x layer_decay ** (blocks of stage 3 + 1)", low=0),
-    "weight_decay": Key(float, 0.05, "not on biases and 1-D parameters", low=0),
-    "clip_grad": Key(float, None, "largest norm of the gradient", null=True, low=0),
-    "amp": Key(bool, True, "mixed precision"),
-    "amp_dtype": Key(str, "float16", "of amp; float16 needs a GPU", choices=("float16", "bfloat16")),
-    "eval_amp": Key(bool, True, "amp in evaluation too"),
-    # run
-    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
-    "seed": Key(int, 0, "a rank's is seed + rank", low=0, high=2**31),
-    "output_dir": Key(str, None, "folder of all runs; default: output/ beside the script", null=True),
-    "experiment": Key(str, None, "name of the run's folder there; default: the yml's name", null=True),
-    "finetune": Key(str, None, "weights to start from; a head that fits is kept", null=True),
-    "resume": Key(str, None, "checkpoint to go on from; auto: this experiment's last.pth", null=True),
-    "eval": Key(bool, False, "train.py: only evaluate what resume or finetune names"),
-    "save_minutes": Key(float, 30, "last.pth is written so often within an epoch, 0: only at its end", low=0),
-    "log_interval": Key(int, 50, "steps between lines where there is no terminal", low=1),
-    "checkpoint": Key(str, None, "test.py: weights to test; default: the newest best.pth", null=True),
-    "predict": Key(str, None, "test.py: folder of images without labels, to be classified", null=True),
-    "predictions": Key(str, "predict.csv", "test.py: file for what predict finds; it must not be there yet"),
-    "labels": Key(str, None, "test.py: text file, one class a line, its first word goes to predictions", null=True),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch"),
+# fmt: off
+MODEL = {
+    "model": Key(str, "QKFormer_10_384", "model of model.py"),
+    "time_step": Key(int, 4, "T, the steps for which an image is shown", flags=("-T",),
+        aliases=("T",), low=1, high=1024),
+    "input_size": Key(int, 224, "height and width of the network's input, a multiple of 16",
+        aliases=("img_size",), low=16, high=4096),
+    "layer": Key(int, None,
+        "blocks in all, of which stage 3 has all but three; none: the model's 10", null=True,
+        low=4, high=100),
+    "dim": Key(int, None, "D, the width of stage 3; none: the model's", null=True,
+        low=8, high=8192),
+    "num_heads": Key(int, None, "heads of every attention; none: the model's", null=True,
+        low=1, high=1024),
+    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over the channels of its input",
+        low=0.1, high=64),
+    "attention": Key([str], ["token", "token", "ssa"],
+        "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
+        length=(3, 3),
+        words="3 words, for each stage token, channel or ssa, as in token token ssa"),
+    "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block", null=True,
+        low=0, high=0.99),
+    "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
+        "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
+        "without one", choices=("auto", "true", "false")),
+    "backend": Key(str, "auto", "what computes the neurons",
+        choices=("auto", "torch", "cupy", "spikingjelly")),
+    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "compile": Key(bool, False, "the model goes through torch.compile"),
+    "checkpoint_stages": TrainKey([int], [],
+        "stages that are computed again in the backward pass, to save memory", low=1, high=3,
+        length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),
+    "channels_last": Key(bool, False, "memory format channels_last in the plain path too"),
 }
+
+DATA = {
+    "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
+        aliases=("data_dir",)),
+    "nb_classes": Key(int, 1000, "number of classes", aliases=("num_classes",),
+        low=1, high=100_000),
+    "batch_size": TrainKey(int, 32, "training images of a micro-step, per rank", flags=("-b",),
+        low=1, high=65536),
+    "val_batch_size": Key(int, 32,
+        "images of a test batch; under cross_sample_lif the result depends on it", flags=("-vb",),
+        low=1, high=65536),
+    "num_workers": Key(int, 10, "processes that load data, per rank", flags=("-j",),
+        aliases=("workers",), low=0, high=256),
+    "pin_mem": Key(bool, True, "the loader puts batches for a GPU into pinned memory"),
+    "on_bad_image": Key(str, "error",
+        "what a file does that is no whole image: stop the run, or be left out",
+        choices=("error", "skip")),
+}
+
+AUGMENTATION = {
+    "color_jitter": TrainKey(float, None,
+        "strength of colour jitter, which only a run without aa has", null=True, low=0, high=10),
+    "aa": TrainKey(str, "rand-m9-mstd0.5-inc1",
+        "policy of timm's automatic augmentation; none turns it off", null=True,
+        pattern=r"(rand|augmix)(-[a-z]+[0-9.]*)*|(original|v0)r?(-mstd[0-9.]+)?|3a",
+        words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
+    "mixup": TrainKey(float, 0.0, "alpha of the mixup Beta distribution; 0 turns mixup off",
+        low=0, high=100),
+    "cutmix": TrainKey(float, 0.0, "alpha of the cutmix Beta distribution; 0 turns cutmix off",
+        low=0, high=100),
+    "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares of "
+        "the image; turns cutmix on, without its Beta distribution", null=True, low=0, high=1,
+        length=(2, 2), rising=True,
+        words="2 numbers from 0 to 1, the smallest and the largest share, as in 0.2 0.8"),
+    "mixup_prob": TrainKey(float, 1.0, "probability that a batch is mixed, by mixup or cutmix",
+        low=0, high=1),
+    "mixup_switch_prob": TrainKey(float, 0.5,
+        "probability of cutmix instead of mixup, where both are on", low=0, high=1),
+    "mixup_mode": TrainKey(str, "batch",
+        "one draw of mixup for each batch, pair or element of a batch",
+        choices=("batch", "pair", "elem")),
+    "smoothing": TrainKey(float, 0.1, "label smoothing", low=0, high=0.99),
+    "reprob": TrainKey(float, 0.25, "probability of random erasing", low=0, high=1),
+    "remode": TrainKey(str, "pixel",
+        "content of an erased rectangle: zeros, one random colour or random pixels",
+        choices=("const", "rand", "pixel")),
+    "recount": TrainKey(int, 1, "most rectangles that are erased in an image", low=1, high=1000),
+}
+
+OPTIMISATION = {
+    "epochs": TrainKey(int, 200, "epochs in all", low=1, high=100_000),
+    "start_epoch": TrainKey(int, 0, "first epoch of a run that starts from the weights of finetune",
+        low=0, high=100_000),
+    "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer",
+        low=1, high=65536),
+    "lr": TrainKey(float, None, "peak learning rate; none: it follows from blr", null=True,
+        low=1e-10, high=100),
+    "blr": TrainKey(float, 6e-4,
+        "peak learning rate for 256 images a step; lr is blr x images a step / 256",
+        low=1e-10, high=100),
+    "min_lr": TrainKey(float, 1e-6, "learning rate at the end of the schedule", low=0, high=100),
+    "warmup_epochs": TrainKey(float, 5, "epochs of the warm-up, from 0 to the peak",
+        low=0, high=100_000),
+    "layer_decay": TrainKey(float, 1.0,
+        "factor of the learning rate before stage 3, to the power of that stage's blocks + 1",
+        low=0, high=1),
+    "weight_decay": TrainKey(float, 0.05, "weight decay, of all but biases and 1-D parameters",
+        low=0, high=100),
+    "clip_grad": TrainKey(float, None, "largest norm of the gradient; none: it is not clipped",
+        null=True, low=1e-10, high=1e10),
+    "amp": Key(bool, True, "mixed precision, in training and testing"),
+    "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
+        choices=("float16", "bfloat16")),
+    "eval_amp": Key(bool, True, "mixed precision in testing, where amp is on"),
+}
+
+RUN = {
+    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "seed": TrainKey(int, 0, "seed of all random numbers; each rank adds its number to it",
+        low=0, high=2**31),
+    "output_dir": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
+        aliases=("output",)),
+    "experiment": TrainKey(str, None,
+        "name of the run's folder in the output folder; none: the yml's name", null=True),
+    "finetune": TrainKey(Path, None,
+        "checkpoint with weights to start from; a head that fits is kept", null=True,
+        aliases=("initial_checkpoint",)),
+    "resume": TrainKey(Path, None,
+        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
+    "eval": TrainKey(bool, False, "test what resume or finetune names, as test.py does",
+        aliases=("test_only",)),
+    "save_minutes": TrainKey(float, 30,
+        "minutes between two times that last.pth is written within an epoch; 0: only at its end",
+        low=0, high=10_080),
+    "log_interval": TrainKey(int, 50, "steps between two lines of progress",
+        aliases=("print_freq",), low=1, high=1_000_000),
+    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
+    "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted",
+        null=True),
+    "predictions": TestKey(Path, "predict.csv",
+        "file for what predict finds, which must not be there yet"),
+    "labels": TestKey(Path, None,
+        "text file with a line for each class, whose first word goes into predictions", null=True),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=0, high=65536, scripts=()),
+}
+KEYS = grouped(
+    model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
+)
+# fmt: on
 
 NO_EFFECT = {
     "cls_token": "the head takes the mean over space",

@@ -174,8 +174,8 @@ def test_base(tmp_path):
         ("lr: [1, 2]", ["lr", "a number"]),
         ("lr: .nan", ["lr", "a number"]),
         ("amp: 3", ["amp", "true or false"]),
-        ("batch_size: 0", ["batch_size", "at least 1"]),
-        ("mean: [0.5, 0.5]", ["mean", "3 values"]),
+        ("batch_size: 0", ["batch_size is 0", "from 1 to 65536"]),
+        ("mean: [0.5, 0.5]", ["mean", "3 numbers", "colour channel"]),
         ("sched: cosin", ["sched", "cosine"]),
         ("cross_sample_lif: maybe", ["cross_sample_lif", "auto, true, false"]),
         ("dim: null", ["dim"]),
@@ -194,8 +194,11 @@ def test_wrong_yml(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--learning-rate", "1"], ["--learning-rate"]),
+        (["--learning-rate", "1"], ["--learning-rate", "is lr meant"]),
         (["--batchsize=3"], ["--batchsize", "batch_size"]),
+        (["3"], ["no flag stands before 3"]),
+        (["--mean", "0.5"], ["mean is [0.5]", "one per colour channel"]),
+        (["--aa", "m9"], ["aa is 'm9'", "a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"]),
         (["--epochs", "x"], ["command line", "epochs", "'x'"]),
         (["--epochs"], ["epochs", "argument"]),
         (["-c", "none.yml"], ["none.yml", "quickstart.yml"]),

@@ -25,6 +25,8 @@ SAME = (
     "fused.py",
     "fused.cu",
     "config.py",
+    "keys.py",
+    "yml.py",
     "runtime.py",
     "engine.py",
     "checkpoint.py",

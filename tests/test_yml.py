@@ -1,0 +1,348 @@
+"""Values of ymls and flags, whatever they are: each is what it says, or one clear line; the table's ranges hold."""
+
+import math
+import os
+import unicodedata
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from conftest import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
+cifar10 = load("cifar10")
+KEYS = cifar10.options.KEYS
+UserError = cifar10.config.UserError
+repeatable = settings(derandomize=True, deadline=None, database=None)
+
+
+def resolve(*argv, folder=cifar10):
+    options = folder.options
+    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])
+
+
+def fault(*argv, folder=cifar10):
+    """The one line that these flags end in."""
+    with pytest.raises(folder.config.UserError) as error:
+        resolve(*argv, folder=folder)
+    text = str(error.value)
+    assert text.isprintable() and len(text) < 400, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("yml")
+
+
+@pytest.fixture
+def yml_of(tmp_path):
+    def write(text):
+        (tmp_path / "mine.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return "-c", tmp_path / "mine.yml"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("epochs: 010", "epochs", 10),
+        ("epochs: 0o17", "epochs", 15),
+        ("epochs: 0x1F", "epochs", 31),
+        ("epochs: 1e2", "epochs", 100),
+        ("epochs: 64.0", "epochs", 64),
+        ("epochs: '7'", "epochs", 7),
+        ("epochs: !!int 7", "epochs", 7),
+        ("lr: 1e-3", "lr", 1e-3),
+        ("lr: .5", "lr", 0.5),
+        ("lr: +1.e-2", "lr", 0.01),
+        ("seed: 2147483648", "seed", 2**31),
+        ("experiment: 12:30", "experiment", "12:30"),
+        ("experiment: 1.10", "experiment", "1.10"),
+        ("experiment: 007", "experiment", "007"),
+        ("experiment: 2026-11-25", "experiment", "2026-11-25"),
+        ("experiment: ~", "experiment", "mine"),
+        ("experiment:", "experiment", "mine"),
+        ("data_dir: 2024", "data_dir", "2024"),
+        ("amp: no", "amp", False),
+        ("amp: Yes", "amp", True),
+        ("amp: off", "amp", False),
+        ("cross_sample_lif: yes", "cross_sample_lif", "true"),
+        ("dist_bn: ''", "dist_bn", ""),
+        ("mean: [0.5, .4, 3e-1]", "mean", [0.5, 0.4, 0.3]),
+        ("mean: 0.5, 0.4, 0.3", "mean", [0.5, 0.4, 0.3]),
+        ("mean:\n- 0.5\n- 0.4\n- 0.3", "mean", [0.5, 0.4, 0.3]),
+        ("dim: &width 64\nepochs: *width", "epochs", 64),
+        ("\ufeffepochs: 5", "epochs", 5),
+        ("", "epochs", 400),
+        ("# nothing\n---\n", "epochs", 400),
+    ],
+)
+def test_what_a_value_means(yml_of, text, name, value):
+    cfg, notes, said = resolve(*yml_of(text))
+    assert getattr(cfg, name) == value and type(getattr(cfg, name)) is type(value) and not notes
+    assert name in ("experiment", "epochs") or said.yml[name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs: 1:30", "line 1: epochs is '1:30'; it must be a whole number from 1 to 100000"),
+        ("\n\nepochs: \uff11\uff10", "line 3: epochs is"),
+        ("epochs: 1_000", "epochs is '1_000'"),
+        ("epochs: 3.00000000000000000000000000000000000001", "epochs is 3.0000"),
+        ("epochs: " + "9" * 5000, "epochs is 999"),
+        ("epochs: 1e9999999999999999999", "epochs is 1e9999"),
+        ("epochs: 2026-02-31", "epochs is '2026-02-31'"),
+        ("epochs: .inf", "epochs is '.inf'"),
+        ("lr: 1e-400", "lr is 1e-400; it must be a number from 1e-10 to 100"),
+        ("min_lr: 1e-400", "min_lr is 1e-400"),
+        ("lr: 0", "lr is 0; it must be"),
+        ("lr: 1e300", "lr is 1e300; it must be"),
+        ("layer: 100000", "layer is 100000; it must be a whole number from 3 to 100"),
+        ("scale: [1.0, 0.5]", "it must be 2 numbers from 0.01 to 1, the smallest and the largest share"),
+        ("ratio: [1.5, 0.5]", "the smaller one first"),
+        ("mean: [125, 123, 114]", "mean is [125, 123, 114]; it must be 3 numbers from 0 to 1, one per colour channel"),
+        ("mean: [0.5, null, 0.5]", "mean is [0.5, null, 0.5]"),
+        ("attention: [token, ssa]", "3 words, for each stage token, channel or ssa"),
+        ("aa: rnd-m9", "aa is 'rnd-m9'; it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1, or none"),
+        ("data_dir: ''", "data_dir is ''; it must be a path"),
+        ("data_dir: " + "x" * 300, "it must be a path"),
+        ("epochs: 1\nepochs: 2", "line 2: 'epochs' is in line 1 already"),
+        ("batch_size: 1\nbatch-size: 1", "line 2: 'batch-size' is in line 1 already"),
+        ("workers: 1\nnum_workers: 2", "line 2: workers and num_workers are one key, but their values differ"),
+        ("epochs: !!timestamp 2026-02-31", "tag:yaml.org,2002:timestamp"),
+        ("epochs: !!float abc", "epochs is 'abc' with the tag"),
+        ("epochs: !!python/object/apply:os.getcwd []", "epochs must be a word, a number or a list of these"),
+        ("experiment: !mine x", "with the tag '!mine'; leave the tag out"),
+        ("lr: {peak: 1}", "lr must be a word, a number or a list of these"),
+        ("mean: [[1], 2, 3]", "mean must be"),
+        ("[a, b]: 1", "a key must be a word"),
+        ("null: 1", "a key is missing"),
+        ("false", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("[]", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("null", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("''", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("!!set {a}", "not a yml of `key: value` lines"),
+        ("lr: 1\n---\nlr: 2", "line 2: not a yml: expected a single document"),
+        ("lr: " + "[" * 2000, "nested too deep"),
+        ("a: &a [*a]", "a must be a word"),
+        ("lr: *unknown", "line 1: not a yml: found undefined alias"),
+        ("lr: 1\n  lr: 2\n", "line 2: not a yml"),
+        ("\tlr: 1", "line 1: not a yml"),
+        ('experiment: "a\\0b"', "experiment is 'a\\x00b'; it must be a word"),
+        ('experiment: "\\ud800"', "experiment is '\\ud800'; it must be a word"),
+        ('experiment: "\\UFFFFFFFF"', "mine.yml: not a yml: a number in it is out of bounds"),
+        (b"lr: 1\nexperiment: \xff\xfe", "mine.yml, line 2: not a yml: bytes that are not UTF-8"),
+        (b"lr: 1\nexperiment: a\0b", "mine.yml, line 2: not a yml: a control character"),
+        (b"\x80\x02}q\x00", "bytes that are not UTF-8"),
+        ("base: [a, b]", "line 1: base is ['a', 'b']; it must be a path"),
+        ('base: "a\\0b"', "base is 'a\\x00b'; it must be a path"),
+        ("base: " + "x" * 300, "it must be a path"),
+        ("base: mine.yml", "base is 'mine.yml'; it must be another yml; this one leads back to it"),
+        ("base: .", "base is '.'; it must be a yml that is there"),
+        ("learning_rate: 1", "line 1: unknown key learning_rate; is lr meant?"),
+        ("Epoch: 1", "is epochs meant?"),
+        ("wd: 1", "is weight_decay meant?"),
+        ("bs: 1", "is batch_size meant?"),
+        ("mixup_of_epoch: 1", "is mixup_off_epoch meant?"),
+        ("x" * 500 + ": 1", "unknown key 'xxxx"),
+    ],
+)
+def test_mistakes_in_a_yml(yml_of, text, words):
+    assert words in fault(*yml_of(text))
+
+
+def test_no_hint_where_nothing_is_near(yml_of):
+    assert fault(*yml_of("colour_of_the_sky: 1")).endswith("unknown key colour_of_the_sky")
+
+
+def test_files_that_are_no_yml(tmp_path):
+    assert "a folder" in fault("-c", tmp_path)
+    assert "no such file" in fault("-c", tmp_path / "none.yml")
+    assert "it must be a path" in fault("-c", "x" * 300)
+    assert "it must be a path" in fault("-c", "a\0b")
+    assert "no such file" in fault("-c", "/dev/zero")
+    (tmp_path / "loop.yml").symlink_to(tmp_path / "loop.yml")
+    assert "loop.yml" in fault("-c", tmp_path / "loop.yml")
+    (tmp_path / "secret.yml").write_text("lr: 1\n")
+    (tmp_path / "secret.yml").chmod(0)
+    if not os.access(tmp_path / "secret.yml", os.R_OK):
+        assert "secret.yml: can't be read: Permission denied" in fault("-c", tmp_path / "secret.yml")
+
+
+def test_chains_and_loops_of_bases(tmp_path):
+    for number in range(1010):
+        (tmp_path / f"{number}.yml").write_text(f"base: {number + 1}.yml\nseed: {number}\n")
+    (tmp_path / "1010.yml").write_text("dim: 64\n")
+    cfg, _, _ = resolve("-c", tmp_path / "0.yml")
+    assert (cfg.dim, cfg.seed) == (64, 0)
+    (tmp_path / "1010.yml").write_text("dim: 64\nbase: 600.yml\n")
+    assert "1010.yml, line 2: base is '600.yml'" in fault("-c", tmp_path / "0.yml")
+
+
+def test_paths_are_expanded(yml_of, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.delenv("UNSET", raising=False)
+    cfg, _, said = resolve(*yml_of("output: ~/runs\ndata_dir: $DATA/cifar"), "--resume", "${DATA}/~x")
+    assert (cfg.output, cfg.data_dir, cfg.resume) == ("/home/me/runs", "/data/cifar", "/data/~x")
+    assert said.yml["output"] == "/home/me/runs"
+    assert resolve(*yml_of("output: ~"))[0].output is None  # YAML's null
+    assert resolve(*yml_of("experiment: ~x$DATA"))[0].experiment == "~x$DATA"  # no path
+    line = fault(*yml_of("\noutput: $UNSET/x"))
+    wanted = "it must be a path, or none; the variable UNSET is not set"
+    assert line == f"mine.yml, line 2: output is '$UNSET/x'; {wanted}"
+    assert "UNSET:-x is not set" in fault("--data-dir", "${UNSET:-x}")
+    assert "no home folder '~nobody-of-this-name'" in fault("--data-dir", "~nobody-of-this-name/x")
+    paths = {name for name, key in KEYS.items() if key.kind is Path}
+    assert paths == {"data_dir", "output", "resume", "initial_checkpoint", "checkpoint"}
+
+
+ALIASES = {  # one thing under the names of all folders
+    "cifar10": {"T": "time_step", "data_path": "data_dir", "num_workers": "workers", "nb_classes": "num_classes"}
+    | {"output_dir": "output", "print_freq": "log_interval", "finetune": "initial_checkpoint"},
+    "dvs128-gesture": {"time_step": "T", "data_dir": "data_path", "num_workers": "workers"}
+    | {"nb_classes": "num_classes", "output": "output_dir", "log_interval": "print_freq"}
+    | {"finetune": "initial_checkpoint", "eval": "test_only"},
+    "imagenet": {"T": "time_step", "data_dir": "data_path", "workers": "num_workers", "num_classes": "nb_classes"}
+    | {"output": "output_dir", "print_freq": "log_interval", "initial_checkpoint": "finetune"}
+    | {"test_only": "eval", "img_size": "input_size"},
+}
+ALIASES |= {"cifar100": ALIASES["cifar10"], "cifar10-dvs": ALIASES["dvs128-gesture"]}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_names_of_the_other_folders(name, tmp_path):
+    folder = load(name)
+    table = {alias: key for key, row in folder.options.KEYS.items() for alias in row.aliases}
+    assert table == ALIASES[name] and not table.keys() & {*folder.options.KEYS, *folder.options.NO_EFFECT}
+    for alias, key in table.items():
+        kind = folder.options.KEYS[key].kind
+        value, other = {int: (17, 18), bool: (True, False)}.get(kind, ("x", "y"))
+        (tmp_path / "a.yml").write_text(f"{alias}: {value}\n")
+        for flags in (("-c", tmp_path / "a.yml"), (f"--{alias}", value), (f"--{alias.replace('_', '-')}", value)):
+            cfg, _, said = resolve(*flags, folder=folder)
+            assert getattr(cfg, key) == value and {**said.yml, **said.flags}[key] == value
+            assert not hasattr(cfg, alias)
+        assert getattr(resolve(f"--{alias}", value, f"--{key}", value, folder=folder)[0], key) == value
+        assert "are one key" in fault(f"--{alias}", value, f"--{key}", other, folder=folder)
+        cfg, _, _ = resolve("-c", tmp_path / "a.yml", f"--{key}", other, folder=folder)  # a flag goes over the yml
+        assert getattr(cfg, key) == other
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_number_has_a_range_and_every_default_is_in_it(name):
+    options = load(name).options
+    groups = (options.MODEL, options.DATA, options.AUGMENTATION, options.OPTIMISATION, options.RUN)
+    assert sum(map(len, groups)) == len(options.KEYS)
+    for key_name, key in options.KEYS.items():
+        kind = key.kind[0] if isinstance(key.kind, list) else key.kind
+        assert kind not in (int, float) or -math.inf < key.low < key.high < math.inf, key_name
+        assert not isinstance(key.kind, list) or key.words, key_name
+        assert fits(key, key.default) and key.convert(key.default) == key.default, key_name
+        assert key.help and not key.help.endswith("."), key_name
+
+
+def fits(key, value):
+    """Whether a value is one that this key may have."""
+    if value is None:
+        return key.null
+    if isinstance(key.kind, list):
+        rises = not key.rising or sorted(value) == value
+        return rises and key.length[0] <= len(value) <= key.length[1] and all(fit_one(key, item) for item in value)
+    return fit_one(key, value)
+
+
+def fit_one(key, value):
+    kind = key.kind[0] if isinstance(key.kind, list) else key.kind
+    if kind in (str, Path):
+        plain = not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value)
+        return type(value) is str and plain and (not key.choices or value in key.choices)
+    if kind is bool:
+        return type(value) is bool
+    return type(value) in (int, kind) and math.isfinite(value) and key.low <= value <= key.high
+
+
+# What is thrown at it: texts of any kind, and those that look like values, in one of many ways.
+NUMBERS = st.one_of(
+    st.integers().map(str),
+    st.floats().map(repr),
+    st.from_regex(r"[-+]?[0-9]{0,4}\.?[0-9]{0,30}([eE][-+]?[0-9]{1,3})?", fullmatch=True),
+    st.from_regex(r"0[xob]?[0-9A-Fa-f_]{1,20}|[0-9]{1,3}:[0-9]{2}|[0-9]{4}-[0-9]{2}-[0-9]{2}", fullmatch=True),
+    st.text("0123456789.eE+-_:xo \uff11\u0663", max_size=12),
+)
+WORDS = st.sampled_from(
+    "true false yes No ON off null none ~ auto cuda token ssa channel batch reduce adamw cosine rand-m9 $HOME ~/x "
+    "$NO_SUCH_VARIABLE .inf .nan !!float !!timestamp *a &a {} [] [[1]] {a:1} ? - | > % @ ` '' \"".split()
+)
+TEXTS = st.one_of(NUMBERS, WORDS, st.text(max_size=20), st.lists(NUMBERS, max_size=4).map(", ".join))
+NAMES = st.sampled_from([*KEYS, *(alias for key in KEYS.values() for alias in key.aliases), *cifar10.options.NO_EFFECT])
+LINES = st.one_of(
+    st.tuples(NAMES, TEXTS).map(": ".join),
+    st.tuples(NAMES, st.lists(TEXTS, max_size=4)).map(lambda pair: f"{pair[0]}: [{', '.join(pair[1])}]"),
+    st.tuples(st.text(max_size=10), TEXTS).map(": ".join),
+    st.text(max_size=30),
+)
+
+
+def check(*argv):
+    """A configuration within the table, or one line; returns whether it was the former."""
+    try:
+        cfg, notes, said = resolve(*argv)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 500
+        return False
+    assert vars(cfg).keys() == KEYS.keys() and all(isinstance(note, str) for note in notes)
+    for name, key in KEYS.items():
+        value = getattr(cfg, name)
+        assert fits(key, value) or (name, value) == ("experiment", "any"), name
+        assert name not in said.flags or said.flags[name] == value
+    return True
+
+
+@settings(repeatable, max_examples=200)
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))))
+def test_any_bytes(place, content):
+    (place / "any.yml").write_bytes(content)
+    check("-c", place / "any.yml")
+
+
+@settings(repeatable, max_examples=300)
+@given(st.lists(LINES, min_size=1, max_size=4))
+def test_any_yml(place, lines):
+    (place / "any.yml").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    check("-c", place / "any.yml")
+
+
+FLAGS = st.tuples(NAMES, st.booleans()).map(lambda pair: "--" + (pair[0].replace("_", "-") if pair[1] else pair[0]))
+SHORT = st.sampled_from("-T -L -b -vb -j -d -data-dir -c --config".split())
+TOKENS = st.one_of(FLAGS, SHORT, TEXTS, st.tuples(FLAGS, TEXTS).map("=".join))
+
+
+@settings(repeatable, max_examples=300)
+@given(st.one_of(st.lists(TOKENS, max_size=6), st.tuples(FLAGS, TEXTS).map(list)))
+def test_any_flags(place, argv):
+    (place / "any.yml").write_text("")
+    if not {"-h", "--help"} & set(argv):
+        check("-c", place / "any.yml", *argv)
+
+
+@settings(repeatable, max_examples=1000)
+@given(st.sampled_from(sorted(KEYS)), st.one_of(NUMBERS, TEXTS))
+def test_what_converts_is_equal(name, text):
+    key = KEYS[name]
+    try:
+        value = key.convert(text)
+    except ValueError as wanted:
+        assert str(wanted).isprintable()
+        return
+    assert fits(key, value)
+    if key.kind in (int, float) and value is not None:
+        exact = Fraction(int(text, 0) if text[:2] in ("0x", "0o") else text)
+        assert text.isascii() and "_" not in text and " " not in text
+        assert value == exact if key.kind is int else value == float(exact) and (value != 0 or exact == 0)
+    assert key.convert(value) == value  # as a checkpoint and args.yaml record it
