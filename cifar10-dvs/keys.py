@@ -29,7 +29,7 @@ class Key:
     choices, low, high, pattern: what the value, or each of a list, is checked against.
     length, rising: (fewest, most) values of a list, and whether they must not fall.
     words: what the value must be, as an error says it, where the above can't tell.
-    scripts: those that use the key; the others accept it.
+    scripts: those whose --help has the key, because they use it; the others accept it.
     group: of the keys in --help.
     """
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +65,7 @@ class Given(NamedTuple):
     flags: dict
 
 
-def load_config(keys, no_effect, default_file, argv=None, description=None, script=None):
+def load_config(keys, no_effect, default_file, argv=None, description=None):
     """Resolve the configuration.
 
     Args:
@@ -72,14 +74,13 @@ def load_config(keys, no_effect, default_file, argv=None, description=None, scri
         default_file: yml beside this file, read when no -c is given.
         argv: the command line, default sys.argv[1:].
         description: first line of --help.
-        script: "train" or "test"; --help shows only the keys that this script uses.
 
     Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys
     without effect, and what of cfg was set where, a Given.
     Raises UserError for a file that can't be read, an unknown key, and a value of the wrong type
     or out of range.
     """
-    parser = _parser(keys, no_effect, default_file, description, script)
+    parser = _parser(keys, no_effect, default_file, description)
     flags, unknown = parser.parse_known_args(argv)
     flags = vars(flags)
     named = "config" in flags
@@ -194,12 +195,14 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32, width=100)
 
     def _format_action_invocation(self, action):
-        short = [spelled for spelled in action.option_strings if len(spelled) <= 3]
         long = next(spelled for spelled in action.option_strings if spelled.startswith("--"))
+        short = [spelled for spelled in action.option_strings if re.fullmatch(r"-\w\w?", spelled)]
         return f"{', '.join([*short, long])} {action.metavar or ''}".strip()
 
 
-def _parser(keys, no_effect, default_file, description, script):
+def _parser(keys, no_effect, default_file, description):
+    """The flags of all keys; --help has those that the script that runs uses."""
+    script = Path(sys.argv[0]).stem
     parser = _Parser(
         usage="%(prog)s [-c FILE] [--KEY VALUE ...]",
         description=description,
@@ -215,7 +218,7 @@ def _parser(keys, no_effect, default_file, description, script):
     for name, key in keys.items():
         if key.group not in groups:
             groups[key.group] = parser.add_argument_group(key.group or None)
-        shown = script is None or script in key.scripts
+        shown = script in key.scripts
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),

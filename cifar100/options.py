@@ -186,7 +186,7 @@ RUN = {
     "checkpoint": TestKey(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress",
         aliases=("print_freq",), low=1, high=1_000_000),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=0, high=65536, scripts=()),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN

@@ -139,7 +139,7 @@ RUN = {
         aliases=("eval",)),
     "print_freq": TrainKey(int, 256, "steps between two lines of progress",
         aliases=("log_interval",), low=1, high=1_000_000),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=0, high=65536, scripts=()),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN

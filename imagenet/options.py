@@ -146,7 +146,7 @@ RUN = {
         "file for what predict finds, which must not be there yet"),
     "labels": TestKey(Path, None,
         "text file with a line for each class, whose first word goes into predictions", null=True),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=0, high=65536, scripts=()),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
