@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and scikit-learn's handwritten digits, through timm's transforms, mixup and loader."""
+"""CIFAR-10, CIFAR-100, handwritten digits or a folder of images, with timm's transforms and mixup."""
 
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from torchvision.datasets.utils import calculate_md5
 
 from config import UserError
 from engine import BatchLoader, test_batches, train_batches
+from images import list_split, read_image
+from options import NUM_CLASSES
+from runtime import logger
 
 CIFAR = {"torch/cifar10": torchvision.datasets.CIFAR10, "torch/cifar100": torchvision.datasets.CIFAR100}
 
 
 def posterize(image, bits_to_keep, **_):
-    """timm's operation, also for 0 bits (magnitude 10): black, as in the release; today's Pillow raises."""
+    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow now refuses them."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -28,7 +31,7 @@ for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits as 8x8 RGB images; a fifth of each class, drawn once, is for testing."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 RGB. A fifth of each class is for testing."""
 
     classes = [str(digit) for digit in range(10)]
 
@@ -49,6 +52,21 @@ class Digits(Dataset):
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
 
 
+class Folder(Dataset):
+    """Images of root/train or root/val, which have a folder for each class, in the order of its name."""
+
+    def __init__(self, root, train, transform):
+        self.samples, self.classes = list_split(root, train)
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return self.transform(read_image(path)), label
+
+
 def image_size(cfg):
     """(channels, height, width) of the network's input."""
     if cfg.input_size and cfg.input_size[0] != 3:
@@ -57,7 +75,11 @@ def image_size(cfg):
 
 
 def build_dataset(cfg, train, ranks):
-    """The training or test set, with its transform to uint8 arrays; downloads CIFAR where it is missing."""
+    """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
+
+    Downloads CIFAR where it is missing. A folder's number of classes becomes num_classes in training,
+    unless that was changed from the recipe's.
+    """
     try:
         transform = create_transform(
             image_size(cfg),
@@ -79,6 +101,14 @@ def build_dataset(cfg, train, ranks):
         raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
     if cfg.dataset == "digits":
         dataset = Digits(train, transform)
+    elif cfg.dataset == "folder":
+        dataset = Folder(cfg.data_dir, train, transform)
+        found = len(dataset.classes)
+        if train and cfg.num_classes == NUM_CLASSES != found:
+            logger.info(f"num_classes is {found}: {cfg.data_dir} has that many classes")
+            cfg.num_classes = found
+        if cfg.num_classes != found:
+            raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.data_dir} has {found} classes")
     else:
         ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root)
         dataset = open_cifar(cfg, train, transform)

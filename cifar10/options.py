@@ -47,9 +47,11 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, DATASET, "data set; digits needs no download", flags=("-d",),
-        choices=("torch/cifar10", "torch/cifar100", "digits")),
-    "data_dir": Key(Path, "./data", "folder that the data set is in, or is downloaded to",
+    "dataset": Key(str, DATASET, "data set; digits needs no download, folder is a "
+        "folder of images", flags=("-d",),
+        choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
+    "data_dir": Key(Path, "./data", "folder that the data set is in, or is downloaded to; of "
+        "dataset: folder, the one with train/ and val/ in it",
         flags=("-data-dir",), aliases=("data_path",)),
     "num_classes": Key(int, NUM_CLASSES, "number of classes", aliases=("nb_classes",),
         low=1, high=100_000),

@@ -6,32 +6,30 @@
 Classes are numbered in the order of their folders' names.
 """
 
-import io
-import re
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    Mixup,
+    auto_augment,
+    create_transform,
+)
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import UserError
 from engine import BatchLoader, test_batches, train_batches
+from images import BadImage, list_images, list_split, read_image
 from runtime import logger
-
-# JPEG: start of image, of a scan, end of image; a marker, other than what stands within a scan's data; those that
-# begin a segment with its length
-SOI, SOS, EOI = b"\xff\xd8", 0xDA, 0xD9
-MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
-SEGMENTS = {*range(0xC0, 0xD0), *range(SOS, 0xF0), 0xFE} - {0xC8}
 
 
 # Copied from cifar10/data.py
 def posterize(image, bits_to_keep, **_):
-    """timm's operation, also for 0 bits (magnitude 10): black, as in the release; today's Pillow raises."""
+    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow now refuses them."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -39,48 +37,6 @@ def posterize(image, bits_to_keep, **_):
 
 for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
     auto_augment.NAME_TO_OP[name] = posterize
-
-
-class BadImage(UserError):
-    """A file that is not a whole image."""
-
-
-def jpeg_fault(data):
-    """What is wrong with a JPEG's segments, or None: the decoder takes missing data, as zeros too, for a grey area.
-
-    Segments are skipped by their lengths, so a thumbnail in one of them does not count, nor what follows the end.
-    """
-    at, scans = len(SOI), 0
-    while marker := MARKER.search(data, at):
-        code, at = marker[1][0], marker.end()
-        if code == EOI:
-            return None if scans else "a JPEG without a scan"
-        if code not in SEGMENTS:
-            return f"a JPEG with an illegal marker, FF {code:02X}"
-        scans += code == SOS
-        at += int.from_bytes(data[at : at + 2], "big")
-    return "a JPEG without an end"
-
-
-def read_image(path):
-    """The RGB image in a file; BadImage if it can't be read or is not whole.
-
-    What can't be seen are changed bytes of a scan that still decodes (a JPEG has no checksums), to other pixels.
-    """
-    try:
-        data = Path(path).read_bytes()
-        image = Image.open(io.BytesIO(data))
-        if image.format == "PNG":
-            Image.open(io.BytesIO(data)).verify()  # the checksums, which decoding leaves out
-        image = image.convert("RGB")
-        fault = jpeg_fault(data) if data.startswith(SOI) else None
-    except UnidentifiedImageError:
-        fault = "unknown format"
-    except Exception as error:  # damaged bytes can make a decoder fail in any way
-        fault = str(error) or type(error).__name__
-    if fault:
-        raise BadImage(f"{path}: not a whole image ({fault})")
-    return image
 
 
 class Images(Dataset):
@@ -92,10 +48,12 @@ class Images(Dataset):
         skip: whether a bad file is left out, with a line that names it. In training the next good one takes
             its place, in evaluation its place stays empty (the item is None).
         replace: whether this is training.
+        classes: their names.
     """
 
-    def __init__(self, samples, transform, skip, replace=False):
-        self.samples, self.transform, self.skip, self.replace = samples, transform, skip, replace
+    def __init__(self, samples, transform, skip, replace=False, classes=()):
+        self.samples, self.transform, self.classes = samples, transform, classes
+        self.skip, self.replace = skip, replace
 
     def __len__(self):
         return len(self.samples)
@@ -144,30 +102,40 @@ def build_transform(cfg, train):
 
 
 def build_dataset(cfg, train):
-    """(Images of data_path/train or data_path/val, names of the classes); UserError if that is not nb_classes."""
-    folder = Path(cfg.data_path) / ("train" if train else "val")
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder.resolve()}: data_path needs train/ and val/, with a folder a class")
-    try:
-        found = ImageFolder(folder)
-    except OSError as error:  # torchvision names the classes that have no image, or says that there is no class
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
-    if len(found.classes) != cfg.nb_classes:
-        raise UserError(f"{folder} has {len(found.classes)} classes, but nb_classes is {cfg.nb_classes}")
-    images = Images(found.samples, build_transform(cfg, train), cfg.on_bad_image == "skip", replace=train)
-    return images, found.classes
+    """(Images of data_path/train or data_path/val, names of the classes); UserError if not nb_classes."""
+    samples, classes = list_split(cfg.data_path, train)
+    if len(classes) != cfg.nb_classes:
+        raise UserError(
+            f"nb_classes is {cfg.nb_classes}, but {cfg.data_path} has {len(classes)} classes: "
+            f"--nb_classes {len(classes)} takes them"
+        )
+    return Images(samples, build_transform(cfg, train), cfg.on_bad_image == "skip", train, classes), classes
 
 
 def find_images(cfg):
     """Images of the folder cfg.predict and those below it, in order of their names, each with its index."""
-    folder = Path(cfg.predict)
-    if not folder.is_dir():
-        raise UserError(f"predict is {folder}, which is not a folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not Path(cfg.predict).is_dir():
+        raise UserError(f"predict is {cfg.predict}, which is not a folder")
+    paths = sorted(map(Path, list_images(cfg.predict)))
     if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{cfg.predict} holds no images ({', '.join(IMG_EXTENSIONS)})")
     samples = [(str(path), index) for index, path in enumerate(paths)]
     return Images(samples, build_transform(cfg, False), cfg.on_bad_image == "skip")
+
+
+def class_names(classes=None):
+    """A line for each class: its name and, if that is a wnid, its words ("n01440764 tench, Tinca tinca").
+
+    Without `classes`, ImageNet's 1,000 in the order of their labels. timm has the words.
+    """
+    info = ImageNetInfo()
+    lines = []
+    for name in info.label_names() if classes is None else classes:
+        try:
+            lines.append(f"{name} {info.label_name_to_description(name)}")
+        except KeyError:
+            lines.append(name)
+    return lines
 
 
 class Loader:

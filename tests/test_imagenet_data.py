@@ -53,7 +53,7 @@ def jpeg(image, **options):
 def test_whole_and_damaged_images(tmp_path):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (96, 80, 3), dtype=np.uint8))
     thumbnail = jpeg(image.resize((16, 16)))
-    plain, read = jpeg(image), imagenet.data.read_image
+    plain, read = jpeg(image), imagenet.images.read_image
     path = tmp_path / "image"
     whole = [
         plain,
@@ -75,7 +75,7 @@ def test_whole_and_damaged_images(tmp_path):
         plain[:middle] + b"\xff\x05" + plain[middle + 2 :]: "not a whole image",
         b"<html>404</html>": "(unknown format)",
     }
-    assert [*map(imagenet.data.jpeg_fault, damaged)].count("a JPEG with an illegal marker, FF 05") == 1
+    assert [*map(imagenet.images.jpeg_fault, damaged)].count("a JPEG with an illegal marker, FF 05") == 1
     file = io.BytesIO()
     image.save(file, "PNG")
     png = bytearray(file.getvalue())
@@ -85,8 +85,8 @@ def test_whole_and_damaged_images(tmp_path):
     damaged[bytes(png)] = "not a whole image"
     for content, words in damaged.items():
         path.write_bytes(content)
-        assert not content.startswith(plain[:2]) or imagenet.data.jpeg_fault(content)  # whatever the decoder takes
-        with pytest.raises(imagenet.data.BadImage) as caught:
+        assert not content.startswith(plain[:2]) or imagenet.images.jpeg_fault(content)  # whatever the decoder takes
+        with pytest.raises(imagenet.images.BadImage) as caught:
             read(path)
         assert words in str(caught.value) and str(path) in str(caught.value) and "BytesIO" not in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_bad_layouts(tmp_path, lines, narrow):
     assert "data/train" in lines(imagenet.train.main, *args).splitlines()[-1]
     photos.make(tmp_path / "data", train=2, val=1, size=32)
     last = lines(imagenet.train.main, *args, "--nb_classes", 3).splitlines()[-1]
-    assert "2 classes" in last and "nb_classes is 3" in last
+    assert "2 classes" in last and "nb_classes is 3" in last and "--nb_classes 2" in last
     last = lines(imagenet.train.main, *args, "--cutmix_minmax", 0.5, 0.2).splitlines()[-1]
     assert last == "error: cutmix_minmax is [0.5, 0.2]; the first must be smaller than the second"
     last = lines(imagenet.train.main, *args, "--start_epoch", 3, "--resume", "auto").splitlines()[-1]
@@ -189,11 +189,29 @@ def test_bad_layouts(tmp_path, lines, narrow):
     assert last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images"
     (tmp_path / "data" / "val" / photos.CLASSES[0]).rename(tmp_path / "data" / "val" / "n9")
     assert "train/ and val/ are of different classes" in lines(imagenet.train.main, *args).splitlines()[-1]
-    (tmp_path / "data" / "train" / "n3").mkdir()
+    (tmp_path / "data" / "val" / "n9").rename(tmp_path / "data" / "val" / photos.CLASSES[0])
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "n3").mkdir()
     last = lines(imagenet.train.main, *args, "--nb_classes", 3).splitlines()[-1]
-    assert last.startswith("error: ") and "n3" in last
+    assert last.startswith("error: ") and "n3 holds no images" in last
     last = lines(imagenet.train.main, *args, "--input_size", 40).splitlines()[-1]
     assert "input_size is 40" in last
     assert "QKFormer_10_768" in lines(imagenet.train.main, *args, "--model", "resnet50").splitlines()[-1]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def test_class_names():
+    """Of wnids with their words, and ImageNet's 1,000 in the order of the labels; others as they are."""
+    names = imagenet.data.class_names()
+    assert len(names) == 1000 and names == sorted(names)
+    assert names[0] == "n01440764 tench, Tinca tinca" and names[285].split()[1:] == ["Egyptian", "cat"]
+    assert names[999] == "n15075141 toilet tissue, toilet paper, bathroom tissue"
+    assert imagenet.data.class_names(["my cat", "n02124075", "n1"]) == ["my cat", names[285], "n1"]
+    wnids = [name.split()[0] for name in names]
+    assert imagenet.data.class_names(wnids) == names
+
+
+def test_a_dataset_knows_its_classes(narrow):
+    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False)
+    assert dataset.classes == classes == list(photos.CLASSES)

@@ -1,0 +1,144 @@
+# Copied from cifar10/images.py
+"""Image files: which of them a folder holds, and what is in one; damaged ones are refused.
+
+Images are read as timm and the release read them: PIL's convert("RGB"). An alpha channel is dropped,
+and a photo is not turned the way its EXIF data says.
+"""
+
+import io
+import os
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from config import UserError
+
+# Only these: PIL also knows EPS, for example, which it hands to Ghostscript, and that runs programs.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+# JPEG: the start of an image; a marker, other than those within a scan's data; the codes of a scan
+# and of the image's end; those that begin a segment with its length.
+SOI, SOS, EOI = b"\xff\xd8", 0xDA, 0xD9
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
+SEGMENTS = {*range(0xC0, 0xD0), *range(SOS, 0xF0), 0xFE} - {0xC8}
+
+
+class BadImage(UserError):
+    """A file that is not a whole image."""
+
+
+def printable(path):
+    """The path as text that any terminal and file can take: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def jpeg_fault(data):
+    """What is wrong with a JPEG's segments, or None. The decoder itself takes missing data for grey.
+
+    Segments are skipped by their lengths, so a thumbnail in one of them does not count. Neither does
+    what follows the end.
+    """
+    at, scans = len(SOI), 0
+    while marker := MARKER.search(data, at):
+        code, at = marker[1][0], marker.end()
+        if code == EOI:
+            return None if scans else "a JPEG without a scan"
+        if code not in SEGMENTS:
+            return f"a JPEG with an illegal marker, FF {code:02X}"
+        scans += code == SOS
+        at += int.from_bytes(data[at : at + 2], "big")
+    return "a JPEG without an end"
+
+
+def to_rgb(image):
+    """The image in 8-bit RGB. Of 16 bits the upper 8 count, as PIL does it for colour; for grey it clips."""
+    deep = image.mode == "I" and image.format in ("PNG", "PPM")
+    if deep or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "whole numbers" if image.mode == "I" else "floats"
+        raise ValueError(f"32-bit {kind}, whose black and white are not known; save it with 8 bits")
+    return image.convert("RGB")
+
+
+def read_image(path):
+    """The RGB image in a file; BadImage if it can't be read or is not whole.
+
+    Changed bytes of a scan that still decodes, to other pixels, can't be seen: a JPEG has no checksums.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+            raise ValueError("not a file")
+        data = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "PNG":
+            Image.open(io.BytesIO(data), formats=FORMATS).verify()  # checksums, which decoding leaves out
+        image = to_rgb(image)
+        fault = jpeg_fault(data) if data.startswith(SOI) else None
+    except UnidentifiedImageError:
+        fault = "unknown format"
+    except Exception as error:  # damaged bytes can make a decoder fail in any way
+        fault = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    if fault:
+        raise BadImage(f"{printable(path)}: not a whole image ({fault})")
+    return image
+
+
+def list_images(folder):
+    """Paths of the images in a folder and all below it, in order. Links count, hidden names do not."""
+    found, folders = [], [(os.fspath(folder), frozenset())]
+    try:
+        while folders:
+            place, above = folders.pop()
+            status = os.stat(place)
+            here = status.st_dev, status.st_ino
+            if here in above:
+                raise UserError(f"{printable(place)}: a link to a folder that it is in; remove it")
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        folders.append((entry.path, above | {here}))
+                    elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                        found.append(entry.path)
+    except OSError as error:
+        raise UserError(f"{printable(error.filename)}: can't be read ({error.strerror})") from None
+    return sorted(found, key=os.path.split)
+
+
+def list_classes(folder):
+    """The names of the folders in a folder, in order: the classes."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise UserError(f"{printable(folder)}: can't be read ({error.strerror})") from None
+    if not names:
+        raise UserError(f"{folder} holds no folders; it needs one for each class, with its images")
+    if wrong := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{folder}: class folder {printable(wrong[0])!r} needs another name, in UTF-8")
+    return names
+
+
+def list_split(root, train):
+    """([(path, label)], class names) of root/train or root/val, which have a folder for each class."""
+    root, names = Path(root), ("train", "val") if train else ("val", "train")
+    folder, other = (root / name for name in names)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder.resolve()}: {root} needs train/ and val/, with a folder for each class")
+    classes = list_classes(folder)
+    if other.is_dir() and (differ := sorted(set(classes) ^ set(list_classes(other)))):
+        where = names[differ[0] not in classes]
+        raise UserError(f"{root}: train/ and val/ are of different classes; only {where}/ has {differ[0]}")
+    samples = []
+    for label, name in enumerate(classes):
+        paths = list_images(folder / name)
+        if not paths:
+            raise UserError(f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        samples += [(path, label) for path in paths]
+    return samples, classes
