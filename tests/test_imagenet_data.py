@@ -177,7 +177,7 @@ def test_bad_layouts(tmp_path, lines, narrow):
     last = lines(imagenet.train.main, *args, "--nb_classes", 3).splitlines()[-1]
     assert "2 classes" in last and "nb_classes is 3" in last and "--nb_classes 2" in last
     last = lines(imagenet.train.main, *args, "--cutmix_minmax", 0.5, 0.2).splitlines()[-1]
-    assert last == "error: cutmix_minmax is [0.5, 0.2]; the first must be smaller than the second"
+    assert "cutmix_minmax is [0.5, 0.2]" in last and "smaller" in last
     last = lines(imagenet.train.main, *args, "--start_epoch", 3, "--resume", "auto").splitlines()[-1]
     assert last == "error: start_epoch is 3, but neither finetune nor resume names weights to go on from"
     last = lines(imagenet.train.main, *args, "--batch_size", 1, "--input_size", 16, "--time_step", 1).splitlines()[-1]
