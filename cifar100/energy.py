@@ -19,13 +19,16 @@ and of SSA. SOPs of a layer are the firing rate of its input x T x its MACs in o
 - ANN equivalent: 4.6 pJ for each MAC of the same layers, once for an image, T times for frames.
 """
 
+import contextlib
 import csv
 import json
 import math
 import re
 from typing import NamedTuple
 
-from firing import silent, stage_of
+import torch
+
+from firing import Counter, silent, stage_of
 from runtime import logger
 
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
@@ -185,8 +188,19 @@ def number(value):
     return f"{value:.3g}"
 
 
+@contextlib.contextmanager
+def counting(enabled, model, ranks, path):
+    """Where `enabled`, the model's evaluation within it is counted, and reported at its end."""
+    if not enabled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), Counter(model) as counter:
+        yield
+    report(counter, ranks, path)
+
+
 def report(counter, ranks, path):
-    """Print what was counted; write energy.csv (layers) and energy.json beside the checkpoint."""
+    """Print what was counted; write it to energy-NAME.csv and .json beside NAME.pth at `path`."""
     counter = counter.gather(ranks)
     rows = count(counter)
     sums = add_up(rows)
@@ -204,12 +218,12 @@ def report(counter, ranks, path):
         "layers": [row._asdict() for row in rows],
     }
     if ranks.main:
-        table, whole = path.with_name("energy.csv"), path.with_name("energy.json")
+        table = path.with_name(f"energy-{path.stem}.csv")
         try:
-            whole.write_text(json.dumps(result, indent=1) + "\n")
+            table.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
             with open(table, "w", newline="") as file:
                 csv.writer(file).writerows([Row._fields, *rows])
-            logger.info(f"written: {table} and {whole.name}")
+            logger.info(f"written: {table} and .json")
         except OSError as error:
             logger.warning(f"warning: {table} can't be written: {error.strerror}")
     return result

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from conftest import load
 from spikingjelly.activation_based import op_counter
+from torch import nn
 
 cifar10, imagenet, gesture = load("cifar10"), load("imagenet"), load("dvs128-gesture")
 ALONE = SimpleNamespace(gather=lambda value: [value], main=True)
 
 
-def tiny(modules=cifar10, **kwargs):
+def tiny(modules=cifar10, ms=False, **kwargs):
     """A narrow model whose BatchNorms have seen data, so that all its neurons fire now and then."""
     torch.manual_seed(0)
     sizes = {"embed_dims": 32, "num_heads": 2, "mlp_ratios": 2, "num_classes": 7, **kwargs}
-    model = modules.model.HST(**sizes)
+    model = (modules.ms.MSHST if ms else modules.model.HST)(**sizes)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = None
@@ -96,6 +97,8 @@ CASES = [
     (cifar10, {"depths": 4, "attention": ("ssa", "channel", "token"), "cross_sample_lif": True}),
     (imagenet, {"depths": 4, "T": 2}),
     (gesture, {"cross_sample_lif": True}),
+    (cifar10, {"ms": True, "depths": 3, "mlp_ratios": 1}),
+    (imagenet, {"ms": True, "depths": 4, "T": 2}),
 ]
 
 
@@ -105,9 +108,9 @@ def test_counts_are_those_of_spikingjelly_and_of_shapes(modules, sizes):
     model = tiny(modules, fused=False, **sizes)
     images = sample(model)
     seen = {}
-    layers = {name: m for name, m in model.named_modules() if name.endswith("_conv")}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))}
     for name, module in model.named_modules():
-        if name.endswith(("_conv", "_lif")):
+        if name in layers or name.endswith("_lif"):
             module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (*args, out)}))
     counter = op_counter.SynOpCounter()
     with torch.no_grad(), op_counter.DispatchCounterMode([counter]):
@@ -168,8 +171,8 @@ def test_report(tmp_path, caplog):
     model = tiny(depths=3)
     with caplog.at_level("INFO", "qkformer"):
         result = cifar10.energy.report(counted(cifar10, model, sample(model)), ALONE, tmp_path / "best.pth")
-    assert json.loads((tmp_path / "energy.json").read_text()) == json.loads(json.dumps(result))
-    lines = (tmp_path / "energy.csv").read_text().splitlines()
+    assert json.loads((tmp_path / "energy-best.json").read_text()) == json.loads(json.dumps(result))
+    lines = (tmp_path / "energy-best.csv").read_text().splitlines()
     assert len(lines) == 1 + len(result["layers"]) and lines[0].startswith("layer,stage,rate,nonzero,steps")
     assert math.isclose(sum(stage["energy"] for stage in result["stages"].values()), result["energy"], rel_tol=1e-12)
     assert result["images"] == 3 and "stage3" in caplog.text and "paper" not in caplog.text

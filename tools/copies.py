@@ -32,6 +32,7 @@ SAME = (
     "checkpoint.py",
     "firing.py",
     "energy.py",
+    "attend.py",
 )
 MARKER = re.compile(r"^ *# Copied from (\S+\.py)(?: with (.+))?$")
 SHORT = 4  # definitions of fewer lines need no mark
