@@ -201,7 +201,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _parser(keys, no_effect, default_file, description):
-    """The flags of all keys; --help has those that the script that runs uses."""
+    """The flags of all keys; --help has those that train.py or test.py, whichever runs, uses."""
     script = Path(sys.argv[0]).stem
     parser = _Parser(
         usage="%(prog)s [-c FILE] [--KEY VALUE ...]",
@@ -218,7 +218,7 @@ def _parser(keys, no_effect, default_file, description):
     for name, key in keys.items():
         if key.group not in groups:
             groups[key.group] = parser.add_argument_group(key.group or None)
-        shown = script in key.scripts
+        shown = script in key.scripts or (key.scripts and script not in ("train", "test"))
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
