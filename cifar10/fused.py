@@ -94,6 +94,15 @@ def say_once(line):
     say(line)
 
 
+PLAIN = {}  # {why layers run module by module: the first of them}
+
+
+@torch.compiler.assume_constant_result
+def say_plain(layer, reason):
+    if reason and PLAIN.setdefault(reason, layer) == layer:
+        say(f"{layer} and layers like it run module by module: {reason}")
+
+
 def launch(name, T, y, *args):
     """Run a kernel on all rows and channels of y, [T, B, C, H, W] in channels_last."""
     C = y.shape[2]
@@ -125,8 +134,10 @@ def rows_of_channels(x):
 
 
 def empty(T, like):
+    """Memory for [T, B, C, H, W] with channels innermost; not a view, so that spikes can be marked."""
     _, B, C, H, W = like.shape
-    return like.new_empty(T, B, H, W, C).permute(0, 1, 4, 2, 3)
+    strides = B * H * W * C, H * W * C, 1, W * C, C
+    return torch.empty_strided((T, B, C, H, W), strides, dtype=like.dtype, device=like.device)
 
 
 def step_of(y, T):

@@ -7,14 +7,21 @@ Both compute the same function, to rounding.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import fused
+from lif import MultiStepLIF
+from spikes import largest, mark, save
 
 aten = torch.ops.aten
 
@@ -29,12 +36,17 @@ def conv_bn_lif(x, conv, bn, lif, pool=False):
     """
     if can_fuse(x, [conv], [bn], [lif]):
         return fused_layers(x, [conv], [bn], lif, pool)
+    return lif(plain_conv_bn(x, conv, bn, pool))
+
+
+def plain_conv_bn(x, conv, bn, pool=False):
+    """The modules one after another, without the neuron."""
     steps, space = x.shape[:2], x.shape[3:]
     x = x.flatten(0, 1)
     x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
     if pool:
         x = F.max_pool2d(x, 3, 2, 1)
-    return lif(x.unflatten(0, steps))
+    return x.unflatten(0, steps)
 
 
 def conv_bn_lif_each(x, *layers):
@@ -48,7 +60,17 @@ def conv_bn_lif_each(x, *layers):
 
 def checkpointed(module, x):
     """module(x), of which the backward pass keeps x alone and computes the rest again."""
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), Recomputation(module)))
+    known = largest(x)  # x comes back from autograd without its mark
+
+    def run(x):
+        return module(mark(x, known))
+
+    contexts = partial(recomputing, module)
+    return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+
+
+def recomputing(module):
+    return nullcontext(), Recomputation(module)
 
 
 class Recomputation:
@@ -68,29 +90,6 @@ class Recomputation:
             bn.num_batches_tracked.copy_(batches)
 
 
-class Product(torch.autograd.Function):
-    """a @ b, or a * b, of spikes, which wait for the backward pass as bytes."""
-
-    @staticmethod
-    def forward(ctx, operator, a, b):
-        ctx.operator = operator
-        ctx.save_for_backward(a.to(torch.uint8), b.to(torch.uint8))
-        return operator(a, b)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        a, b = (x.to(grad.dtype) for x in ctx.saved_tensors)
-        if ctx.operator is torch.matmul:
-            return None, grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
-        return None, (grad * b).sum_to_size(a.shape), (grad * a).sum_to_size(b.shape)
-
-
-def product(operator, a, b, lif):
-    """torch.matmul or torch.mul of spikes; where `lif` is fused, it saves them as bytes."""
-    return Product.apply(operator, a, b) if getattr(lif, "fused", False) else operator(a, b)
-
-
 # The fused path ---------------------------------------------------------------------------------------------------
 
 
@@ -104,12 +103,29 @@ class Options(NamedTuple):
     tau: float
     v_threshold: float
     pool: bool
-    save_bytes: bool
+
+
+# The methods that the fused path stands for. A module that has others is called.
+METHODS = {
+    nn.Conv1d: ("forward", "_conv_forward"),
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.BatchNorm1d: ("forward",),
+    nn.BatchNorm2d: ("forward",),
+    nn.SyncBatchNorm: ("forward",),
+    MultiStepLIF: ("forward", "multi_step_forward"),
+}
+KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
 
 
 def can_fuse(x, convs, bns, lifs):
-    """Whether these modules, which read the same x, are such that the fused path computes what they do."""
-    if x.device.type not in ("cpu", "cuda") or not all(getattr(lif, "fused", False) for lif in lifs):
+    """Whether the fused path computes what these modules do, which read the same x."""
+    if not all(getattr(lif, "fused", True) for lif in lifs) or x.device.type not in ("cpu", "cuda"):
+        return False
+    for reason in (observed(), *map(changed, (*convs, *bns, *lifs))):
+        if reason is not None:
+            fused.say_plain(describe(convs[0]), reason)
+            return False
+    if x.dim() != 5 or len(x) > fused.MAX_T:
         return False
     kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
     if len(kinds) > 1 or None in kinds:
@@ -119,26 +135,60 @@ def can_fuse(x, convs, bns, lifs):
         return False
     if not bns[0].training and torch.is_grad_enabled():  # frozen statistics in a backward pass
         return False
-    for module in (*convs, *bns, *lifs):  # who hooks a module wants it called
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return False
     dtype = autocast(x[:0]).dtype
     real = torch.float64 if dtype == torch.float64 else torch.float32
     for bn in bns:  # the kernels' arithmetic
-        if any(tensor.dtype != real for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
+        if any(t.dtype != real for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
             return False
-    return len(x) <= fused.MAX_T and fused.available(x.device.type, dtype, lifs[0].backend)
+    return fused.available(x.device.type, dtype, lifs[0].backend)
+
+
+def changed(module):
+    """Why the fused path may not stand for a module: the user changed what it computes. Or None, or "" for no words."""
+    kind, own = type(module), module.__dict__
+    if kind not in KNOWN:
+        return f"it has a {kind.__name__}, which is called as it is"
+    if any(name in own or getattr(kind, name) is not known for name, known in KNOWN[kind].items()):
+        return f"its {kind.__name__} has a forward of its own"
+    if module._forward_pre_hooks:
+        return f"its {kind.__name__} has hooks that run before it"
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return ""  # such as a monitor's; no line each time
+    if kind is MultiStepLIF and not module.is_usual():
+        return f"its {kind.__name__} has attributes that no kernel knows"
+    return None
+
+
+def observed():
+    """Why all modules are to be called: something looks at each of their operations. Or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if _has_any_global_hook():
+        return "hooks on all modules are set"
+    for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
+        # such as spikingjelly's operation counters; a DeviceContext only says where tensors are made
+        if mode is not None and not isinstance(mode, DeviceContext) and not getattr(mode, "counts_kernels", False):
+            return f"{type(mode).__name__} looks at each operation"
+    return None
+
+
+def describe(conv):
+    sizes = (getattr(conv, name, "?") for name in ("in_channels", "out_channels", "kernel_size"))
+    return f"{type(conv).__name__}({', '.join(map(str, sizes))})"
 
 
 def settings(conv, bn, lif):
     """What layers joined into one must have in common; None for a layer that can't run fused."""
-    plain = isinstance(bn, nn.modules.batchnorm._BatchNorm) and bn.momentum is not None and not lif.store_v_seq
-    if not plain or bn.running_mean is None or bn.weight is None:
+    if bn.momentum is None or bn.running_mean is None or bn.weight is None:
         return None
-    if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros":
+        return None
+    if isinstance(conv.padding, str) or isinstance(conv, nn.Conv1d) != isinstance(bn, nn.BatchNorm1d):
+        return None
+    if isinstance(conv, nn.Conv1d) and (*conv.kernel_size, *conv.stride, *conv.padding) != (1, 1, 0):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
-    return *shape, bn.training, bn.eps, lif.tau, lif.v_threshold, lif.backend, lif.save_bytes
+    return *shape, bn.training, bn.eps, lif.tau, lif.v_threshold, lif.backend
 
 
 def fused_layers(x, convs, bns, lif, pool=False):
@@ -156,11 +206,11 @@ def fused_layers(x, convs, bns, lif, pool=False):
     if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
         sign = torch.where(gamma < 0, -sign, sign)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
-    options = Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool, lif.save_bytes)
+    options = Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
     if bn.training:
         spikes, mean, var = ConvBNLIF.apply(x, weight, bias, gamma, beta, options)
         update_statistics(convs, bns, mean * sign, var)
-        return spikes
+        return mark(spikes)
     # The convolution leaves its bias out.
     mean = join(bn.running_mean for bn in bns) - (0 if bias is None else bias)
     invstd = torch.rsqrt(join(bn.running_var for bn in bns) + bn.eps)
@@ -215,9 +265,7 @@ class ConvBNLIF(torch.autograd.Function):
         if n == 1:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
-        if options.save_bytes and ctx.needs_input_grad[0]:  # spikes, or sums of them: small whole numbers
-            x = x.to(torch.uint8)
-        ctx.save_for_backward(x, y, weight, gamma, beta, mean, invstd)
+        ctx.save_for_backward(save(x), y, weight, gamma, beta, mean, invstd)
         var = var * (n / (n - 1))  # unbiased, as running_var has it
         ctx.mark_non_differentiable(mean, var)
         return spikes, mean, var

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 
+from spikes import mark
+
 ALPHA = 4.0
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
 logger = logging.getLogger("qkformer")
@@ -35,13 +37,16 @@ class MultiStepLIF(neuron.LIFNode):
             "spikingjelly" (its functional LIF), or "auto": cupy on a GPU where CuPy works, else
             spikingjelly there, torch on any other device and in float64.
         fused: whether the layer that ends in this neuron may run fused, see layer.py. Default True.
-        save_bytes: whether that layer's input may wait for the backward pass as bytes; it must then be whole numbers
-            from 0 to 255, as spikes and sums of spikes are. Default False.
 
-    Raises ValueError for a tau or a backend out of these, RuntimeError where cupy is asked for and can't run.
+    Attributes of LIFNode may be set afterwards. With v_reset, surrogate_function, detach_reset or
+    decay_input other than those above, or store_v_seq, the neuron is spikingjelly's functional LIF,
+    whatever the backend, and its layer does not run fused.
+
+    Raises ValueError for a tau or a backend out of these, or a membrane `v` that is set; RuntimeError
+    where cupy is asked for and can't run.
     """
 
-    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto", fused=True, save_bytes=False):
+    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto", fused=True):
         if tau <= 1.0:
             raise ValueError(f"tau is {tau}; it must be larger than 1")
         if backend not in BACKENDS:
@@ -55,7 +60,6 @@ class MultiStepLIF(neuron.LIFNode):
         )
         self.backend = backend
         self.fused = fused
-        self.save_bytes = save_bytes
 
     def supported_step_mode(self):
         return ("m",)
@@ -63,12 +67,21 @@ class MultiStepLIF(neuron.LIFNode):
     def extra_repr(self):
         return f"tau={self.tau}, v_threshold={self.v_threshold}, backend={self.backend}"
 
+    def is_usual(self):
+        """Whether the neuron is the one of the formulas above, as every backend computes it."""
+        f = self.surrogate_function
+        usual = type(f) is surrogate.Sigmoid and f.alpha == ALPHA and f.spiking
+        usual = usual and self.v_reset == 0.0 and self.detach_reset and self.decay_input
+        return usual and type(self.v) is float and self.v == 0.0 and not self.store_v_seq
+
     def multi_step_forward(self, x_seq):
-        if self.store_v_seq:  # a spikingjelly monitor wants the membrane potentials: only its own LIF keeps them
-            spikes, self.v_seq = spikingjelly_lif(x_seq, self.tau, self.v_threshold, store_v_seq=True)
-            return spikes
-        backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
-        return IMPLEMENTATIONS[backend](x_seq, self.tau, self.v_threshold)
+        if self.is_usual():
+            backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
+            return mark(IMPLEMENTATIONS[backend](x_seq, self.tau, self.v_threshold))
+        if type(self.v) is not float or self.v not in (0.0, self.v_reset):
+            raise ValueError("the neuron's v is set; it starts from v_reset in every call, so leave v alone")
+        spikes, self.v_seq = spikingjelly_lif(x_seq, self.tau, self.v_threshold, self)
+        return spikes
 
 
 @torch.compiler.assume_constant_result
@@ -134,13 +147,16 @@ def torch_lif(x, tau, v_threshold):
 # spikingjelly: the baseline --------------------------------------------------------------------------------------
 
 
-def spikingjelly_lif(x, tau, v_threshold, store_v_seq=False):
-    v = torch.zeros(x.shape[1:], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    spikes, _, v_seq = functional.lif_multi_step(
-        x, v, tau, True, v_threshold, 0.0, surrogate.Sigmoid(alpha=ALPHA), True, store_v_seq
-    )
-    spikes = spikes.to(x.dtype)
-    return (spikes, v_seq) if store_v_seq else spikes
+def spikingjelly_lif(x, tau, v_threshold, node=None):
+    """spikes; of a `node`, whose attributes count: spikes and, with store_v_seq, its membranes."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    options = (0.0, surrogate.Sigmoid(alpha=ALPHA), True, False)
+    if node is not None:
+        options = (node.v_reset, node.surrogate_function, node.detach_reset, node.store_v_seq)
+    v = torch.full(x.shape[1:], options[0] or 0.0, dtype=dtype, device=x.device)
+    decay_input = node is None or node.decay_input
+    spikes, _, v_seq = functional.lif_multi_step(x, v, tau, decay_input, v_threshold, *options)
+    return spikes.to(x.dtype) if node is None else (spikes.to(x.dtype), v_seq)
 
 
 # cupy: one thread per neuron, the loop over T inside the kernel, the membrane in a float32 register ---------------

@@ -8,22 +8,23 @@ neuron its input, the convolution its output and the spikes it reads, as bytes.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import fused
 import layer
+from spikes import mark, save
 
 
 def fire(x, lif):
     """Membrane inputs [T, B, C, H, W] -> spikes, in one pass over memory."""
     if x.device.type != "cpu" or not can_fire(x, lif):  # on a GPU the neuron's own kernel does it
         return lif(x)
-    return Fire.apply(x[:1] if x.stride(0) == 0 else x, len(x), lif.tau, lif.v_threshold)
+    return mark(Fire.apply(x[:1] if x.stride(0) == 0 else x, len(x), lif.tau, lif.v_threshold))
 
 
 def can_fire(x, lif):
-    hooks = lif._forward_hooks or lif._forward_pre_hooks or lif._backward_hooks or lif._backward_pre_hooks
-    if not lif.fused or lif.store_v_seq or hooks or len(x) > fused.MAX_T:
+    if not getattr(lif, "fused", True) or x.dim() != 5 or len(x) > fused.MAX_T:
+        return False
+    if layer.observed() is not None or layer.changed(lif) is not None:
         return False
     return fused.available(x.device.type, x.dtype, lif.backend)
 
@@ -63,7 +64,7 @@ def conv_bn(x, conv, bn, lif, pool=False):
         pool: 3x3 max-pool of stride 2 after BatchNorm.
     """
     if not layer.can_fuse(x, [conv], [bn], [lif]):
-        return layer.conv_bn_lif(x, conv, bn, nn.Identity(), pool)
+        return layer.plain_conv_bn(x, conv, bn, pool)
     T, batch = x.shape[:2]
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
@@ -74,7 +75,7 @@ def conv_bn(x, conv, bn, lif, pool=False):
     if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
         sign = torch.where(gamma < 0, -sign, sign)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
-    options = layer.Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool, lif.save_bytes)
+    options = layer.Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
     if bn.training:
         y, mean, var = ConvBN.apply(x, weight, conv.bias, gamma, bn.bias, options)
         layer.update_statistics([conv], [bn], mean * sign, var)
@@ -97,9 +98,7 @@ class ConvBN(torch.autograd.Function):
         if n == 1:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
-        if options.save_bytes and ctx.needs_input_grad[0]:
-            x = x.to(torch.uint8)
-        ctx.save_for_backward(x, y, weight, gamma, mean, torch.rsqrt(var + options.eps))
+        ctx.save_for_backward(save(x), y, weight, gamma, mean, torch.rsqrt(var + options.eps))
         pooled = fused.pool(y)[0] if options.pool else y
         out = F.batch_norm(pooled, mean, var, gamma, beta, eps=options.eps)
         var = var * (n / (n - 1))  # unbiased, as running_var has it

@@ -12,8 +12,9 @@ import torch
 from timm.models import register_model
 from torch import nn
 
-from layer import checkpointed, conv_bn_lif, conv_bn_lif_each, product
+from layer import checkpointed, conv_bn_lif, conv_bn_lif_each
 from lif import MultiStepLIF
+from spikes import add, product
 
 
 # Copied from cifar10/model.py
@@ -54,8 +55,9 @@ class TokenQKAttention(nn.Module):
     def attend(self, x):
         q, k = conv_bn_lif_each(x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif))
         q, k = (spikes.unflatten(2, (self.num_heads, -1)) for spikes in (q, k))
-        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True)).to(k.dtype)  # autocast sums in float32
-        return product(torch.mul, mask, k, self.attn_lif).flatten(2, 3)
+        # Counts need not be exact: autocast would sum in float32, but the neuron fires for 1 as for 1000.
+        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
+        return product(torch.mul, k, mask, self.attn_lif).flatten(2, 3)
 
     def forward(self, x):
         return conv_bn_lif(self.attend(x), self.proj_conv, self.proj_bn, self.proj_lif)
@@ -100,7 +102,7 @@ class SpikingSelfAttention(nn.Module):
         self.proj_lif = lif()
 
     def attend(self, x):
-        T, B, C, H, W = x.shape
+        H, W = x.shape[3:]
         q, k, v = conv_bn_lif_each(
             x,
             (self.q_conv, self.q_bn, self.q_lif),
@@ -110,8 +112,8 @@ class SpikingSelfAttention(nn.Module):
         heads = (spikes.flatten(3).unflatten(2, (self.num_heads, -1)).transpose(3, 4) for spikes in (q, k, v))
         q, k, v = heads  # [T, B, heads, tokens, channels]
         x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
-        x = self.attn_lif(x * self.scale)
-        return x.transpose(2, 3).reshape(T, B, H, W, C).movedim(4, 2)
+        x = (x * self.scale).transpose(2, 3).flatten(3)  # [T, B, tokens, C]
+        return self.attn_lif(x).unflatten(2, (H, W)).movedim(4, 2)
 
     def forward(self, x):
         shape, x = x.shape, self.attend(x)
@@ -159,8 +161,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(getattr(self, self.attention)(x))
-        return x + self.drop_path(self.mlp(x))
+        x = add(x, self.drop_path(getattr(self, self.attention)(x)))
+        return add(x, self.drop_path(self.mlp(x)))
 
 
 class SPEDSInit(nn.Module):
@@ -170,7 +172,7 @@ class SPEDSInit(nn.Module):
         super().__init__()
         self.proj_conv = nn.Conv2d(in_channels, dim // 2, 3, padding=1, bias=False)
         self.proj_bn = nn.BatchNorm2d(dim // 2)
-        self.proj_lif = lif(save_bytes=False)  # this layer sees the image
+        self.proj_lif = lif()
         self.proj1_conv = nn.Conv2d(dim // 2, dim, 3, padding=1, bias=False)
         self.proj1_bn = nn.BatchNorm2d(dim)
         self.proj1_lif = lif()
@@ -185,7 +187,8 @@ class SPEDSInit(nn.Module):
         shortcut = conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif, pool=True)
         x = conv_bn_lif(shortcut, self.proj1_conv, self.proj1_bn, self.proj1_lif, pool=True)
         x = conv_bn_lif(x, self.proj2_conv, self.proj2_bn, self.proj2_lif)
-        return x + conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
+        shortcut = conv_bn_lif(shortcut, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
+        return add(x, shortcut)
 
 
 class SPEDS(nn.Module):
@@ -207,7 +210,8 @@ class SPEDS(nn.Module):
     def forward(self, x):
         y = conv_bn_lif(x, self.proj3_conv, self.proj3_bn, self.proj3_lif, pool=True)
         y = conv_bn_lif(y, self.proj4_conv, self.proj4_bn, self.proj4_lif)
-        return y + conv_bn_lif(x, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
+        shortcut = conv_bn_lif(x, self.proj_res_conv, self.proj_res_bn, self.proj_res_lif)
+        return add(y, shortcut)
 
 
 class HST(nn.Module):
@@ -265,8 +269,7 @@ class HST(nn.Module):
             raise ValueError(f"checkpoint_stages is {list(checkpoint_stages)}; the stages are 1, 2 and 3")
         self.T, self.in_channels, self.num_classes = T, in_channels, num_classes
         self.checkpoint_stages = tuple(checkpoint_stages)
-        # Stochastic depth scales spikes to fractions, which no byte holds.
-        lif = partial(MultiStepLIF, backend=backend, fused=fused, save_bytes=drop_path == 0)
+        lif = partial(MultiStepLIF, backend=backend, fused=fused)
         rates = iter(torch.linspace(0, drop_path, depths).tolist())
 
         def stage(index, dim, blocks):

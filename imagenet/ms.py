@@ -99,7 +99,7 @@ class MSEmbeddingInit(nn.Module):
         super().__init__()
         self.proj_conv = nn.Conv2d(in_channels, dim // 2, 3, padding=1, bias=False)
         self.proj_bn = nn.BatchNorm2d(dim // 2)
-        self.proj_lif1 = lif(save_bytes=False)  # this layer sees the image
+        self.proj_lif1 = lif()
         self.proj_conv1 = nn.Conv2d(dim // 2, dim, 3, padding=1, bias=False)
         self.proj_bn1 = nn.BatchNorm2d(dim)
         self.proj_lif2 = lif()

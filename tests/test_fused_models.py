@@ -92,7 +92,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_whole_model_compiles(monkeypatch):
-    for name in ("lif", "fused", "layer"):
+    for name in ("spikes", "lif", "fused", "layer"):
         monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)

@@ -285,7 +285,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_model_compiles(monkeypatch):
-    for name in ("lif", "fused", "layer", "preact", "model", "ms"):
+    for name in ("spikes", "lif", "fused", "layer", "preact", "model", "ms"):
         monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
@@ -312,7 +312,7 @@ def make_layer(kind, on, dtype=torch.float64):
     nn.init.normal_(bn.weight, 0.3, 1.0)
     nn.init.normal_(bn.bias, 0.7, 1.0)
     nn.init.normal_(bn.running_mean, 0.0, 0.3)
-    return nn.ModuleList([conv, bn, lif.MultiStepLIF(fused=on, save_bytes=True)]).to(dtype), pool
+    return nn.ModuleList([conv, bn, lif.MultiStepLIF(fused=on)]).to(dtype), pool
 
 
 @compiled
@@ -325,7 +325,6 @@ def test_conv_bn_is_the_plain_one(kind, static):
     results = []
     for on in (True, False):
         modules, pool = make_layer(kind, on)
-        modules[2].save_bytes = not static
         leaf = x.clone().requires_grad_()
         y = preact.conv_bn(leaf.expand(4, 3, 12, 8, 6), *modules, pool=pool)
         if on:

@@ -59,7 +59,7 @@ PUBLISHED = [
 @functools.cache
 def import_folder(folder):
     """The module model.py of a folder, beside those of other folders."""
-    for module in ("model", "layer", "fused", "lif"):
+    for module in ("model", "layer", "fused", "lif", "spikes"):
         sys.modules.pop(module, None)
     sys.path.insert(0, str(ROOT / folder))
     with warnings.catch_warnings():

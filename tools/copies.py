@@ -20,6 +20,7 @@ from pathlib import Path
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 SAME = (
+    "spikes.py",
     "lif.py",
     "layer.py",
     "fused.py",

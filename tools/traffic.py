@@ -7,6 +7,8 @@ sizes of float16 autocast on a GPU. A neuron is one operator here as it is one k
 input and writes spikes, membranes before and after the reset; ours writes spikes and recomputes the membranes.
 """
 
+import sys
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +45,8 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 class Moved(TorchDispatchMode):
     """Within it, `total` grows by the bytes that operators read and write."""
+
+    counts_kernels = True  # layers may go on running fused
 
     def __init__(self):
         super().__init__()
@@ -108,20 +112,24 @@ def parts(model):
                 yield f"{name} MLP", block.mlp
 
 
-def count(model, x):
-    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind."""
+def count(model, x, spikes):
+    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind; `spikes` is the module."""
     inputs, hooks = {}, []
+
+    def record(module, args):
+        inputs[module] = args[0].detach(), spikes.largest(args[0])
+
     for _, module in parts(model):
-        hooks.append(module.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0].detach()})))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        hooks.append(module.register_forward_pre_hook(record))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(x)
     for hook in hooks:
         hook.remove()
     totals = {}
     for kind, module in parts(model):
-        value = inputs[module]
+        value, known = inputs[module]
         if value.stride(0) != 0 and kind != "SPEDS-1":  # the image needs no gradient
-            value.requires_grad_()
+            value = spikes.mark(value.requires_grad_(), known)
         with Moved() as moved:
             with Saved(model) as saved, torch.autocast("cpu", dtype=torch.bfloat16):
                 out = module(value)
@@ -136,15 +144,17 @@ def table(name, models, x, T):
     """Rows {model, kind, path, moved_mb, saved_mb}, per image, of the release's way of computing and the fast one."""
     entry = getattr(models, name if name.startswith("QK") else "QKFormer")
     rows = []
+    spikes = sys.modules[models.product.__module__]
     for path in ("release-like", "fast"):
         torch.manual_seed(0)
         model = entry(T=T, fused=path == "fast")
         membranes = path == "release-like"
-        for node in model.modules():
-            if isinstance(node, models.MultiStepLIF):
+        for key, node in model.named_modules():
+            # A layer that is to run fused must keep its neuron as it is.
+            if isinstance(node, models.MultiStepLIF) and (membranes or key.endswith("attn_lif")):
                 arguments = {"tau": node.tau, "v_threshold": node.v_threshold, "membranes": membranes}
-                node.multi_step_forward = lambda x, arguments=arguments: neuron(x, **arguments)[0]
-        for kind, (moved, saved) in count(model, x).items():
+                node.multi_step_forward = lambda x, arguments=arguments: spikes.mark(neuron(x, **arguments)[0])
+        for kind, (moved, saved) in count(model, x, spikes).items():
             row = {"model": name, "kind": kind, "path": path, "moved_mb": moved / len(x), "saved_mb": saved / len(x)}
             rows.append(row)
     return rows

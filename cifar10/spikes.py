@@ -1,0 +1,70 @@
+"""Spikes wait for the backward pass as bytes, a half or a quarter of the memory of floats.
+
+Only what is known to be whole numbers from 0 to 255 may be saved so. A neuron marks the spikes that
+it makes; `add` and `product` mark what they make of marked tensors; a view has the mark of the
+tensor it shows. Every other operation returns a tensor without a mark, which is saved as it is, and
+a write in place ends the mark. So `x + 0.5 * y` costs memory, but its gradients are right.
+"""
+
+import torch
+
+
+def mark(x, largest=1):
+    """x, from here on known to hold whole numbers from 0 to `largest`; None: nothing is known."""
+    # torch.compile does not see every write in place, so nothing is marked there.
+    if largest is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x.spikes = largest, x._version
+    return x
+
+
+def largest(x):
+    """The largest value that x may hold, if it is known to hold whole numbers from 0; else None."""
+    for known in (x, x._base):
+        value, version = getattr(known, "spikes", (None, None))
+        if value is not None and version == known._version and known.dtype == x.dtype:
+            return value
+    return None
+
+
+def save(x):
+    """x as it is to be saved for the backward pass; `.to(dtype)` undoes it."""
+    if torch.compiler.is_compiling() or (largest(x) or 256) > 255:
+        return x
+    small = x.to(torch.uint8)
+    # The debug mode, torch.autograd.set_detect_anomaly(True), looks at the values.
+    if torch.is_anomaly_enabled() and not torch.equal(small.to(x.dtype), x):
+        raise RuntimeError("a tensor marked as spikes holds other values; was its .data written to?")
+    return small
+
+
+def add(x, y):
+    """x + y; the sum of spikes is known to be whole numbers."""
+    known = largest(x), largest(y)
+    return mark(x + y, None if None in known else sum(known))
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operator, a, b):
+        ctx.operator = operator
+        ctx.save_for_backward(save(a), save(b))
+        return operator(a, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, b = (x.to(grad.dtype) for x in ctx.saved_tensors)
+        if ctx.operator is torch.matmul:
+            grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
+        else:
+            grad_a, grad_b = grad * b, grad * a
+        return None, grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)
+
+
+def product(operator, a, b, lif):
+    """torch.matmul of matrices or torch.mul; where `lif` is fused, spikes are saved as bytes."""
+    if not getattr(lif, "fused", False) or operator not in (torch.matmul, torch.mul):
+        return operator(a, b)
+    known = largest(a), largest(b)
+    out = Product.apply(operator, a, b)
+    return mark(out, None if operator is torch.matmul or None in known else known[0] * known[1])

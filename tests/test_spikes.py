@@ -1,0 +1,94 @@
+"""Spikes saved as bytes: only what is known to be whole numbers, whatever is done to a tensor."""
+
+import gc
+
+import pytest
+import torch
+from conftest import load
+
+cifar10 = load("cifar10")
+spikes, lif, layer = cifar10.spikes, cifar10.lif, cifar10.layer
+
+
+def fire(*shape):
+    """Spikes of a neuron whose input requires a gradient."""
+    torch.manual_seed(0)
+    return lif.MultiStepLIF()((2 * torch.randn(4, *shape)).requires_grad_())
+
+
+KEEP = {
+    "itself": lambda s: s,
+    "views": lambda s: s.transpose(0, 1).flatten(2).unflatten(2, (2, -1))[:, 1:],
+    "sum": lambda s: spikes.add(s, spikes.add(s, s)),
+    "product": lambda s: spikes.product(torch.mul, s, s[:, :, :1], lif.MultiStepLIF()),
+}
+LOSE = {
+    "detached": lambda s: s.detach(),
+    "scaled": lambda s: s * 0.5,
+    "plus": lambda s: s + s,
+    "analog sum": lambda s: spikes.add(s, 0.5 * s),
+    "analog product": lambda s: spikes.product(torch.mul, s, 0.5 * s, lif.MultiStepLIF()),
+    "matrix product": lambda s: spikes.product(torch.matmul, s, s, lif.MultiStepLIF()),
+    "in place": lambda s: s.mul_(0.5),
+    "a view in place": lambda s: (s.flatten(2).mul_(0.5), s)[1],
+    "an element": lambda s: (s[0, 0].fill_(0.5), s)[1],
+    "other type": lambda s: s.view(torch.int32).view(torch.int16),
+    "copy": lambda s: s.clone(),
+    "mean": lambda s: s.mean(0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", KEEP)
+def test_known(name):
+    x = KEEP[name](fire(3, 6, 6))
+    gc.collect()
+    assert 1 <= spikes.largest(x) <= 3 and x.max() <= spikes.largest(x)
+    assert spikes.save(x).dtype == torch.uint8 and torch.equal(spikes.save(x).to(x.dtype), x)
+
+
+@pytest.mark.parametrize("name", LOSE)
+def test_not_known(name):
+    x = LOSE[name](fire(3, 6, 6))
+    assert spikes.largest(x) is None and spikes.save(x) is x
+
+
+def test_large_sums_are_no_bytes():
+    s, x = fire(3, 6), fire(3, 6)
+    for _ in range(254):
+        x = spikes.add(x, s)
+    assert spikes.largest(x) == 255 and spikes.save(x).dtype == torch.uint8
+    x = spikes.add(x, s)
+    assert spikes.largest(x) == 256 and spikes.save(x) is x
+
+
+def test_nothing_is_marked_where_nothing_is_saved():
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            s = lif.MultiStepLIF()(torch.randn(4, 3))
+            assert spikes.largest(spikes.add(s, s)) is None
+
+
+def test_debug_mode():
+    """Autograd does not see a write to .data, nor do we; anomaly detection looks at the values."""
+    s = fire(3, 6)
+    s.data.mul_(0.5)
+    assert spikes.save(s).dtype == torch.uint8
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="marked as spikes"):
+        spikes.save(s)
+
+
+@pytest.mark.parametrize("operator", [torch.mul, torch.matmul, torch.add])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_product(operator, scale):
+    """Equal to the operator in values and gradients, for spikes and for analog values, broadcast too."""
+    results = []
+    for on in (True, False):
+        s = fire(3, 5, 5).detach().double()
+        a, b = s.clone().requires_grad_(), s[0, :1].clone().requires_grad_()
+        x = spikes.mark(a.clone()) * scale if scale != 1 else spikes.mark(a.clone())
+        y = spikes.mark(b.clone())
+        out = spikes.product(operator, x, y, lif.MultiStepLIF(fused=on))
+        out.square().sum().backward()
+        results.append((out, a.grad, b.grad))
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(ours, want, rtol=0, atol=1e-12)
