@@ -213,5 +213,5 @@ def test_class_names():
 
 
 def test_a_dataset_knows_its_classes(narrow):
-    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False)
+    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False, CPU)
     assert dataset.classes == classes == list(photos.CLASSES)
