@@ -136,7 +136,7 @@ def load_tested(cfg, ranks, path):
 
 def measure(cfg, ranks, model, path, published):
     """Metrics of a model on data_path/val, with a line that names the checkpoint; the published top-1 beside it."""
-    dataset, _ = data.build_dataset(cfg, train=False)
+    dataset, _ = data.build_dataset(cfg, False, ranks)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{path}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "

@@ -45,8 +45,8 @@ class Trainer:
     def __init__(self, cfg, ranks, stop, folder, model, cross_sample_lif):
         self.cfg, self.ranks, self.stop, self.folder = cfg, ranks, stop, folder
         self.model, self.cross_sample_lif = model, cross_sample_lif
-        self.train_set, classes = data.build_dataset(cfg, train=True)
-        self.test_set, test_classes = data.build_dataset(cfg, train=False)
+        self.train_set, classes = data.build_dataset(cfg, True, ranks)
+        self.test_set, test_classes = data.build_dataset(cfg, False, ranks)
         if classes != test_classes:
             other = sorted(set(classes) ^ set(test_classes))[0]
             raise UserError(f"{cfg.data_path}: train/ and val/ are of different classes; only one has {other}")

@@ -6,11 +6,10 @@ import json
 import math
 import signal
 
-import photos
 import pytest
 import torch
 from conftest import log_of, one_line, same, script, start, weights_of
-from on_photos import imagenet, kill_at, resolve, slurm
+from on_photos import imagenet, kill_at, photos, resolve, slurm
 
 
 def test_trains_on_photographs(trained_narrow, narrow):
