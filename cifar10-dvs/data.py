@@ -10,7 +10,6 @@ from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import Subset
 from torchvision.datasets import DatasetFolder
 
-import shapes
 from augment import augment
 from config import UserError
 from convert import prepare
@@ -28,13 +27,12 @@ TRAIN_SHARE = 0.9
 
 def build_dataset(cfg, train, ranks):
     """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
-    root = cfg.data_path
-    if cfg.dataset == "shapes":
-        root = ranks.from_main(lambda: shapes.prepare(root))
-    frames = ranks.from_main(lambda: prepare(root, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
+    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames, train)
+    classes = dataset.classes
     dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
-    report(len(dataset), train, cfg.dataset != "shapes")
+    dataset.classes = classes
+    report(len(dataset), train)
     return dataset
 
 
@@ -91,12 +89,11 @@ def load_frames(path, T):
 
 
 # Copied from dvs128-gesture/data.py
-def report(samples, train, published=True):
+def report(samples, train):
     kind = "training" if train else "test"
     if samples == 0:
         raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
-    other = published and samples != SAMPLES[train]
-    note = f" (warning: the published data set has {SAMPLES[train]:,})" if other else ""
+    note = "" if samples == SAMPLES[train] else f" (warning: the published data set has {SAMPLES[train]:,})"
     logger.info(f"{samples:,} {kind} samples{note}")
 
 

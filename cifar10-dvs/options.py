@@ -41,8 +41,6 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, "cifar10-dvs", "shapes: recordings that are made in data_path and need no "
-        "download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data",
         "folder whose download/ has the recordings; the frames are made beside that",
         aliases=("data_dir",)),
@@ -121,6 +119,10 @@ OPTIMISATION = {
     "lr_cycle_mul": TrainKey(float, 1.0, "factor from the length of one cosine cycle to the next",
         low=1, high=100),
     "lr_cycle_limit": TrainKey(int, 1, "number of cosine cycles", low=1, high=1000),
+    "model_ema": TrainKey(bool, False, "a moving average of the weights is kept, and tested too"),
+    "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", low=0, high=1),
+    "model_ema_force_cpu": TrainKey(bool, False,
+        "the average is kept on the CPU, and not tested in training"),
     "amp": Key(bool, True, "mixed precision, in training and testing"),
     "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
         choices=("float16", "bfloat16")),
@@ -139,9 +141,11 @@ RUN = {
     "resume": TrainKey(Path, None,
         "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
     "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer"),
-    "initial_checkpoint": TrainKey(Path, None, "checkpoint with weights to start from", null=True,
-        aliases=("finetune",)),
+    "finetune": TrainKey(Path, None,
+        "weights to start from; a head of another number of classes is made new", null=True,
+        aliases=("initial_checkpoint",)),
     "checkpoint": Key(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
+    "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested"),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does",
         aliases=("eval",)),
     "print_freq": TrainKey(int, 256, "steps between two lines of progress",
@@ -157,6 +161,7 @@ KEYS = grouped(
 NO_EFFECT = {
     "patience_epochs": "there is no sched: plateau",
     "connect_f": "spikes are added, as in the published run",
+    "dataset": "this folder is the data set",
     "dist_url": "torchrun and torch.distributed.launch say where rank 0 is",
     "epoch_repeats": "an epoch is one pass over the data",
     "tb": "TensorBoard's events are always written",

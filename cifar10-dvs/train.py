@@ -7,69 +7,25 @@ Usage:
     python -m torch.distributed.launch --nproc_per_node=2 train.py
 """
 
-import json
+import shutil
 import signal
-import sys
 import time
 
-import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import distribute_bn, random_seed
+from timm.utils import ModelEmaV3, distribute_bn, random_seed
 
 import data
-import model as models
 import options
-from checkpoint import (
-    load_checkpoint,
-    load_weights,
-    make_folder,
-    open_log,
-    open_run,
-    resolve_semantics,
-    save_checkpoint,
-)
+from build import load_model, measure, settle
+from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
-from engine import LossMeter, check_weights, evaluate, make_autocast, progress
-from fused import available
-from lif import resolve_backend
+from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from runs import RunLog, find_checkpoint, make_folder, open_run, shown
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
-
-
-def build_model(cfg, cross_sample_lif, ranks):
-    """The configuration's model, on this rank's device."""
-    if cfg.compile and cfg.checkpoint_stages:
-        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
-    try:
-        resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
-        if cfg.fused:
-            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
-        model = timm.create_model(
-            cfg.model,
-            T=cfg.T,
-            img_size_h=data.HEIGHT,
-            img_size_w=data.WIDTH,
-            num_classes=cfg.num_classes,
-            embed_dims=cfg.dim,
-            num_heads=cfg.num_heads,
-            mlp_ratios=cfg.mlp_ratio,
-            depths=cfg.layer,
-            attention=tuple(cfg.attention),
-            drop_path=cfg.drop_path,
-            cross_sample_lif=cross_sample_lif,
-            backend=cfg.backend,
-            fused=cfg.fused,
-            checkpoint_stages=cfg.checkpoint_stages,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
-    model = model.to(ranks.device)
-    if cfg.compile:
-        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
-    return model
 
 
 # Copied from cifar10/train.py
@@ -86,38 +42,62 @@ def build_optimizer(cfg, model):
 
 
 class Trainer:
-    """Model, data, optimizer and schedule of one run, and where the run stands."""
+    """Model, data, optimizer and schedule of one run, and where the run stands.
 
-    def __init__(self, cfg, ranks, stop, folder, checkpoint, path):
-        self.cfg, self.ranks, self.stop, self.folder = cfg, ranks, stop, folder
-        self.cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path)
-        self.model = build_model(cfg, self.cross_sample_lif, ranks)
-        if checkpoint:
-            load_weights(self.model, checkpoint, path)
+    Args:
+        cfg, given: the configuration, and what of it was set where.
+        ranks, stop, folder: of this run.
+        checkpoint, path: weights to start from, or None.
+        finetune: whether their head may be of other classes.
+    """
+
+    def __init__(self, cfg, given, ranks, stop, folder, checkpoint, path, finetune):
+        self.cfg, self.given, self.ranks, self.stop, self.folder = cfg, given, ranks, stop, folder
+        self.model, self.cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=finetune)
         self.train_set = data.build_dataset(cfg, True, ranks)  # last: to convert recordings can take hours
         self.test_set = data.build_dataset(cfg, False, ranks)
         if cfg.sync_bn and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.ema = None
+        if cfg.model_ema:  # before DDP wraps the model; every rank keeps the same average
+            device = "cpu" if cfg.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
         self.ddp = self.model
         if ranks.world_size > 1:
+            # Running statistics are each rank's own in training; fit() makes them rank 0's before a test.
             self.ddp = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
         self.criterion = SoftTargetCrossEntropy()
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
         self.global_batch = cfg.batch_size * ranks.world_size
-        self.epoch, self.best, self.meter = 0, -1.0, LossMeter(ranks)
+        self.steps = len(self.train_set) // self.global_batch  # of an epoch
+        self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.log = None  # rank 0 has one
 
-        logger.info(semantics)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(
-            f"{cfg.model}: {parameters:,} parameters; {ranks.device}, {ranks.world_size} rank(s), "
-            f"{self.global_batch} samples a step, lr {cfg.lr:g}, {self.num_epochs} epochs; writing to {folder}"
+            f"{cfg.model}, T = {cfg.T}: {parameters:,} parameters; {ranks.device}, {ranks.world_size} rank(s), "
+            f"{self.global_batch} samples a step, lr {cfg.lr:g}; writing to {shown(folder)}"
         )
+        cooldown = self.num_epochs - cfg.epochs
+        why = f" (epochs {cfg.epochs} + {cooldown} of cooldown_epochs at min_lr)" if cooldown else ""
+        logger.info(f"{self.num_epochs} epochs of {self.steps} steps{why}")
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
             logger.info("amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a CPU)")
         if cfg.sync_bn and ranks.device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
+
+    # Copied from cifar10/train.py
+    def new_meter(self):
+        """The loss of an epoch, each step of which is a point of a curve."""
+        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
+
+    # Copied from cifar10/train.py
+    def point(self, name, value, step):
+        """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
+        if self.log:
+            self.log.point(name, value, self.epoch * self.steps + step)
 
     # Copied from cifar10/train.py
     def state(self):
@@ -133,39 +113,47 @@ class Trainer:
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
             "config": vars(self.cfg),
+            "given": {"file": self.given.file, "yml": self.given.yml},
             "cross_sample_lif": self.cross_sample_lif,
+            "classes": list(self.test_set.classes),
+            **({"model_ema": self.ema.module.state_dict()} if self.ema else {}),
         }
 
     # Copied from cifar10/train.py with images a step->samples a step
     def resume(self, checkpoint, path):
         """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
         cfg = self.cfg
-        self.epoch = checkpoint.get("epoch", -1) + 1
+        self.epoch = number(checkpoint, "epoch", -1, path) + 1
         theirs = checkpoint.get("metric", checkpoint.get("max_test_acc1"))  # timm's name, the event scripts' name
-        self.best = checkpoint.get("best", theirs if isinstance(theirs, float) else -1.0)
+        self.best = number({"best": theirs if isinstance(theirs, float) else -1.0, **checkpoint}, "best", -1.0, path)
+        had, steps = (number(checkpoint, name, 0, path) for name in ("global_batch", "step"))
         if cfg.start_epoch is not None and cfg.start_epoch != self.epoch:
             self.epoch = cfg.start_epoch
-        elif checkpoint.get("step"):
+        elif steps > 0:
             # The epoch's order of samples is the same for every batch size and number of ranks.
-            share = checkpoint["global_batch"] / self.global_batch
-            self.meter.steps = int(checkpoint["step"] * share)
-            self.meter.total = checkpoint["loss_total"] / checkpoint["step"] * self.meter.steps
-            if share != 1:
-                logger.info(f"warning: {self.global_batch} samples a step, but {path} had {checkpoint['global_batch']}")
+            self.meter.steps = steps * had // self.global_batch
+            self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            if had != self.global_batch:
+                logger.info(f"warning: {self.global_batch} samples a step, but {path} had {had}")
         if not cfg.no_resume_opt:
             settings = [{**group, "params": None} for group in self.optimizer.param_groups]
             try:
-                if checkpoint.get("config", vars(cfg))["opt"] != cfg.opt:
-                    raise ValueError(f"it is of {checkpoint['config']['opt']}, opt is {cfg.opt}")
+                if checkpoint.get("config", vars(cfg)).get("opt") != cfg.opt:
+                    raise ValueError(f"it is of {checkpoint['config'].get('opt')}, opt is {cfg.opt}")
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 if checkpoint.get("scaler"):  # empty where the run was not in float16
                     self.scaler.load_state_dict(checkpoint["scaler"])
-            except (KeyError, ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever the file has there
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
                 raise UserError(f"{path}: no fitting optimizer state ({reason}); no_resume_opt does without") from None
             for group, values in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update({**values, "params": group["params"]})  # the configuration may have changed
         self.scheduler.step(self.epoch)
+        if self.ema:
+            if "model_ema" in checkpoint:
+                self.ema.module.load_state_dict(checkpoint["model_ema"])
+            else:
+                logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
         rng = checkpoint.get("rng", [])
         if len(rng) == self.ranks.world_size:
             set_rng_state(rng[self.ranks.rank], self.ranks.device)
@@ -174,7 +162,13 @@ class Trainer:
     # Copied from cifar10/train.py
     def save(self, *names):
         state = self.state()
-        self.ranks.from_main(lambda: [save_checkpoint(state, self.folder / name) for name in names])
+
+        def write():
+            self.log.flush()  # first, so that a run that goes on from here lacks no point
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+
+        self.ranks.from_main(write)
 
     def train_epoch(self):
         """The rest of this epoch. Returns samples per second; ends early, with meter.stop set, on a signal."""
@@ -182,27 +176,56 @@ class Trainer:
         loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, self.ranks)
         autocast = make_autocast(cfg, self.ranks)
         self.ddp.train()
-        start, first, last = time.perf_counter(), meter.steps, meter.steps + len(loader)
-        bar = progress(loader, f"epoch {self.epoch}", self.ranks)
+        first, lr = meter.steps, optimizer.param_groups[0]["lr"]
+        bar = Progress(loader, self, "samples", cfg.print_freq)
         for step, (frames, targets) in enumerate(bar, start=first + 1):
+            self.point("lr", lr, step - 1)
             with autocast():
                 loss = self.criterion(self.ddp(frames), targets)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(optimizer)
             self.scaler.update()
+            if self.ema:
+                self.ema.update(self.model)
             meter.update(loss, self.stop)
-            if step % cfg.print_freq == 0 or step == last:
-                speed = (step - first) * self.global_batch / (time.perf_counter() - start)
-                text = f"loss {meter.mean:.4f}, {speed:.0f} samples/s"
-                if bar.disable:
-                    logger.info(f"epoch {self.epoch}, step {step}/{last}: {text}")
-                bar.set_postfix_str(text)
+            bar.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
         check_weights(self.model, meter.steps)
-        return (meter.steps - first) * self.global_batch / (time.perf_counter() - start)
+        return bar.speed(meter.steps)
+
+    # Copied from cifar10/train.py
+    def open_files(self):
+        """The run's folder with its log, and the best checkpoint so far; for rank 0."""
+        make_folder(self.folder, self.cfg, self.test_set.classes)
+        self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
+
+    # Copied from cifar10/train.py
+    def keep_best(self, path):
+        """Take best.pth along where a run goes on in a new folder; without one, the best starts anew. For rank 0."""
+        old, new = path.parent / "best.pth", self.folder / "best.pth"
+        if self.best >= 0 and not new.is_file():
+            if not old.is_file():
+                logger.info(f"{old} is missing: best.pth will be the best from here on")
+                return -1.0
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, new)
+        return self.best
+
+    # Copied from cifar10/train.py
+    def test(self, loader, autocast):
+        """[Metrics of the model, those of its averaged weights where it has some]; None on a signal."""
+        tested = []
+        averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
+        for model in (self.model, *averaged):
+            if self.ranks.world_size > 1:
+                distribute_bn(model, self.ranks.world_size, reduce=self.cfg.dist_bn == "reduce")
+            tested.append(evaluate(model, loader, self.ranks, autocast, self.stop))
+            if tested[-1] is None:
+                return None
+        return tested
 
     # Copied from cifar10/train.py
     def fit(self):
@@ -212,9 +235,7 @@ class Trainer:
         eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
         if self.epoch >= self.num_epochs:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
-        self.ranks.from_main(lambda: make_folder(self.folder, cfg))
-        if self.ranks.main:
-            log, board = open_log(self.folder, self.epoch)
+        self.ranks.from_main(self.open_files)
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             lr = self.optimizer.param_groups[0]["lr"]
@@ -224,18 +245,15 @@ class Trainer:
                 last = self.folder / "last.pth"
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
                 raise UserError(f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}") from None
-            test = None
-            if not self.meter.stop:
-                if self.ranks.world_size > 1:
-                    distribute_bn(self.model, self.ranks.world_size, reduce=cfg.dist_bn == "reduce")
-                test = evaluate(self.model, test_loader, self.ranks, eval_autocast, self.stop)
-            if test is None:
+            tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
+            if tested is None:
                 self.save("last.pth")
                 number = self.stop.number or signal.SIGTERM
                 where = f"in epoch {self.epoch} after step {self.meter.steps}"
                 logger.info(f"{signal.Signals(number).name}: stopped {where}; resume: auto goes on from there")
                 return 128 + number
 
+            test, *averaged = tested
             record = {
                 "epoch": self.epoch,
                 "lr": lr,
@@ -243,63 +261,60 @@ class Trainer:
                 "test_loss": test.loss,
                 "test_acc1": test.top1,
                 "test_acc5": test.top5,
+                **({"ema_acc1": averaged[0].top1} if averaged else {}),
                 "seconds": round(time.perf_counter() - start, 2),
                 "images_per_second": round(speed, 1),
                 "peak_memory_mb": peak_memory_mb(self.ranks.device),
             }
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
-            if self.ranks.main:
-                with open(log, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                for name, value in record.items():
-                    board.add_scalar(name, value, self.epoch)
-                board.flush()
+            self.ranks.from_main(lambda record=record: self.log.epoch(record))
             logger.info(
                 f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
-                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %, {record['seconds']:.0f} s"
+                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
+                + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
+                + f", {record['seconds']:.0f} s"
             )
             self.scheduler.step(self.epoch + 1, test.top1)
-            self.meter = LossMeter(self.ranks)
+            self.meter = self.new_meter()
             self.epoch += 1
             self.save(*(["best.pth"] if is_best else []), "last.pth")
+        if self.best >= 0:
+            logger.info(f"best top-1 {self.best:.2f} %: {shown(self.folder / 'best.pth')}")
         return 0
 
 
 def main(argv=None):
-    cfg, notes, _ = load_config(
+    cfg, notes, given = load_config(
         options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Train QKFormer on CIFAR10-DVS."
     )
-    if cfg.test_only:
-        from test import main as test  # not above: test.py imports this module
-
-        argv = [*(sys.argv[1:] if argv is None else argv)]
-        if cfg.resume:
-            _, path = open_run(cfg, cfg.output_dir)
-            if path is None:
-                raise UserError(f"resume is auto, but {cfg.experiment} has no last.pth to test")
-            argv += ["--checkpoint", str(path)]
-        return test(argv)
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
     if cfg.T_train is not None and cfg.T_train > cfg.T:
         raise UserError(f"T_train is {cfg.T_train}; a sample has only T = {cfg.T} frames to draw from")
-    if cfg.model not in timm.list_models(module=models.__name__):
-        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(timm.list_models(module=models.__name__))}")
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
+    if cfg.test_only:
+        _, resume = open_run(cfg, cfg.output_dir)
+        if cfg.resume and resume is None:
+            raise UserError(f"resume is auto, but {cfg.experiment} has no last.pth to test")
+        measure(cfg, given, ranks, resume or find_checkpoint(cfg, cfg.output_dir))
+        return 0
     stop = StopSignal()
     folder, resume = ranks.from_main(lambda: open_run(cfg, cfg.output_dir))
-    path = resume or cfg.initial_checkpoint
+    path = resume or cfg.finetune
     checkpoint = load_checkpoint(path) if path else None
+    if checkpoint:
+        settle(cfg, given, checkpoint, path, finetune=not resume)
     random_seed(cfg.seed, 0)  # the same on every rank, as in the release; a batch has a seed of its own
     torch.backends.cudnn.deterministic = True
-    trainer = Trainer(cfg, ranks, stop, folder, checkpoint, path)
+    trainer = Trainer(cfg, given, ranks, stop, folder, checkpoint, path, finetune=not resume)
     if resume:
         trainer.resume(checkpoint, resume)
+        trainer.best = ranks.from_main(lambda: trainer.keep_best(resume))
     elif cfg.start_epoch:
         trainer.epoch = cfg.start_epoch
         trainer.scheduler.step(cfg.start_epoch)

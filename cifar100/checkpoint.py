@@ -1,25 +1,25 @@
-"""A run's folder and its checkpoints: written so that a crash can't damage them, read so that they can't run code.
+"""Checkpoints: written so that a crash can't damage them, read so that they can't run code.
 
 Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next epoch) with the
-sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config and cross_sample_lif. The release's
-are read too: weights under `model` or, saved by timm, `state_dict`; so is a bare state dict.
+sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config, given (the yml behind it),
+cross_sample_lif, classes (their names) and, with model_ema, the averaged weights under that name. Files of others
+are read too: the release's, timm's, DeepSpeed's, Lightning's, safetensors and bare state dicts.
 """
 
 import argparse
-import json
+import logging
+import math
 import os
 import pathlib
 import pickle
-import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-import yaml
-from torch.utils.tensorboard import SummaryWriter
 
-from config import HERE, UserError
+from config import UserError
 
 # Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's numbers.
 HARMLESS = [
@@ -30,10 +30,14 @@ HARMLESS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
     (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
 ]
+WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where files keep them
+EMA = ("model_ema", "state_dict_ema", "ema")
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 SEMANTICS = {
     False: "cross_sample_lif: false (the paper's semantics: an image's logits do not depend on its batch)",
     True: "cross_sample_lif: true (the release's semantics: logits depend on the other images of the batch)",
 }
+logger = logging.getLogger("qkformer")
 
 
 def save_checkpoint(state, path):
@@ -51,14 +55,49 @@ def save_checkpoint(state, path):
         raise UserError(f"{path}: can't be written ({error}); the file of before is untouched") from None
 
 
-def load_checkpoint(path):
-    """Read a checkpoint on the CPU: a dict with the weights under `model`. UserError if that can't be done safely."""
+def load_checkpoint(path, use_ema=False):
+    """Read a checkpoint on the CPU: a dict with the weights under `model`, averaged ones under `model_ema`.
+
+    With `use_ema`, the averaged weights are under `model`. UserError if the file can't be read safely, is damaged,
+    or does not hold weights that are finite numbers.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
+    checkpoint = read_file(path)
+    held = {name: checkpoint[name] for name in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(name), dict)}
+    plain = next((held[name] for name in WEIGHTS if name in held), None)
+    averaged = next((held[name] for name in EMA if name in held), None)
+    if plain is None and averaged is None:
+        plain, checkpoint = checkpoint, {}
+    if use_ema and averaged is None:
+        raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
+    if plain is not None and averaged is not None and not use_ema:
+        logger.info(f"{path}: holds plain and averaged weights; these are the plain ones (use_ema takes the others)")
+    elif plain is None and not use_ema:
+        logger.info(f"{path}: holds averaged weights only, which are taken")
+    chosen = averaged if use_ema or plain is None else plain
+    extra = {name: value for name, value in checkpoint.items() if name not in held}
+    if averaged is not None:
+        extra["model_ema"] = own_names(averaged, path)
+    return {**extra, "model": own_names(chosen, path)}
+
+
+def read_file(path):
+    """The dict in a file."""
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: damaged: the checksum of its {damaged} differs; get or make it again")
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"{path}: not enough memory to read it") from None
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
             what = str(error).split("WeightsUnpickler error:")[-1].split(". ")[0].strip().splitlines()[0]
@@ -66,24 +105,47 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
     except Exception:  # damaged bytes can make the reader fail in any way
         raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
-    weights = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            weights = checkpoint[key]
-            break
-    if not isinstance(weights, dict) or not weights or not all(map(is_weight, weights.items())):
-        raise UserError(f"{path}: holds no weights: neither `model` nor `state_dict`, nor a bare state dict")
-    extra = checkpoint if weights is not checkpoint else {}
-    return {**extra, "model": {name.removeprefix("module."): value for name, value in weights.items()}}
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, no weights")
+    return checkpoint
 
 
-def is_weight(item):
-    return isinstance(item[0], str) and torch.is_tensor(item[1])
+def own_names(weights, path):
+    """Weights by the names that the model has, without what wrappers put around them; checked."""
+    weights = {name: value for name, value in weights.items() if isinstance(name, str)}
+    for name in [name for name in weights if name.endswith(("total_ops", "total_params"))]:
+        del weights[name]  # left by a counter of operations
+    while prefix := next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    if not weights or not any(map(torch.is_tensor, weights.values())):
+        raise UserError(f"{path}: holds no weights, neither by themselves nor under {', '.join(WEIGHTS + EMA)}")
+    for name, value in weights.items():
+        if fault := fault_of(name, value):
+            raise UserError(f"{path}: {name} {fault}; get or make the file again")
+    return weights
+
+
+def fault_of(name, value):
+    """What is wrong with an entry of a state dict, or None."""
+    if not torch.is_tensor(value):
+        return f"is no tensor but a {type(value).__name__}"
+    if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
+        return "is no plain tensor (sparse, quantised, nested or without data)"
+    if name.endswith("num_batches_tracked"):
+        return None if not (value.is_floating_point() or value.is_complex()) else f"is of type {value.dtype}"
+    if not value.is_floating_point():
+        return f"is of type {value.dtype}, which weights are not"
+    if not value.isfinite().all():
+        return "has values that are not finite numbers"
+    return None
 
 
 def load_weights(model, checkpoint, path):
     """Load checkpoint["model"]; UserError that names keys and shapes where it is of another architecture."""
-    have, want = checkpoint["model"], model.state_dict()
+    have, want = dict(checkpoint["model"]), model.state_dict()
+    for name in want:
+        if name.endswith("num_batches_tracked"):  # counts that old files lack; nothing here depends on them
+            have.setdefault(name, want[name])
     problems = []
     for title, names in (
         ("missing", [name for name in want if name not in have]),
@@ -100,15 +162,27 @@ def load_weights(model, checkpoint, path):
         if names:
             problems.append(f"{len(names)} {title} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
     if problems:
-        made_with = Path(path).parent / "args.yaml"
-        hint = f"; it was made with -c {made_with}" if made_with.is_file() else ""
-        raise UserError(f"{path}: of another architecture than the configuration's: {'; '.join(problems)}{hint}")
+        raise UserError(f"{path}: of another architecture than the configuration's: {'; '.join(problems)}")
     model.load_state_dict(have)
 
 
-def resolve_semantics(setting, checkpoint, path):
+def number(checkpoint, name, default, path):
+    """A number of the default's type in a checkpoint; the default where it is not recorded."""
+    value = checkpoint.get(name, default)
+    if type(value) is not type(default) or not math.isfinite(value):
+        raise UserError(f"{path}: can't be resumed: its {name} is {value!r}; finetune only takes its weights")
+    return value
+
+
+def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
     """(cross_sample_lif, line that says why) for the key's setting and the checkpoint, None for a run without one."""
+    if model.startswith("MS"):
+        if setting == "true":
+            raise UserError(f"cross_sample_lif is true, which has no meaning for {model}: leave it out")
+        return False, f"{model}: an image's logits do not depend on its batch; cross_sample_lif has no meaning here"
     recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
+    if not isinstance(recorded, (bool, type(None))):
+        raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting != "auto":
         value = setting == "true"
         if recorded is not None and recorded != value:
@@ -122,57 +196,3 @@ def resolve_semantics(setting, checkpoint, path):
         f"warning: {path} does not record its semantics, so it is taken for one of the release's: {SEMANTICS[True]}; "
         "set cross_sample_lif: false if it was trained with the paper's"
     )
-
-
-def newest(paths):
-    """The path that was written last, or None."""
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def open_run(cfg, output):
-    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
-
-    A folder that holds a run is written to only by going on from its last.pth: any other run's name gets a number.
-    """
-    if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", cfg.experiment):
-        raise UserError(f"experiment is {cfg.experiment!r}; it names a folder, so letters, digits and -_.+=, only")
-    root = Path(output) if output else HERE / "output"
-    numbered = re.compile(re.escape(cfg.experiment) + r"(-\d+)?")
-    runs = [path.parent for path in root.glob("*/args.yaml") if numbered.fullmatch(path.parent.name)]
-    resume = None
-    if cfg.resume == "auto":
-        resume = newest(path / "last.pth" for path in runs if (path / "last.pth").is_file())
-        if resume is None and runs == [root / cfg.experiment]:
-            return runs[0], None  # it ended before its first checkpoint
-    elif cfg.resume:
-        resume = Path(cfg.resume)
-    if resume and resume.name == "last.pth" and (resume.parent / "args.yaml").is_file():
-        return resume.parent, resume
-    names = [cfg.experiment, *(f"{cfg.experiment}-{number}" for number in range(2, len(runs) + 3))]
-    return next(root / name for name in names if root / name not in runs), resume
-
-
-def make_folder(folder, cfg):
-    """Make a run's folder, with the whole configuration in args.yaml."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.yaml").write_text(yaml.safe_dump(vars(cfg), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"output folder {folder}: {error.strerror}") from None
-
-
-def open_log(folder, epoch):
-    """log.txt and TensorBoard's writer, without what an earlier run of this epoch and the later ones left there."""
-    log, temporary = folder / "log.txt", folder / "log.txt.tmp"
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    temporary.write_text("".join(line + "\n" for line in lines if epoch_of(line) < epoch))
-    os.replace(temporary, log)
-    return log, SummaryWriter(str(folder), purge_step=epoch)
-
-
-def epoch_of(line):
-    """Epoch of a line of log.txt; of one that a crash has cut short, none that comes before another."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections import namedtuple
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import UserError
-from runtime import seeded
+from runtime import logger, peak_memory_mb, seeded
 
 Metrics = namedtuple("Metrics", "loss top1 top5 images_per_second")
 
@@ -91,6 +92,47 @@ def progress(steps, title, ranks):
     return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=not (ranks.main and sys.stderr.isatty()))
 
 
+class Progress:
+    """Where an epoch stands: a bar where rank 0 has a terminal, else a line every `interval` steps.
+
+    Args:
+        steps: iterable of the epoch's remaining steps.
+        run: the Trainer: its epoch of num_epochs, meter, steps of an epoch and global_batch.
+        unit: what a batch is of, for samples per second.
+        interval: steps between lines; the last step has one too.
+    """
+
+    def __init__(self, steps, run, unit, interval):
+        self.bar = progress(steps, f"epoch {run.epoch}", run.ranks)
+        self.run, self.unit, self.interval = run, unit, interval
+        self.first, self.start = run.meter.steps, time.perf_counter()
+
+    def __iter__(self):
+        return iter(self.bar)
+
+    def speed(self, done):
+        """Samples per second up to step `done` of the epoch."""
+        return (done - self.first) * self.run.global_batch / (time.perf_counter() - self.start)
+
+    def show(self, done, lr):
+        """Say how the epoch goes after step `done`. True where a line is due, on every rank."""
+        run = self.run
+        due = done % self.interval == 0 or done == run.steps
+        if due:
+            run.meter.flush()  # with the loss of this very step
+        if due or not self.bar.disable:
+            speed = self.speed(done)
+            left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
+            text = (
+                f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {self.unit}/s, "
+                f"{timedelta(seconds=round(left))} left, {peak_memory_mb(run.ranks.device):,} MB"
+            )
+            self.bar.set_postfix_str(text, refresh=False)
+            if due and self.bar.disable:
+                logger.info(f"epoch {run.epoch}, step {done}/{run.steps}: {text}")
+        return due
+
+
 @torch.inference_mode()
 def evaluate(model, loader, ranks, autocast, stop=False):
     """Metrics over the batches of all ranks, each sample once: plain cross-entropy, top-1 and top-5 in %.
@@ -131,11 +173,12 @@ class LossMeter:
     """Mean loss over the steps of an epoch and over ranks, read one step late so that a GPU is not waited for.
 
     What is summed over ranks with the loss tells all of them at the same step that one was asked to stop.
+    `show`, where given, is called with each step's number in the epoch, from 0, and its loss.
     """
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, show=None):
         self.ranks, self.total, self.steps = ranks, 0.0, 0
-        self.pending = None
+        self.pending, self.show_loss = None, show
         self.stop = False
 
     def update(self, loss, stop):
@@ -156,7 +199,10 @@ class LossMeter:
         loss, stop = status.tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
-        self.total += loss / self.ranks.world_size
+        loss /= self.ranks.world_size
+        if self.show_loss:
+            self.show_loss(self.steps, loss)
+        self.total += loss
         self.steps += 1
         self.stop = self.stop or stop > 0
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import namedtuple
+from pathlib import Path
 
 import timm
 import torch
@@ -15,24 +16,121 @@ from config import UserError
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
+from runs import shown, write_result
 from runtime import logger
+from weights import architecture, steps_of
 
-Released = namedtuple("Released", "model input_size top1")  # top-1 in %, of the paper
+# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
+# those of the split, in which a difference would test on samples of the training.
+SHAPES = ("model", "layer", "dim", "mlp_ratio", "nb_classes")
+NETWORK = ("time_step", "num_heads", "attention")
+INPUT = ("input_size", "val_batch_size")
+SPLIT = []
+Released = namedtuple("Released", "model input_size top1 batch")  # top-1 in % of the paper, measured with that batch
 
+WITHDRAWN = (
+    "its authors withdrew that figure in May 2026, since one neuron mixes the images of a batch (cross_sample_lif)"
+)
 RELEASED = {  # MD5 of the release's files
-    "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80),
-    "85dd1f94c87ba5ec908fed5d0a3f7f69": Released("QKFormer_10_512", 224, 82.04),
-    "dc1595408ed1bd40346be2bdaf5015d5": Released("QKFormer_10_768", 224, 84.22),
-    "ba20af8eb450d4ec9c71009fde8e7125": Released("QKFormer_10_768", 288, 85.25),
-    "99a671118f67a680aa38b6ac5aae449a": Released("QKFormer_10_768", 384, 85.65),
+    "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80, 32),
+    "85dd1f94c87ba5ec908fed5d0a3f7f69": Released("QKFormer_10_512", 224, 82.04, 32),
+    "dc1595408ed1bd40346be2bdaf5015d5": Released("QKFormer_10_768", 224, 84.22, 24),
+    "ba20af8eb450d4ec9c71009fde8e7125": Released("QKFormer_10_768", 288, 85.25, None),
+    "99a671118f67a680aa38b6ac5aae449a": Released("QKFormer_10_768", 384, 85.65, None),
 }
+
+
+# Copied from cifar10/build.py with num_classes->nb_classes, data_dir->data_path
+def settle(cfg, given, checkpoint, path, finetune=False):
+    """Take from a checkpoint what defines its network and, unless it is to be fine-tuned, its input and its split.
+
+    A flag, or a yml that was named or edited since, goes over it, with a line in the log that has both values.
+    UserError where that can't be what is meant, since weights would not fit or training samples be tested.
+    """
+    recorded = read_config(checkpoint, path)
+    for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):
+        if name not in recorded or (finetune and name == "nb_classes"):
+            continue
+        value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
+        fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
+        if origin is None or said == value:
+            setattr(cfg, name, value)
+        elif fixed:
+            raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")
+        else:
+            logger.info(f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used")
+    place = recorded.get("data_path")
+    if not finetune and place and what_was_said("data_path", given, checkpoint)[1] is None and Path(place).is_dir():
+        cfg.data_path = place
+
+
+# Copied from cifar10/build.py
+def what_was_said(name, given, checkpoint):
+    """(value, origin) of a key that was set for this call; (None, None) if it was not.
+
+    A yml counts where -c named it, or where the run was trained with it; a value that it had then already does not,
+    because a flag may have gone over it.
+    """
+    then = checkpoint.get("given") if isinstance(checkpoint.get("given"), dict) else {}
+    if name in given.flags:
+        return given.flags[name], "command line"
+    if name in given.yml and (given.named or given.file == then.get("file")):
+        trained_with_it = given.file == then.get("file")
+        if not trained_with_it or then.get("yml", {}).get(name) != given.yml[name]:
+            return given.yml[name], given.file
+    return None, None
+
+
+# Copied from cifar10/build.py with data_dir->data_path
+def read_config(checkpoint, path):
+    """{key: value} that a checkpoint tells of its network, input and split: what it records and what shapes tell."""
+    recorded = {}
+    if isinstance(checkpoint.get("config"), dict):
+        for name, value in checkpoint["config"].items():
+            if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_path"):
+                try:
+                    recorded[name] = options.KEYS[name].convert(value)
+                except ValueError as wanted:
+                    raise UserError(f"{path}: damaged: its {name} is {value!r}; it must be {wanted}") from None
+        if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
+            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get("batch_size")
+        else:
+            recorded.pop("val_batch_size", None)
+    elif (steps := steps_of(checkpoint, path)) is not None:
+        recorded["time_step"] = steps
+    return {**recorded, **read_shapes(checkpoint["model"], path, recorded)}
+
+
+def read_shapes(weights, path, recorded):
+    """{key: value} of what the shapes of weights tell, and what is recorded where both agree."""
+    net = architecture(weights, path, "ImageNet", models.QKFormer_10_384)
+    named = f"{net.family}_10_{net.dim}"
+    if named not in model_names():  # another width than the published ones
+        named = recorded.get("model", f"{net.family}_10_384")
+    ratio = recorded.get("mlp_ratio", net.mlp_ratio)
+    if int(net.dim * ratio) != int(net.dim * net.mlp_ratio):
+        ratio = net.mlp_ratio
+    kinds = recorded.get("attention", net.attention)
+    if not same_shapes(kinds, net.attention):
+        kinds = net.attention
+    classes = {} if net.classes is None else {"nb_classes": net.classes}
+    return {"model": named, "layer": net.layer, "dim": net.dim, "mlp_ratio": ratio, "attention": kinds, **classes}
+
+
+# Copied from cifar10/build.py
+def same_shapes(one, other):
+    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel" are alike."""
+    return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
+
+
+def model_names():
+    return [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
 
 
 def check_model(cfg):
     """UserError where there is no cfg.model, or not at this input size."""
-    names = [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
-    if cfg.model not in names:
-        raise UserError(f"model is {cfg.model!r}; there are {', '.join(names)}")
+    if cfg.model not in model_names():
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(model_names())}")
     if cfg.input_size % 16:
         raise UserError(f"input_size is {cfg.input_size}; it must be a multiple of 16")
 
@@ -77,7 +175,7 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     With `new_head`, a head of another number of classes, or none, is left as it was initialised; a line says so.
     """
     check_model(cfg)
-    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path)
+    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
     logger.info(semantics)
     model = build_model(cfg, cross_sample_lif, ranks)
     if checkpoint and new_head:
@@ -96,14 +194,6 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     return model, cross_sample_lif
 
 
-def number(checkpoint, name, default, path):
-    """A number of the default's type in a checkpoint; the default where it is not recorded."""
-    value = checkpoint.get(name, default)
-    if type(value) is not type(default):
-        raise UserError(f"{path}: can't be resumed: its {name} is {value!r}; finetune only takes its weights")
-    return value
-
-
 def md5(path):
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
@@ -112,36 +202,43 @@ def md5(path):
     return digest.hexdigest()
 
 
-def load_tested(cfg, ranks, path):
+def load_tested(cfg, given, ranks, path):
     """(model, cross_sample_lif, the paper's top-1 or None) of a checkpoint that is to be tested.
 
-    One of the release's is known by its MD5, which sets model and semantics in cfg, and input_size where that is
-    the default. The top-1 is None for any other file, and at another input size.
+    One of the release's is known by its MD5, which sets semantics in cfg and, unless they are set, input size and
+    batch. The top-1 is None for any other file, and at another input size.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, cfg.use_ema)
+    settle(cfg, given, checkpoint, path)
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
         return *load_model(cfg, ranks, checkpoint, path), None
     line = f"{path}: the release's {released.model} at {released.input_size}, {released.top1:.2f} % in the paper"
-    cfg.model = released.model
-    if cfg.input_size == options.KEYS["input_size"].default:
+    if what_was_said("input_size", given, checkpoint)[1] is None:
         cfg.input_size = released.input_size
     elif cfg.input_size != released.input_size:
         line += f"; tested at {cfg.input_size}, since input_size says so"
-    logger.info(line)
+    logger.info(f"{line}; {WITHDRAWN}")
+    if released.batch and what_was_said("val_batch_size", given, checkpoint)[1] is None:
+        cfg.val_batch_size = released.batch  # under the release's semantics the figure depends on it
     checkpoint["cross_sample_lif"] = True  # it does not record it
     published = released.top1 if cfg.input_size == released.input_size else None
     return *load_model(cfg, ranks, checkpoint, path), published
 
 
-def measure(cfg, ranks, model, path, published):
-    """Metrics of a model on data_path/val, with a line that names the checkpoint; the published top-1 beside it."""
-    dataset, _ = data.build_dataset(cfg, False, ranks)
+def measure(cfg, given, ranks, path):
+    """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
+    model, cross_sample_lif, published = load_tested(cfg, given, ranks, path)
+    dataset, _ = data.build_dataset(cfg, train=False)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
-        f"{path}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
+        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} images/s"
     )
+    result = {"checkpoint": str(path), **metrics._asdict(), "input_size": cfg.input_size}
+    result["cross_sample_lif"] = cross_sample_lif
     if published is not None:
         logger.info(f"top-1: measured {metrics.top1:.2f} %, published {published:.2f} %")
+        result["published_top1"] = published
+    ranks.from_main(lambda: write_result(path, result))
     return metrics

@@ -45,8 +45,6 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, "imagenet", "data set; photos, which are made in data_path, need no download",
-        flags=("-d",), choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
     "nb_classes": Key(int, 1000, "number of classes", aliases=("num_classes",),
@@ -116,6 +114,10 @@ OPTIMISATION = {
         low=0, high=100),
     "clip_grad": TrainKey(float, None, "largest norm of the gradient; none: it is not clipped",
         null=True, low=1e-10, high=1e10),
+    "model_ema": TrainKey(bool, False, "a moving average of the weights is kept, and tested too"),
+    "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", low=0, high=1),
+    "model_ema_force_cpu": TrainKey(bool, False,
+        "the average is kept on the CPU, and not tested in training"),
     "amp": Key(bool, True, "mixed precision, in training and testing"),
     "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
         choices=("float16", "bfloat16")),
@@ -143,6 +145,7 @@ RUN = {
     "log_interval": TrainKey(int, 50, "steps between two lines of progress",
         aliases=("print_freq",), low=1, high=1_000_000),
     "checkpoint": TestKey(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
+    "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested"),
     "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted",
         null=True),
     "predictions": TestKey(Path, "predict.csv",

@@ -1,14 +1,15 @@
-"""Test a checkpoint: top-1, top-5 and loss on data_path/val, printed and written to test.json beside the checkpoint.
+"""Test a checkpoint: top-1, top-5 and loss on data_path/val, printed and written to a JSON beside the checkpoint.
+
+Network and input are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
-    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth
+    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes test-best.json there
     python test.py --checkpoint hst_10_384.pth       # one of the release's: its model and input size are known
     python test.py --checkpoint hst_10_384.pth --predict photos --labels wnids.txt --predictions photos.csv
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth                   # the same figures, sooner
 """
 
 import csv
-import json
 import os
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import torch
 import data
 import options
 from build import load_tested, measure
-from checkpoint import newest
-from config import HERE, UserError, load_config
+from config import UserError, load_config
 from engine import make_autocast, progress
+from runs import find_checkpoint
 from runtime import Ranks, logger, run, set_up_log
 
 
@@ -77,38 +78,21 @@ def write_predictions(path, rows, with_wnids):
 
 def main(argv=None):
     description = "Test QKFormer on ImageNet."
-    cfg, notes, _ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
+    cfg, notes, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
     ranks = Ranks(cfg.device)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
-    root = Path(cfg.output_dir) if cfg.output_dir else HERE / "output"
-    path = Path(cfg.checkpoint) if cfg.checkpoint else newest(root.glob("*/best.pth"))
-    if path is None:
-        raise UserError(f"no checkpoint: there is no best.pth under {root}; train first, or name one with --checkpoint")
-    wnids = read_wnids(cfg)
-    predictions = Path(cfg.predictions)
-    if cfg.predict:
-        ranks.from_main(lambda: check_predictions(predictions))
-    model, cross_sample_lif, published = load_tested(cfg, ranks, path)
-    if cfg.predict:
-        rows = predict(cfg, ranks, model, wnids)
-        ranks.from_main(lambda: write_predictions(predictions, rows, wnids is not None))
+    path = find_checkpoint(cfg, cfg.output_dir)
+    if not cfg.predict:
+        measure(cfg, given, ranks, path)
         return 0
-    metrics = measure(cfg, ranks, model, path, published)
-    result = {
-        "checkpoint": str(path),
-        **metrics._asdict(),
-        "input_size": cfg.input_size,
-        "cross_sample_lif": cross_sample_lif,
-    }
-    if published is not None:
-        result["published_top1"] = published
-    if ranks.main:
-        try:
-            path.with_name("test.json").write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            logger.warning(f"warning: {path.with_name('test.json')} can't be written: {error.strerror}")
+    predictions = Path(cfg.predictions)
+    ranks.from_main(lambda: check_predictions(predictions))
+    model, *_ = load_tested(cfg, given, ranks, path)
+    wnids = read_wnids(cfg)
+    rows = predict(cfg, ranks, model, wnids)
+    ranks.from_main(lambda: write_predictions(predictions, rows, wnids is not None))
     return 0
 
 

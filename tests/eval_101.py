@@ -7,10 +7,10 @@ import torch
 
 import data
 import options
+from build import build_model
 from config import load_config
 from engine import evaluate, make_autocast
 from runtime import Ranks, run
-from train import build_model
 
 sys.path.insert(1, sys.argv.pop(1))
 from conftest import Golden

@@ -37,11 +37,11 @@ def test_kinds_of_checkpoints(tmp_path):
         torch.save(content, tmp_path / name / "weights.pth")
         done = run_test(tmp_path / name / "weights.pth")
         assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
-        results.append(json.loads((tmp_path / name / "test.json").read_text()))
+        results.append(json.loads((tmp_path / name / "test-weights.json").read_text()))
     assert all(result["cross_sample_lif"] is True and result["loss"] == results[0]["loss"] for result in results)
     done = run_test(tmp_path / "timm" / "weights.pth", "--cross-sample-lif", "false")
     assert "cross_sample_lif: false" in done.stdout
-    assert json.loads((tmp_path / "timm" / "test.json").read_text())["cross_sample_lif"] is False
+    assert json.loads((tmp_path / "timm" / "test-weights.json").read_text())["cross_sample_lif"] is False
 
 
 def test_semantics_rule():
@@ -106,7 +106,7 @@ def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
     (tmp_path / "cut.pth").write_bytes(before[:5000])
     one_line(run_test(tmp_path / "cut.pth", check=False), "cut.pth", "not whole")
     one_line(run_test(tmp_path / "none.pth", check=False), "none.pth", "no such checkpoint")
-    one_line(run_test(folder / "best.pth", "--dim", 32, check=False), "another architecture", "[", "args.yaml")
+    one_line(run_test(folder / "best.pth", "--dim", 32, check=False), "dim is 32", "best.pth is of dim 16")
     torch.save({"model": {"a": Evil(tmp_path / "ran")}}, tmp_path / "evil.pth")
     one_line(run_test(tmp_path / "evil.pth", check=False), "evil.pth", "could run code")
     assert not (tmp_path / "ran").exists()

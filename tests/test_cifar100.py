@@ -57,7 +57,7 @@ def test_quick_start_copied_alone(tmp_path):
     small = ["-c", "quickstart.yml", "--dim", 16, "--num-heads", 2, "--time-step", 1, "--epochs", 1]
     script(folder, "train", *small, cwd=folder)
     done = script(folder, "test", *small, cwd=folder)
-    result = json.loads((folder / "output" / "quickstart" / "test.json").read_text())
+    result = json.loads((folder / "output" / "quickstart" / "test-best.json").read_text())
     logged = json.loads((folder / "output" / "quickstart" / "log.txt").read_text())
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
     assert result["top1"] == logged["test_acc1"] and result["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)

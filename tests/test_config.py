@@ -96,6 +96,7 @@ def test_the_release_s_yml(tmp_path):
 @pytest.mark.parametrize("name", RELEASE)
 def test_every_name_of_the_release(name, tmp_path):
     keys, no_effect = cifar10.options.KEYS, cifar10.options.NO_EFFECT
+    keys = keys | {alias: key for key in keys.values() for alias in key.aliases}
     assert (name in keys) != (name in no_effect)
     value = "1" if name in no_effect else keys[name].default
     if value is None:
@@ -111,8 +112,8 @@ def test_every_name_of_the_release(name, tmp_path):
 
 def test_every_key_is_used():
     """No key that nothing reads: each stands as cfg.NAME in a script, or is one that timm's helpers read."""
-    code = "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("train", "test", "data", "engine"))
-    code += (ROOT / "cifar10" / "checkpoint.py").read_text()
+    code = "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("train", "build", "data", "engine"))
+    code += "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("test", "runs"))
     from timm.optim import optimizer_kwargs
     from timm.scheduler.scheduler_factory import scheduler_kwargs
 

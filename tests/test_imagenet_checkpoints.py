@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import photos
 import pytest
 import torch
 from conftest import Golden, log_of, same, script
-from on_photos import CPU, UserError, imagenet, photos, release_file, resolve
+from on_photos import CPU, UserError, imagenet, release_file, resolve
 from PIL import Image
 
 
@@ -143,7 +144,7 @@ def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, photo_data):
     build = imagenet.build
     path = release_file(tmp_path / "released.pth", imagenet.model.QKFormer_10_512())
     assert build.md5(path) == subprocess.check_output(["md5sum", path], text=True).split()[0]
-    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04))
+    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04, 32))
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "photo.jpg").write_bytes(next((photo_data / "val").rglob("*.JPEG")).read_bytes())
     flags = ("--checkpoint", path, "--predict", tmp_path / "one", "--predictions", tmp_path / "predict.csv")
@@ -153,15 +154,15 @@ def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, photo_data):
 
     # the narrow yml's input size is not the default, so it stays
     path = release_file(tmp_path / "narrow.pth", build.build_model(resolve(*narrow), False, CPU))
-    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 78.80))
+    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_384", 32, 78.80, 24))
     text = lines(imagenet.test.main, *narrow, "--checkpoint", path)
-    result = json.loads((tmp_path / "test.json").read_text())
+    result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
     figures = f"measured {result['top1']:.2f} %, published 78.80 %"
     assert figures in text and "warning" not in text
     assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (32, True, 78.80)
     assert figures in lines(imagenet.train.main, *narrow, "--eval", "--finetune", path)
     text = lines(imagenet.test.main, *narrow, "--checkpoint", path, "--input_size=48", "--cross_sample_lif", "false")
-    result = json.loads((tmp_path / "test.json").read_text())
+    result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
     assert (result["input_size"], result["cross_sample_lif"]) == (48, False)
     assert "tested at 48, since input_size says so" in text and "warning: cross_sample_lif: false" in text
     assert "published_top1" not in result and "measured" not in text
@@ -169,11 +170,11 @@ def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, photo_data):
 
 def test_released_files():
     assert {md5: tuple(entry) for md5, entry in imagenet.build.RELEASED.items()} == {
-        "60df416983ae326bb14bdb4566444320": ("QKFormer_10_384", 224, 78.80),
-        "85dd1f94c87ba5ec908fed5d0a3f7f69": ("QKFormer_10_512", 224, 82.04),
-        "dc1595408ed1bd40346be2bdaf5015d5": ("QKFormer_10_768", 224, 84.22),
-        "ba20af8eb450d4ec9c71009fde8e7125": ("QKFormer_10_768", 288, 85.25),
-        "99a671118f67a680aa38b6ac5aae449a": ("QKFormer_10_768", 384, 85.65),
+        "60df416983ae326bb14bdb4566444320": ("QKFormer_10_384", 224, 78.80, 32),
+        "85dd1f94c87ba5ec908fed5d0a3f7f69": ("QKFormer_10_512", 224, 82.04, 32),
+        "dc1595408ed1bd40346be2bdaf5015d5": ("QKFormer_10_768", 224, 84.22, 24),
+        "ba20af8eb450d4ec9c71009fde8e7125": ("QKFormer_10_768", 288, 85.25, None),
+        "99a671118f67a680aa38b6ac5aae449a": ("QKFormer_10_768", 384, 85.65, None),
     }
 
 
@@ -188,7 +189,7 @@ def test_101_images_on_two_ranks(tmp_path, narrow):
     for cross in ("false", "true"):
         for number in (1, 2):
             script("imagenet", "test", *args, "--cross_sample_lif", cross, ranks=number)
-            result = json.loads((tmp_path / "test.json").read_text())
+            result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
             results[cross, number] = [result[name] for name in ("loss", "top1", "top5")]
             right = result["top1"] * 101 / 100
             assert right == pytest.approx(round(right), abs=1e-9)
@@ -215,7 +216,7 @@ def test_test_errors(tmp_path, narrow, lines, trained_narrow):
 
     assert "no best.pth" in last("--output_dir", tmp_path)
     best = trained_narrow[0] / "best.pth"
-    assert "of another architecture" in last("--checkpoint", best, "--dim", 32)
+    assert "best.pth is of dim 64" in last("--checkpoint", best, "--dim", 32)
     free = ("--predictions", tmp_path / "predict.csv")
     assert "not a folder" in last("--checkpoint", best, "--predict", tmp_path / "none", *free)
     assert "holds no images" in last("--checkpoint", best, "--predict", tmp_path, *free)

@@ -6,11 +6,12 @@ import math
 import signal
 
 import numpy as np
+import photos
 import pytest
 import timm
 import torch
 from conftest import Golden
-from on_photos import CPU, UserError, imagenet, photos, resolve
+from on_photos import CPU, UserError, imagenet, resolve
 from PIL import Image
 
 
@@ -92,7 +93,7 @@ def test_whole_and_damaged_images(tmp_path):
 
 def test_mixup_and_workers(narrow):
     cfg = resolve(*narrow, "--mixup", 0.8, "--cutmix", 1.0, "--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5)
-    train_set, classes = imagenet.data.build_dataset(cfg, True, CPU)
+    train_set, classes = imagenet.data.build_dataset(cfg, train=True)
     assert classes == list(photos.CLASSES)
     runs = []
     for cfg.num_workers, first in ((0, 0), (2, 0), (1, 5)):
@@ -132,7 +133,7 @@ def test_bad_images(tmp_path, lines, cut, narrow):
     for cross in ("false", "true"):
         text = lines(imagenet.test.main, *args, "--on_bad_image", "skip", "--cross_sample_lif", cross)
         assert sum(str(bad) in line for line in text.splitlines()) == 1
-        loss = json.loads((tmp_path / "test.json").read_text())["loss"]
+        loss = json.loads((tmp_path / "test-weights.json").read_text())["loss"]
         model = imagenet.build.build_model(resolve(*narrow), cross == "true", CPU)
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
         transform = imagenet.data.build_transform(resolve(*narrow), train=False)
@@ -155,12 +156,10 @@ def test_bad_training_image_is_replaced(tmp_path, narrow):
     args = (*narrow[:2], "--data_path", folder, "--batch_size", 8)
     with pytest.raises(UserError, match=bad.name):
         list(
-            imagenet.data.train_loader(
-                resolve(*args), imagenet.data.build_dataset(resolve(*args), True, CPU)[0], 0, 0, CPU
-            )
+            imagenet.data.train_loader(resolve(*args), imagenet.data.build_dataset(resolve(*args), True)[0], 0, 0, CPU)
         )
     cfg = resolve(*args, "--on_bad_image", "skip")
-    dataset, _ = imagenet.data.build_dataset(cfg, True, CPU)
+    dataset, _ = imagenet.data.build_dataset(cfg, True)
     dataset.transform = imagenet.data.build_transform(cfg, train=False)
     batches = [list(imagenet.data.train_loader(cfg, dataset, 0, 0, CPU)) for cfg.num_workers in (0, 1)]
     assert torch.equal(batches[0][0][0], batches[1][0][0])
@@ -214,5 +213,5 @@ def test_class_names():
 
 
 def test_a_dataset_knows_its_classes(narrow):
-    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False, CPU)
+    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False)
     assert dataset.classes == classes == list(photos.CLASSES)

@@ -6,10 +6,11 @@ import json
 import math
 import signal
 
+import photos
 import pytest
 import torch
 from conftest import log_of, one_line, same, script, start, weights_of
-from on_photos import imagenet, kill_at, photos, resolve, slurm
+from on_photos import imagenet, kill_at, resolve, slurm
 
 
 def test_trains_on_photographs(trained_narrow, narrow):
@@ -23,7 +24,7 @@ def test_trains_on_photographs(trained_narrow, narrow):
     fields = "train_lr train_loss test_loss test_acc1 test_acc5 epoch n_parameters seconds images_per_second"
     assert all(set(fields.split()) <= set(line) for line in log) and log[0]["n_parameters"] == 204_778
     script("imagenet", "test", *narrow, "--checkpoint", folder / "best.pth")
-    result = json.loads((folder / "test.json").read_text())
+    result = json.loads((folder / "test-best.json").read_text())
     assert (result["top1"], result["loss"]) == (best["test_acc1"], best["test_loss"])
 
 

@@ -1,6 +1,7 @@
 """Training with cifar10/'s scripts, as a user runs them, on the embedded digits."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ def test_run_and_its_folder(trained_on_digits):
     assert checkpoint["cross_sample_lif"] is False and checkpoint["epoch"] == 2
 
     done = script("cifar10", "test", "-c", folder / "args.yaml")
-    result = json.loads((folder / "test.json").read_text())
+    result = json.loads((folder / "test-best.json").read_text())
     best = max(log, key=lambda line: line["test_acc1"])
     assert result["top1"] == best["test_acc1"] and result["top5"] == best["test_acc5"]
     assert result["loss"] == best["test_loss"] and f"top-1 {result['top1']:.2f} %" in done.stdout
@@ -94,7 +95,7 @@ def test_two_ranks(tmp_path, launcher):
     for number in (1, 2):
         path = tmp_path / "two" / "best.pth"
         script("cifar10", "test", *SMALL, "--checkpoint", path, ranks=number, launcher=launcher)
-        result = json.loads((tmp_path / "two" / "test.json").read_text())
+        result = json.loads((tmp_path / "two" / "test-best.json").read_text())
         assert (result["top1"], result["loss"]) == (best["test_acc1"], best["test_loss"])
 
 
@@ -133,21 +134,23 @@ def test_folders(tmp_path):
     def opened(**settings):
         cfg = resolve("--output", tmp_path, "--experiment", "a")
         vars(cfg).update({name: str(value) for name, value in settings.items()})
-        folder, resume = cifar10.checkpoint.open_run(cfg, cfg.output)
+        folder, resume = cifar10.runs.open_run(cfg, cfg.output)
         return folder.name, resume and str(resume.relative_to(tmp_path))
 
-    def make(name, *files):
+    def make(name, *files, experiment="a"):
         (tmp_path / name).mkdir(exist_ok=True)
-        for file in ("args.yaml", *files):
+        for file in files:
             (tmp_path / name / file).touch()
+        (tmp_path / name / "args.yaml").write_text(f"experiment: {experiment}\n")
 
     assert opened() == opened(resume="auto") == ("a", None) and not list(tmp_path.iterdir())
     make("a")  # ended before its first checkpoint
     assert opened() == ("a-2", None) and opened(resume="auto") == ("a", None)
     make("a", "last.pth", "best.pth")
     assert opened() == ("a-2", None) and opened(resume="auto") == ("a", "a/last.pth")
-    make("a-b", "last.pth")
-    make("b", "last.pth")
+    make("a-b", "last.pth", experiment="a-b")
+    make("a-384", "last.pth", experiment="a-384")  # another experiment, whose name ends in a number
+    make("b", "last.pth", experiment="b")
     os.utime(tmp_path / "a" / "last.pth", (1, 1))
     assert opened(resume="auto") == ("a", "a/last.pth")
     make("a-2", "last.pth")
@@ -160,17 +163,17 @@ def test_folders(tmp_path):
 def test_log_with_a_torn_line(tmp_path):
     lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
     (tmp_path / "log.txt").write_text("\n".join([*lines, '{"epoch": 4, "lr']))
-    log, _ = cifar10.checkpoint.open_log(tmp_path, 3)
-    assert log.read_text().splitlines() == lines[:3]
+    log = cifar10.runs.RunLog(tmp_path, 3, 0)
+    assert log.path.read_text().splitlines() == lines[:3]
 
 
 def test_failed_resume_changes_nothing(trained_on_digits):
     folder, _ = trained_on_digits
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
     args = [*RANDOM, "--output", folder.parent, "--experiment", "whole", "--resume", "auto"]
-    one_line(script("cifar10", "train", *args, "--dim", 32, check=False), "another architecture")
+    one_line(script("cifar10", "train", *args, "--dim", 32, check=False), "dim is 32", "of dim 16")
     one_line(script("cifar10", "train", *args, "--opt", "sgd", check=False), "last.pth", "adamw", "sgd")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
 def test_resume_on_another_number_of_ranks(tmp_path):
@@ -211,12 +214,18 @@ def test_signal_during_evaluation(trained_on_digits, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [64, 1024])
-def test_divergence(tmp_path, batch):
+def test_divergence(tmp_path, batch, monkeypatch):
     """In the middle of an epoch, and in its only step, when no loss shows it yet."""
+    for name in ("lr", "min_lr", "weight_decay"):  # more than the keys allow
+        key = dataclasses.replace(cifar10.options.KEYS[name], high=1e38)
+        monkeypatch.setitem(cifar10.options.KEYS, name, key)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
     args = [*SMALL, "--output", tmp_path, "--batch-size", batch, "--warmup-epochs", 0, "--experiment", "wild"]
     script("cifar10", "train", *args, "--epochs", 1)
     before = (tmp_path / "wild" / "last.pth").read_bytes()
     wild = ["--lr", "1e38", "--min-lr", "1e38", "--weight-decay", "1e3", "--opt", "sgd", "--no-resume-opt"]
-    done = script("cifar10", "train", *args, *wild, "--epochs", 2, "--resume", "auto", check=False)
-    one_line(done, "step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")
+    with pytest.raises(cifar10.config.UserError) as error:
+        cifar10.train.main([*map(str, [*args, *wild, "--epochs", 2, "--resume", "auto"])])
+    words = ("step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")
+    assert all(word in str(error.value) for word in words), error.value
     assert (tmp_path / "wild" / "last.pth").read_bytes() == before

@@ -204,14 +204,14 @@ def test_paths_are_expanded(yml_of, monkeypatch):
     assert "UNSET:-x is not set" in fault("--data-dir", "${UNSET:-x}")
     assert "no home folder '~nobody-of-this-name'" in fault("--data-dir", "~nobody-of-this-name/x")
     paths = {name for name, key in KEYS.items() if key.kind is Path}
-    assert paths == {"data_dir", "output", "resume", "initial_checkpoint", "checkpoint"}
+    assert paths == {"data_dir", "output", "resume", "finetune", "checkpoint"}
 
 
 ALIASES = {  # one thing under the names of all folders
     "cifar10": "T time_step, data_path data_dir, num_workers workers, nb_classes num_classes, "
-    "output_dir output, print_freq log_interval, finetune initial_checkpoint",
+    "output_dir output, print_freq log_interval, initial_checkpoint finetune",
     "dvs128-gesture": "time_step T, data_dir data_path, num_workers workers, "
-    "nb_classes num_classes, output output_dir, log_interval print_freq, finetune initial_checkpoint, eval test_only",
+    "nb_classes num_classes, output output_dir, log_interval print_freq, initial_checkpoint finetune, eval test_only",
     "imagenet": "T time_step, data_dir data_path, workers num_workers, num_classes nb_classes, "
     "output output_dir, print_freq log_interval, initial_checkpoint finetune, test_only eval, "
     "img_size input_size",

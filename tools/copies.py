@@ -31,6 +31,8 @@ SAME = (
     "runtime.py",
     "engine.py",
     "checkpoint.py",
+    "weights.py",
+    "runs.py",
     "firing.py",
     "energy.py",
     "attend.py",

@@ -1,0 +1,184 @@
+"""From configuration and checkpoint to a model on this rank's device."""
+
+from pathlib import Path
+
+import timm
+import torch
+
+import data
+import model as models
+import options
+from checkpoint import load_checkpoint, load_weights, resolve_semantics
+from config import UserError
+from engine import evaluate, make_autocast
+from fused import available
+from lif import resolve_backend
+from runs import shown, write_result
+from runtime import logger
+from weights import architecture, steps_of
+
+# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
+# those of the split, in which a difference would test on samples of the training.
+SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
+NETWORK = ("T", "num_heads", "attention")
+INPUT = ("val_batch_size",)
+SPLIT = []
+
+
+# Copied from cifar10/build.py with data_dir->data_path
+def settle(cfg, given, checkpoint, path, finetune=False):
+    """Take from a checkpoint what defines its network and, unless it is to be fine-tuned, its input and its split.
+
+    A flag, or a yml that was named or edited since, goes over it, with a line in the log that has both values.
+    UserError where that can't be what is meant, since weights would not fit or training samples be tested.
+    """
+    recorded = read_config(checkpoint, path)
+    for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):
+        if name not in recorded or (finetune and name == "num_classes"):
+            continue
+        value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
+        fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
+        if origin is None or said == value:
+            setattr(cfg, name, value)
+        elif fixed:
+            raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")
+        else:
+            logger.info(f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used")
+    place = recorded.get("data_path")
+    if not finetune and place and what_was_said("data_path", given, checkpoint)[1] is None and Path(place).is_dir():
+        cfg.data_path = place
+
+
+# Copied from cifar10/build.py
+def what_was_said(name, given, checkpoint):
+    """(value, origin) of a key that was set for this call; (None, None) if it was not.
+
+    A yml counts where -c named it, or where the run was trained with it; a value that it had then already does not,
+    because a flag may have gone over it.
+    """
+    then = checkpoint.get("given") if isinstance(checkpoint.get("given"), dict) else {}
+    if name in given.flags:
+        return given.flags[name], "command line"
+    if name in given.yml and (given.named or given.file == then.get("file")):
+        trained_with_it = given.file == then.get("file")
+        if not trained_with_it or then.get("yml", {}).get(name) != given.yml[name]:
+            return given.yml[name], given.file
+    return None, None
+
+
+# Copied from cifar10/build.py with time_step->T, data_dir->data_path
+def read_config(checkpoint, path):
+    """{key: value} that a checkpoint tells of its network, input and split: what it records and what shapes tell."""
+    recorded = {}
+    if isinstance(checkpoint.get("config"), dict):
+        for name, value in checkpoint["config"].items():
+            if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_path"):
+                try:
+                    recorded[name] = options.KEYS[name].convert(value)
+                except ValueError as wanted:
+                    raise UserError(f"{path}: damaged: its {name} is {value!r}; it must be {wanted}") from None
+        if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
+            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get("batch_size")
+        else:
+            recorded.pop("val_batch_size", None)
+    elif (steps := steps_of(checkpoint, path)) is not None:
+        recorded["T"] = steps
+    return {**recorded, **read_shapes(checkpoint["model"], path, recorded)}
+
+
+# Copied from cifar10/build.py with "CIFAR"->"event data"
+def read_shapes(weights, path, recorded):
+    """{key: value} of what the shapes of weights tell, and what is recorded where both agree."""
+    net = architecture(weights, path, "event data", models.QKFormer)
+    ratio = recorded.get("mlp_ratio", net.mlp_ratio)
+    if int(net.dim * ratio) != int(net.dim * net.mlp_ratio):
+        ratio = net.mlp_ratio
+    kinds = recorded.get("attention", net.attention)
+    if not same_shapes(kinds, net.attention):
+        kinds = net.attention
+    classes = {} if net.classes is None else {"num_classes": net.classes}
+    return {"model": net.family, "layer": net.layer, "dim": net.dim, "mlp_ratio": ratio, "attention": kinds, **classes}
+
+
+# Copied from cifar10/build.py
+def same_shapes(one, other):
+    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel" are alike."""
+    return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
+
+
+def build_model(cfg, cross_sample_lif, ranks):
+    """The configuration's model, on this rank's device."""
+    if cfg.compile and cfg.checkpoint_stages:
+        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
+    names = timm.list_models(module=models.__name__)
+    if cfg.model not in names:
+        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(names)}")
+    try:
+        resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
+        if cfg.fused:
+            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
+        model = timm.create_model(
+            cfg.model,
+            T=cfg.T,
+            img_size_h=data.HEIGHT,
+            img_size_w=data.WIDTH,
+            num_classes=cfg.num_classes,
+            embed_dims=cfg.dim,
+            num_heads=cfg.num_heads,
+            mlp_ratios=cfg.mlp_ratio,
+            depths=cfg.layer,
+            attention=tuple(cfg.attention),
+            drop_path=cfg.drop_path,
+            cross_sample_lif=cross_sample_lif,
+            backend=cfg.backend,
+            fused=cfg.fused,
+            checkpoint_stages=cfg.checkpoint_stages,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+    model = model.to(ranks.device)
+    if cfg.compile:
+        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+    return model
+
+
+# Copied from cifar10/build.py
+def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
+    """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
+
+    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a line says so.
+    """
+    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    logger.info(semantics)
+    model = build_model(cfg, cross_sample_lif, ranks)
+    if checkpoint and new_head:
+        weights = checkpoint["model"]
+        classes = weights["head.weight"].shape[:1] if "head.weight" in weights else None
+        if classes == (cfg.num_classes,):
+            head = "its head fits and is kept"
+        else:
+            had = "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            head = f"has {had}, but num_classes is {cfg.num_classes}; a new one is initialised"
+            checkpoint = {**checkpoint, "model": {**weights, **model.head.state_dict(prefix="head.")}}
+        load_weights(model, checkpoint, path)
+        logger.info(f"{path}: {head}")
+    elif checkpoint:
+        load_weights(model, checkpoint, path)
+    return model, cross_sample_lif
+
+
+# Copied from cifar10/build.py with images/s->samples/s
+def measure(cfg, given, ranks, path):
+    """Metrics of a checkpoint on the test set, in a line and in test-NAME.json beside it."""
+    checkpoint = load_checkpoint(path, cfg.use_ema)
+    settle(cfg, given, checkpoint, path)
+    model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path)
+    dataset = data.build_dataset(cfg, False, ranks)
+    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
+    logger.info(
+        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
+        f"{metrics.images_per_second:.0f} samples/s"
+    )
+    result = {"checkpoint": str(path), **metrics._asdict(), "cross_sample_lif": cross_sample_lif}
+    ranks.from_main(lambda: write_result(path, result))
+    return metrics

@@ -1,0 +1,291 @@
+"""From a checkpoint to the network that it holds: configuration, architecture, layouts of files, heads, averages."""
+
+import json
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from conftest import ROOT, load, log_of, same, weights_of
+from on_digits import RANDOM, SMALL, cifar10
+
+UserError = cifar10.config.UserError
+FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
+NETS = [(folder, "QKFormer") for folder in FOLDERS] + [(f, "MSQKFormer") for f in ("cifar10", "cifar100", "imagenet")]
+
+
+def call(main, capsys, *argv):
+    """What main() printed, and its UserError as the scripts print it."""
+    capsys.readouterr()
+    try:
+        main([*map(str, argv)])
+        return capsys.readouterr().out
+    except UserError as error:
+        return capsys.readouterr().out + f"error: {error}"
+
+
+# What a run was trained with --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_tested_as_it_was_trained(trained_on_digits, tmp_path, capsys):
+    """T, heads, width, data set and size come from the checkpoint, whatever the yml of this call says of them."""
+    folder = trained_on_digits[0]
+    best = max(log_of(folder), key=lambda line: line["test_acc1"])
+    path, result = folder / "best.pth", folder / "test-best.json"
+    for flags in ((), ("-c", "quickstart.yml")):
+        text = call(cifar10.test.main, capsys, "--checkpoint", path, "--workers", 0, *flags)
+        measured = json.loads(result.read_text())
+        assert (measured["top1"], measured["loss"]) == (best["test_acc1"], best["test_loss"])
+        assert "time_step" not in text and "error" not in text
+
+    # a flag, an edited yml and another yml go over it, with a line; not where weights could not fit
+    edited = tmp_path / "quickstart.yml"
+    edited.write_text(yaml.safe_dump({"base": str(ROOT / "cifar10" / "quickstart.yml"), "time_step": 3}))
+    other = tmp_path / "other.yml"
+    other.write_text(yaml.safe_dump({"mean": [0.1, 0.2, 0.3], "workers": 0}))
+    for flags, origin, name, said, had in (
+        (("--time-step", 3), "command line", "time_step", 3, 2),
+        (("-c", edited), "quickstart.yml", "time_step", 3, 2),
+        (("-c", other), "other.yml", "mean", [0.1, 0.2, 0.3], None),
+        (("--attention", "channel", "token", "ssa"), "command line", "attention", ["channel", "token", "ssa"], None),
+    ):
+        text = call(cifar10.test.main, capsys, "--checkpoint", path, "--workers", 0, *flags)
+        line = next(line for line in text.splitlines() if f"{name} is" in line)
+        assert line.startswith(f"{origin}: {name} is {said}, but") and line.endswith(f"{said} is used"), text
+        assert had is None or f"trained with {had}" in line
+        assert json.loads(result.read_text())["loss"] != best["test_loss"]
+    for name, value in {
+        "dim": 32,
+        "layer": 4,
+        "num_classes": 7,
+        "mlp_ratio": 2.5,
+        "attention": ["ssa", "token", "ssa"],
+    }.items():
+        flags = [f"--{name}", *(value if isinstance(value, list) else [value])]
+        text = call(cifar10.test.main, capsys, "--checkpoint", path, *flags)
+        assert text.splitlines()[-1].startswith(f"error: command line: {name} is {value}, but {path} is of {name} "), (
+            text
+        )
+
+
+def test_split_of_the_training_stays():
+    folder = load("cifar10-dvs")
+    cfg, _, given = folder.config.load_config(
+        folder.options.KEYS, folder.options.NO_EFFECT, folder.options.DEFAULT_CONFIG, ["--split_seed", "5"]
+    )
+    model = folder.model.QKFormer(embed_dims=32, num_heads=2)
+    checkpoint = {"model": model.state_dict(), "config": {**vars(resolve_of(folder)), "split_seed": 7}}
+    with pytest.raises(folder.config.UserError, match=r"split_seed is 5, but a\.pth is of split_seed 7"):
+        folder.build.settle(cfg, given, checkpoint, "a.pth")
+    cfg, _, given = folder.config.load_config(
+        folder.options.KEYS, folder.options.NO_EFFECT, folder.options.DEFAULT_CONFIG, []
+    )
+    folder.build.settle(cfg, given, checkpoint, "a.pth")
+    assert (cfg.split_seed, cfg.dim, cfg.mlp_ratio) == (7, 32, 1)
+
+
+def resolve_of(folder, *argv):
+    options = folder.options
+    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*argv])[0]
+
+
+# What shapes tell -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "family"), NETS)
+def test_architecture_is_read_off_the_shapes(name, family):
+    """Another width, depth, ratio and attention than the defaults, of every model."""
+    folder, events = load(name), "dvs" in name
+    module = folder.ms if family.startswith("MS") else folder.model
+    make = getattr(module, family if name != "imagenet" else f"{family}_10_384")
+    kinds = ("ssa", "token") if events else ("ssa", "token", "ssa")
+    for dim, extra, ratio, classes, kind in ((48, 1, 2.5, 7, kinds), (64, 0, 4, 10, ("token",) * len(kinds))):
+        depth = {True: 2, False: 4 if name == "imagenet" else 3}[events] + extra
+        options = {"embed_dims": dim, "num_heads": 4, "mlp_ratios": ratio, "num_classes": classes}
+        model = make(depths=depth, attention=kind, **options)
+        read = folder.build.read_shapes(model.state_dict(), "a.pth", {})
+        names = ("layer", "dim", "attention", "nb_classes" if name == "imagenet" else "num_classes")
+        assert [read[key] for key in names] == [depth, dim, list(kind), classes], read
+        assert read["model"].startswith(family)
+        again = make(depths=depth, attention=kind, **{**options, "mlp_ratios": read["mlp_ratio"]})
+        shapes = [(key, value.shape) for key, value in again.state_dict().items()]
+        assert shapes == [(key, value.shape) for key, value in model.state_dict().items()]
+
+
+def test_weights_of_another_folder():
+    """Each folder names the architecture of the others' weights."""
+    small = {"embed_dims": 32, "num_heads": 2}
+    imagenet, events = load("imagenet"), load("cifar10-dvs")
+    for folder, weights, words in (
+        (cifar10, imagenet.model.QKFormer_10_384(**small), "QKFormer for ImageNet"),
+        (cifar10, imagenet.ms.MSQKFormer_10_384(**small), "MSQKFormer for ImageNet"),
+        (cifar10, events.model.QKFormer(**small), "QKFormer for event data"),
+        (imagenet, cifar10.model.QKFormer(**small), "QKFormer for CIFAR"),
+        (events, cifar10.ms.MSQKFormer(**small), "MSQKFormer for CIFAR"),
+    ):
+        with pytest.raises(folder.config.UserError, match=rf"a.pth: {words}, another architecture than this folder's"):
+            folder.build.read_shapes(weights.state_dict(), "a.pth", {})
+
+
+def test_weights_of_another_network():
+    weights = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict()
+    with pytest.raises(UserError, match=r"\d+ keys begin with `backbone.`.* without it they would fit"):
+        cifar10.build.read_shapes({f"backbone.{name}": value for name, value in weights.items()}, "a.pth", {})
+    other = {"layer1.0.conv1.weight": torch.ones(2), "fc.weight": torch.ones(3), "layer1.0.bn1.weight": torch.ones(2)}
+    with pytest.raises(UserError) as error:
+        cifar10.build.read_shapes(other, "a.pth", {})
+    assert all(word in str(error.value) for word in ("`layer1.`", "HST", "3 are unknown", "layer1.0.conv1", "missing"))
+
+
+def test_T_of_a_file(capsys):
+    import argparse
+
+    steps_of = cifar10.weights.steps_of
+    for args in (argparse.Namespace(time_step=6), {"time_step": 6}, argparse.Namespace(T=6)):
+        assert steps_of({"args": args}, "ms_qk_10-384_T4.pth.tar") == 6
+    assert steps_of({"args": argparse.Namespace(time_step="6")}, "ms_qk_10-384_T4.pth.tar") == 4
+    assert steps_of({}, "a/ms_qk_10-768_T1.pth.tar") == 1
+    assert steps_of({}, "weights.pth") is None
+
+
+# Layouts of files -------------------------------------------------------------------------------------------------
+
+
+def layouts(weights):
+    """{name: content} of the ways in which others save weights."""
+
+    def prefixed(prefix):
+        return {prefix + name: value for name, value in weights.items()}
+
+    lacking = {name: value for name, value in weights.items() if "num_batches" not in name}
+    return {
+        "bare": weights,
+        "ddp": {"state_dict": prefixed("module.")},
+        "compiled": {"model": prefixed("_orig_mod.")},
+        "both": prefixed("module._orig_mod."),
+        "lightning": {"state_dict": prefixed("model."), "pytorch-lightning_version": "2.5", "epoch": 3},
+        "deepspeed": {"module": weights, "dp_world_size": 8},
+        "net": {"net": weights, "acc": 93.1, "epoch": 7},
+        "ema only": {"state_dict_ema": prefixed("module.")},
+        "counted": {"model": {**weights, "total_ops": torch.zeros(1), "stage1.0.total_params": torch.zeros(1)}},
+        "old": {"model": lacking},
+    }
+
+
+def test_layouts(tmp_path, capsys):
+    weights = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict()
+    paths = []
+    for name, content in layouts(weights).items():
+        paths.append(tmp_path / f"{name}.pth")
+        torch.save(content, paths[-1])
+    paths.append(tmp_path / "weights.safetensors")
+    safetensors.torch.save_file(weights, paths[-1])
+    for path in paths:
+        loaded = cifar10.checkpoint.load_checkpoint(path)
+        model = cifar10.model.QKFormer(embed_dims=32, num_heads=2)
+        cifar10.checkpoint.load_weights(model, loaded, path)
+        assert same(model.state_dict(), weights), path
+
+
+def test_damaged_weights(tmp_path):
+    """An entry that is no finite number of a plain tensor is named."""
+    weights, path = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(), tmp_path / "a.pth"
+    name = "stage1.0.mlp.mlp1_bn.running_var"
+    value = weights[name]
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with_nan, with_inf = value.clone(), value.clone()
+    with_nan[3], with_inf[0] = float("nan"), float("inf")
+    wrong = [with_nan, with_inf, value.int(), value.bool(), value.cfloat(), value.to_sparse(), value.to("meta"), nested]
+    for bad in [*wrong, "text", 3.0]:
+        torch.save({"model": {**weights, name: bad}}, path)
+        with pytest.raises(UserError, match=r"a\.pth"):
+            cifar10.checkpoint.load_checkpoint(path)
+    for bad in wrong[:5]:
+        torch.save({"model": {**weights, name: bad}}, path)
+        with pytest.raises(UserError, match=name):
+            cifar10.checkpoint.load_checkpoint(path)
+
+
+def test_flipped_bits(tmp_path):
+    """A bit that flips in a file is never loaded as another weight."""
+    weights, path = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(), tmp_path / "a.pth"
+    torch.save({"model": weights}, path)
+    whole, generator, loaded = path.read_bytes(), torch.Generator().manual_seed(0), 0
+    for at in torch.randint(len(whole) * 8, (80,), generator=generator).tolist():
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            read = cifar10.checkpoint.load_checkpoint(path)["model"]
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            loaded += 1
+            assert same(read, weights), at
+    assert loaded < 40  # most bits are weights'
+
+
+# Starting from weights, averages ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Calls main() of cifar10/train.py and gives what it printed; this process keeps its signal handlers."""
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    return lambda *argv: call(cifar10.train.main, capsys, *SMALL, "--workers", 0, *argv)
+
+
+def test_finetune(trained_on_digits, tmp_path, train):
+    """A head that fits is kept, another is new; the rest of the weights and T are the checkpoint's."""
+    path = trained_on_digits[0] / "last.pth"
+    still = ("--epochs", 1, "--cooldown-epochs", 0, "--warmup-epochs", 0, "--lr", 1e-9, "--min-lr", 0)
+    for classes, words in ((10, "its head fits and is kept"), (12, "a head of 10 classes, but num_classes is 12")):
+        name = f"tuned{classes}"
+        flags = ("--finetune", path, "--num-classes", classes, "--output", tmp_path, "--experiment", name)
+        text = train(*still, *flags)
+        assert words in text and "T = 2" in text, text
+        old, new = weights_of(path), weights_of(tmp_path / name / "last.pth")
+        assert torch.allclose(old["stage3.0.ssa.q_conv.weight"], new["stage3.0.ssa.q_conv.weight"], atol=1e-6)
+        assert (new["head.weight"].shape == (classes, 16)) and (
+            (new["head.weight"][:10] - old["head.weight"]).abs().max() < 1e-6
+        ) == (classes == 10)
+    text = train("--initial-checkpoint", path, "--dim", 32, "--output", tmp_path, "--experiment", "x")
+    assert text.splitlines()[-1].startswith("error: command line: dim is 32"), text
+
+
+def test_averaged_weights(tmp_path, train, monkeypatch):
+    """Kept, tested and saved; a run that goes on in a new folder ends with the same ones, and takes its best along."""
+    save, first = cifar10.train.save_checkpoint, tmp_path / "first" / "last.pth"
+    first.parent.mkdir()
+
+    def saves(state, path):
+        save(state, path)
+        if state["epoch"] == 0:
+            save(state, first.with_name(path.name))
+
+    monkeypatch.setattr(cifar10.train, "save_checkpoint", saves)
+    flags = (*RANDOM[len(SMALL) :], "--workers", 0, "--output", tmp_path, "--epochs", 2, "--cooldown-epochs", 0)
+    flags = (*flags, "--model-ema", "--model-ema-decay", 0.9, "--experiment", "run")
+    assert "averaged weights" in train(*flags)
+    train(*flags, "--resume", first)
+    whole, part = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("run", "run-2"))
+    assert same(whole["model_ema"], part["model_ema"]) and same(whole["model"], part["model"])
+    assert log_of(tmp_path / "run")[1:] == log_of(tmp_path / "run-2")
+    assert not torch.equal(whole["model_ema"]["head.weight"], whole["model"]["head.weight"])
+    assert (tmp_path / "run-2" / "best.pth").is_file()  # of the first epoch, or of the second
+
+    plain, averaged = (cifar10.checkpoint.load_checkpoint(tmp_path / "run" / "last.pth", ema) for ema in (False, True))
+    assert same(plain["model"], whole["model"]) and same(averaged["model"], whole["model_ema"])
+    del whole["model_ema"]
+    torch.save(whole, first)
+    with pytest.raises(UserError, match="no averaged weights"):
+        cifar10.checkpoint.load_checkpoint(first, use_ema=True)
+    # by hand: an average over one step
+    model = cifar10.model.QKFormer(T=1, embed_dims=16, num_heads=2)
+    average = cifar10.train.ModelEmaV3(model, decay=0.75)
+    old = model.head.weight.detach().clone()
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    average.update(model)
+    assert torch.allclose(average.module.head.weight, old + 0.25)
