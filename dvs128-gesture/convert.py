@@ -25,6 +25,7 @@ import numpy as np
 from spikingjelly import configure
 from tqdm import tqdm
 
+from archives import unpack
 from config import UserError
 
 logger = logging.getLogger("qkformer")
@@ -148,7 +149,11 @@ def make_events(found, work, reader, suffixes):
         folder.mkdir()
     origins = {}  # of a recording, by its name without the suffix: what the user knows it by
     for name, source in found.items():
-        content = source if source.is_dir() else unpack(source, work, reader) / name
+        content = source
+        if not source.is_dir():
+            with stage("extracting", source, extract, lambda source=source: source):
+                unpack(source, extract)
+            content = extract / name
         paths = [path for path in content.glob("[!.]*") if path.suffix in suffixes]
         own = {path.stem: path for path in paths if path.suffix == ".aedat"}
         if not own:
@@ -168,17 +173,6 @@ def make_events(found, work, reader, suffixes):
         reader.create_raw_from_extracted(recordings, events)
     shutil.rmtree(extract)  # frames need the room
     check(events, reader, origins)
-
-
-def unpack(archive, work, reader):
-    """The folder that an archive is extracted to."""
-    download, extract = work / "download", work / "extract"
-    download.mkdir()
-    (download / archive.name).symlink_to(archive)
-    with stage("extracting", archive, extract, lambda: archive):
-        reader.extract_downloaded_files(download, extract)
-    shutil.rmtree(download)
-    return extract
 
 
 def origin(sample, origins):
@@ -243,7 +237,7 @@ def stage(title, source, target, blame, total=None):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in PLACE_ERRORS:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in PLACE_ERRORS):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if isinstance(error, OSError) and error.filename:

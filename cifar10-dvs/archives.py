@@ -1,0 +1,46 @@
+# Copied from dvs128-gesture/archives.py
+"""Downloaded archives: unpacked into one folder and nowhere else, and checked to their last byte."""
+
+import gzip
+import stat
+import tarfile
+import zipfile
+
+from config import UserError
+
+
+def unpack(archive, folder):
+    """Unpack a .tar.gz or .zip. UserError for what could write elsewhere; what is damaged raises too."""
+    if not archive.is_file():  # a pipe would never end
+        raise UserError(f"{archive} is not a file")
+    (unpack_zip if archive.suffix == ".zip" else unpack_tar)(archive, folder)
+
+
+def unpack_tar(archive, folder):
+    with gzip.open(archive) as file:
+        with tarfile.open(fileobj=file, mode="r|") as tar:
+            for member in tar:
+                check(archive, member.name, member.isreg() or member.isdir())
+                tar.extract(member, folder, filter="data")
+        while file.read(2**20):  # gzip's checksum is at its end, behind that of the tar
+            pass
+
+
+def unpack_zip(archive, folder):
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            check(archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            file.extract(member, folder)  # checks its checksum
+
+
+def check(archive, name, plain):
+    """UserError for a member that is a link or a device, or whose name leads out of the folder."""
+    parts = name.replace("\\", "/").split("/")
+    if not plain:
+        wrong = "neither a file nor a folder"
+    elif parts[0] == "" or ".." in parts or parts[0].endswith(":"):
+        wrong = "outside of the folder"
+    else:
+        return
+    raise UserError(f"{archive} is refused: {name!r} in it is {wrong}; get the published archive")
