@@ -10,6 +10,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import Subset
 from torchvision.datasets import DatasetFolder
 
+import shapes
 from augment import augment
 from config import UserError
 from convert import prepare
@@ -27,12 +28,15 @@ TRAIN_SHARE = 0.9
 
 def build_dataset(cfg, train, ranks):
     """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
-    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
+    root = cfg.data_path
+    if cfg.dataset == "shapes":
+        root = ranks.from_main(lambda: shapes.prepare(root))
+    frames = ranks.from_main(lambda: prepare(root, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames, train)
     classes = dataset.classes
     dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
     dataset.classes = classes
-    report(len(dataset), train)
+    report(len(dataset), train, cfg.dataset != "shapes")
     return dataset
 
 
@@ -89,11 +93,12 @@ def load_frames(path, T):
 
 
 # Copied from dvs128-gesture/data.py
-def report(samples, train):
+def report(samples, train, published=True):
     kind = "training" if train else "test"
     if samples == 0:
         raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
-    note = "" if samples == SAMPLES[train] else f" (warning: the published data set has {SAMPLES[train]:,})"
+    other = published and samples != SAMPLES[train]
+    note = f" (warning: the published data set has {SAMPLES[train]:,})" if other else ""
     logger.info(f"{samples:,} {kind} samples{note}")
 
 

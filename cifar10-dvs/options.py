@@ -41,6 +41,8 @@ MODEL = {
 }
 
 DATA = {
+    "dataset": Key(str, "cifar10-dvs", "shapes: recordings that are made in data_path and need no "
+        "download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data",
         "folder whose download/ has the recordings; the frames are made beside that",
         aliases=("data_dir",)),
@@ -161,7 +163,6 @@ KEYS = grouped(
 NO_EFFECT = {
     "patience_epochs": "there is no sched: plateau",
     "connect_f": "spikes are added, as in the published run",
-    "dataset": "this folder is the data set",
     "dist_url": "torchrun and torch.distributed.launch say where rank 0 is",
     "epoch_repeats": "an epoch is one pass over the data",
     "tb": "TensorBoard's events are always written",

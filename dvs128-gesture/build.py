@@ -21,7 +21,7 @@ from weights import architecture, steps_of
 # those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
 NETWORK = ("T", "num_heads", "attention")
-INPUT = ("val_batch_size",)
+INPUT = ("dataset", "val_batch_size")
 SPLIT = []
 
 

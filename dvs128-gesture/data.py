@@ -8,6 +8,7 @@ from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from timm.data.mixup import Mixup, mixup_target
 from torchvision.datasets import DatasetFolder
 
+import shapes
 from augment import augment
 from config import UserError
 from convert import prepare
@@ -24,9 +25,12 @@ SAMPLES = {True: 1176, False: 288}  # in training, in testing
 
 def build_dataset(cfg, train, ranks):
     """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
-    frames = ranks.from_main(lambda: prepare(cfg.data_path, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE))
+    root = cfg.data_path
+    if cfg.dataset == "shapes":
+        root = ranks.from_main(lambda: shapes.prepare(root))
+    frames = ranks.from_main(lambda: prepare(root, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
-    report(len(dataset), train)
+    report(len(dataset), train, cfg.dataset != "shapes")
     return dataset
 
 
@@ -61,11 +65,12 @@ def load_frames(path, T):
     return frames
 
 
-def report(samples, train):
+def report(samples, train, published=True):
     kind = "training" if train else "test"
     if samples == 0:
         raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
-    note = "" if samples == SAMPLES[train] else f" (warning: the published data set has {SAMPLES[train]:,})"
+    other = published and samples != SAMPLES[train]
+    note = f" (warning: the published data set has {SAMPLES[train]:,})" if other else ""
     logger.info(f"{samples:,} {kind} samples{note}")
 
 

@@ -24,7 +24,7 @@ from weights import architecture, steps_of
 # those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "nb_classes")
 NETWORK = ("time_step", "num_heads", "attention")
-INPUT = ("input_size", "val_batch_size")
+INPUT = ("dataset", "input_size", "val_batch_size")
 SPLIT = []
 Released = namedtuple("Released", "model input_size top1 batch")  # top-1 in % of the paper, measured with that batch
 
@@ -229,7 +229,7 @@ def load_tested(cfg, given, ranks, path):
 def measure(cfg, given, ranks, path):
     """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
     model, cross_sample_lif, published = load_tested(cfg, given, ranks, path)
-    dataset, _ = data.build_dataset(cfg, train=False)
+    dataset, _ = data.build_dataset(cfg, False, ranks)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import photos
 from config import UserError
 from engine import BatchLoader, test_batches, train_batches
 from images import BadImage, list_images, list_split, read_image
@@ -101,12 +102,15 @@ def build_transform(cfg, train):
         raise UserError(f"aa is {cfg.aa!r}, which timm does not take: {error}") from None
 
 
-def build_dataset(cfg, train):
+def build_dataset(cfg, train, ranks):
     """(Images of data_path/train or data_path/val, names of the classes); UserError if not nb_classes."""
-    samples, classes = list_split(cfg.data_path, train)
+    root = cfg.data_path
+    if cfg.dataset == "photos":
+        root = ranks.from_main(lambda: photos.prepare(root))
+    samples, classes = list_split(root, train)
     if len(classes) != cfg.nb_classes:
         raise UserError(
-            f"nb_classes is {cfg.nb_classes}, but {cfg.data_path} has {len(classes)} classes: "
+            f"nb_classes is {cfg.nb_classes}, but {root} has {len(classes)} classes: "
             f"--nb_classes {len(classes)} takes them"
         )
     return Images(samples, build_transform(cfg, train), cfg.on_bad_image == "skip", train, classes), classes

@@ -41,8 +41,8 @@ class Trainer:
     def __init__(self, cfg, given, ranks, stop, folder, model, cross_sample_lif):
         self.cfg, self.given, self.ranks, self.stop, self.folder = cfg, given, ranks, stop, folder
         self.model, self.cross_sample_lif = model, cross_sample_lif
-        self.train_set, self.classes = data.build_dataset(cfg, train=True)
-        self.test_set, test_classes = data.build_dataset(cfg, train=False)
+        self.train_set, self.classes = data.build_dataset(cfg, True, ranks)
+        self.test_set, test_classes = data.build_dataset(cfg, False, ranks)
         if self.classes != test_classes:
             other = sorted(set(self.classes) ^ set(test_classes))[0]
             raise UserError(f"{cfg.data_path}: train/ and val/ are of different classes; only one has {other}")

@@ -1,4 +1,4 @@
-"""What the tests of imagenet/ share: a narrow model, photographs for it (photos.py), and runs with them."""
+"""What the tests of imagenet/ share: a narrow model, photographs for it (imagenet/photos.py), and runs with them."""
 
 import argparse
 import contextlib
@@ -6,13 +6,13 @@ import os
 import signal
 from pathlib import Path
 
-import photos
 import pytest
 import torch
 import yaml
 from conftest import ROOT, load, script, start
 
 imagenet = load("imagenet")
+photos = imagenet.photos
 CPU = imagenet.runtime.Ranks("cpu")
 UserError = imagenet.config.UserError
 NARROW = {  # HST-5-64 at 32 x 32

@@ -6,11 +6,10 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import photos
 import pytest
 import torch
 from conftest import Golden, log_of, same, script
-from on_photos import CPU, UserError, imagenet, release_file, resolve
+from on_photos import CPU, UserError, imagenet, photos, release_file, resolve
 from PIL import Image
 
 
