@@ -28,12 +28,14 @@ def test_table(tmp_path, model, size, paths):
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 
-def test_paths_compute_the_same():
-    models = load("imagenet").model
+@pytest.mark.parametrize(
+    ("name", "models"), [("QKFormer_10_384", load("imagenet").model), ("MSQKFormer", load("cifar10").ms)]
+)
+def test_paths_compute_the_same(name, models):
     x = torch.randn(2, 3, 32, 32).double()
     logits = []
     for path in ("fast", "plain", "release-like"):
-        model = bench.build("QKFormer_10_384", path, 2, models).eval()
+        model = bench.build(name, path, 2, models).eval()
         Golden.fill(model)
         with torch.no_grad():
             logits.append(model(x))

@@ -4,6 +4,7 @@ Usage:
     python tools/bench.py                                             # HST-10-384, batch 32 on a GPU, 2 on a CPU
     python tools/bench.py --published --json bench.json               # all models, growth with T, size and batch
     python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
+    python tools/bench.py --model cifar10 MSQKFormer --batch 16       # with and without membrane shortcuts
     python tools/bench.py --profile trace.json                        # PyTorch's profiler, for chrome://tracing
     python tools/bench.py --bytes                                     # bytes moved and saved, by parts of the model
 
@@ -39,8 +40,8 @@ from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGENET = ("QKFormer_10_384", "QKFormer_10_512", "QKFormer_10_768")
-FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")
+IMAGENET = tuple(f"{name}_10_{dim}" for name in ("QKFormer", "MSQKFormer") for dim in (384, 512, 768))
+FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")  # MSQKFormer is that of cifar10/
 EVENT = ("dvs128-gesture", "cifar10-dvs")
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
 # Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the default.
@@ -58,24 +59,26 @@ PUBLISHED = [
 
 @functools.cache
 def import_folder(folder):
-    """The module model.py of a folder, beside those of other folders."""
-    for module in ("model", "layer", "fused", "lif", "spikes"):
+    """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other folders."""
+    for module in ("model", "layer", "fused", "lif", "spikes", "ms", "preact"):
         sys.modules.pop(module, None)
     sys.path.insert(0, str(ROOT / folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm, that a model of this name is there already
-        models = importlib.import_module("model")
+        files = [name for name in ("model", "ms") if (ROOT / folder / f"{name}.py").exists()]
+        modules = {name: importlib.import_module(name) for name in files}
     sys.path.pop(0)
-    return models
+    return modules
 
 
 def import_models(name):
-    return import_folder("imagenet" if name in IMAGENET else name)
+    folder = "imagenet" if name in IMAGENET else "cifar10" if name == "MSQKFormer" else name
+    return import_folder(folder)["ms" if name.startswith("MS") else "model"]
 
 
 def build(name, path, T, models):
     """The module to time, or None where there is no such path for a model."""
-    entry = getattr(models, name if name in IMAGENET else "QKFormer")
+    entry = getattr(models, name if "QKFormer" in name else "QKFormer")
     if path == "spikingjelly":
         peer = getattr(qkformer, name.lower(), None)
         return peer(T=T) if peer else None
@@ -201,7 +204,7 @@ def measure(candidates, name, batch, T, size, rounds):
 
 
 def print_table(rows):
-    print(f"{'model':16} {'batch':>5} {'T':>3} {'size':>4}  {'':6}", end="")
+    print(f"{'model':17} {'batch':>5} {'T':>3} {'size':>4}  {'':6}", end="")
     print(f"{'path':13} {'images/s':>9} {'ms':>9} {'spread':>7} {'fast is':>8} {'memory MB':>10} {'fast has':>8}")
     for row in rows:
         same = ("model", "batch", "T", "size", "kind")
@@ -209,7 +212,7 @@ def print_table(rows):
         faster = f"{row['seconds'] / fast[0]['seconds']:7.2f}x" if fast else ""
         smaller = f"{100 * fast[0]['train_memory_mb'] / row['train_memory_mb']:6.0f} %" if fast else ""
         print(
-            f"{row['model']:16} {row['batch']:5} {row['T']:3} {row['size']:4}  {row['kind']:6}{row['path']:13} "
+            f"{row['model']:17} {row['batch']:5} {row['T']:3} {row['size']:4}  {row['kind']:6}{row['path']:13} "
             f"{row['images_per_second']:9.1f} {1000 * row['seconds']:9.1f} {100 * row['spread']:6.1f}% {faster:>8} "
             f"{row['train_memory_mb']:10.0f} {smaller:>8}"
         )
@@ -228,7 +231,7 @@ def configurations(arguments, on_gpu):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["QKFormer_10_384"], choices=(*IMAGENET, *FOLDERS))
+    parser.add_argument("--model", nargs="+", default=["QKFormer_10_384"], choices=(*IMAGENET, *FOLDERS, "MSQKFormer"))
     parser.add_argument("--batch", nargs="+", type=int, help="default: 32 on a GPU, 2 on a CPU")
     parser.add_argument("--T", nargs="+", type=int, help="default: 4; event models 16")
     parser.add_argument("--size", nargs="+", type=int, help="default: 224; CIFAR 32; event models 128")

@@ -142,7 +142,7 @@ def count(model, x, spikes):
 
 def table(name, models, x, T):
     """Rows {model, kind, path, moved_mb, saved_mb}, per image, of the release's way of computing and the fast one."""
-    entry = getattr(models, name if name.startswith("QK") else "QKFormer")
+    entry = getattr(models, name if "QKFormer" in name else "QKFormer")
     rows = []
     spikes = sys.modules[models.product.__module__]
     for path in ("release-like", "fast"):
