@@ -19,7 +19,7 @@ class MSTokenQKAttention(TokenQKAttention):
 
     def forward(self, x):
         x = self.attend(fire(x, self.proj_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.proj_lif)
 
 
 class MSChannelQKAttention(MSTokenQKAttention):
@@ -38,7 +38,7 @@ class MSSelfAttention(SpikingSelfAttention):
 
     def forward(self, x):
         x = self.attend(fire(x, self.x_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.x_lif)
 
 
 MS_ATTENTION = {"token": MSTokenQKAttention, "channel": MSChannelQKAttention, "ssa": MSSelfAttention}

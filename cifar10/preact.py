@@ -55,11 +55,11 @@ def identity(x):
 
 
 def conv_bn(x, conv, bn, lif, pool=False):
-    """Spikes [T, B, C, H, W] of the neuron `lif`, or images -> membrane inputs [T, B, C', H', W'].
+    """Spikes or images [T, B, C, H, W] -> membrane inputs [T, B, C', H', W'].
 
     Args:
         conv, bn: the layer's modules; to a Conv1d the H*W tokens are a line.
-        lif: says by its options whether the layer may run fused.
+        lif: a neuron in front; the layer runs fused where this neuron may, too.
         pool: 3x3 max-pool of stride 2 after BatchNorm.
     """
     if not layer.can_fuse(x, [conv], [bn], [lif]):

@@ -21,7 +21,7 @@ class MSTokenQKAttention(TokenQKAttention):
 
     def forward(self, x):
         x = self.attend(fire(x, self.proj_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.proj_lif)
 
 
 # Copied from cifar10/ms.py
@@ -42,7 +42,7 @@ class MSSelfAttention(SpikingSelfAttention):
 
     def forward(self, x):
         x = self.attend(fire(x, self.x_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.attn_lif)
+        return conv_bn(x, self.proj_conv, self.proj_bn, self.x_lif)
 
 
 # Copied from cifar10/ms.py
