@@ -211,7 +211,8 @@ ALIASES = {  # one thing under the names of all folders
     "cifar10": "T time_step, data_path data_dir, num_workers workers, nb_classes num_classes, "
     "output_dir output, print_freq log_interval, initial_checkpoint finetune",
     "dvs128-gesture": "time_step T, data_dir data_path, num_workers workers, "
-    "nb_classes num_classes, output output_dir, log_interval print_freq, initial_checkpoint finetune, eval test_only",
+    "nb_classes num_classes, output output_dir, log_interval print_freq, "
+    "initial_checkpoint finetune, eval test_only",
     "imagenet": "T time_step, data_dir data_path, workers num_workers, num_classes nb_classes, "
     "output output_dir, print_freq log_interval, initial_checkpoint finetune, test_only eval, "
     "img_size input_size",
@@ -334,7 +335,8 @@ def test_any_yml(place, lines):
     check("-c", place / "any.yml")
 
 
-FLAGS = st.sampled_from([f"--{spelled}" for name in ALL for spelled in (name, name.replace("_", "-"))])
+SPELLINGS = [*ALL, *(name.replace("_", "-") for name in ALL)]
+FLAGS = st.sampled_from([f"--{spelled}" for spelled in SPELLINGS])
 SHORT = st.sampled_from("-T -L -b -vb -j -d -data-dir -c --config".split())
 TOKENS = st.one_of(FLAGS, SHORT, TEXTS, st.tuples(FLAGS, TEXTS).map("=".join))
 
