@@ -41,8 +41,8 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, "dvs128-gesture", "shapes: recordings that are made in data_path and need no "
-        "download; any other word is the data set", flags=("-d",)),
+    "dataset": Key(str, "dvs128-gesture", "shapes: recordings that are made in data_path and need "
+        "no download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data",
         "folder whose download/ has the recordings; the frames are made beside that",
         aliases=("data_dir",)),

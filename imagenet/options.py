@@ -45,8 +45,9 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, "imagenet", "data set; photos, which are made in data_path, need no download",
-        flags=("-d",), choices=("imagenet", "photos")),
+    "dataset": Key(str, "imagenet",
+        "data set; photos, which are made in data_path, need no download", flags=("-d",),
+        choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
     "nb_classes": Key(int, 1000, "number of classes", aliases=("num_classes",),
