@@ -3,21 +3,21 @@
 
 from pathlib import Path
 
-import timm
 import torch
 
 import data
 import model as models
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
-from config import UserError
+from config import UserError, load_config
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
 from runs import shown, write_result
-from runtime import logger
+from runtime import Ranks, logger
 from weights import architecture, steps_of
 
+MODELS = {name: getattr(models, name) for name in models.__all__}  # those registered with timm
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
 # those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
@@ -111,15 +111,13 @@ def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
     if cfg.compile and cfg.checkpoint_stages:
         raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
-    names = timm.list_models(module=models.__name__)
-    if cfg.model not in names:
-        raise UserError(f"model is {cfg.model!r}; model.py has {', '.join(names)}")
+    if cfg.model not in MODELS:
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(MODELS)}")
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend)  # likewise
-        model = timm.create_model(
-            cfg.model,
+        model = MODELS[cfg.model](
             T=cfg.T,
             img_size_h=data.HEIGHT,
             img_size_w=data.WIDTH,
@@ -183,3 +181,16 @@ def measure(cfg, given, ranks, path):
     result = {"checkpoint": str(path), **metrics._asdict(), "cross_sample_lif": cross_sample_lif}
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def load(path, device="cpu"):
+    """What a checkpoint holds, for use from Python.
+
+    Returns (model in eval mode, transform of a sample's frames [T, 2, H, W] to the model's input, names of the
+    classes or None). Raises UserError as test.py does.
+    """
+    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    checkpoint = load_checkpoint(path)
+    settle(cfg, given, checkpoint, path)
+    model, _ = load_model(cfg, Ranks(cfg.device), checkpoint, path)
+    return model.eval(), lambda frames: torch.as_tensor(frames).float(), checkpoint.get("classes")

@@ -3,22 +3,23 @@
 
 from pathlib import Path
 
-import timm
 import torch
+from timm.data import create_transform
 
 import data
 import model as models
 import ms
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
-from config import UserError
+from config import UserError, load_config
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
 from runs import shown, write_result
-from runtime import logger
+from runtime import Ranks, logger
 from weights import architecture, steps_of
 
+MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}  # those registered with timm
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
 # those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
@@ -107,9 +108,8 @@ def build_model(cfg, cross_sample_lif, ranks):
     """The configuration's model, on this rank's device."""
     if cfg.compile and cfg.checkpoint_stages:
         raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
-    names = [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
-    if cfg.model not in names:
-        raise UserError(f"model is {cfg.model!r}; there are {', '.join(names)}")
+    if cfg.model not in MODELS:
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(MODELS)}")
     channels, height, width = data.image_size(cfg)
     if height % 4 or width % 4:
         raise UserError(f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4")
@@ -117,8 +117,7 @@ def build_model(cfg, cross_sample_lif, ranks):
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend)  # likewise
-        model = timm.create_model(
-            cfg.model,
+        model = MODELS[cfg.model](
             T=cfg.time_step,
             img_size_h=height,
             img_size_w=width,
@@ -183,3 +182,19 @@ def measure(cfg, given, ranks, path):
     result = {"checkpoint": str(path), **metrics._asdict(), "cross_sample_lif": cross_sample_lif}
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def load(path, device="cpu"):
+    """What a checkpoint holds, for use from Python.
+
+    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of the classes or
+    None). Raises UserError as test.py does.
+    """
+    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    checkpoint = load_checkpoint(path)
+    settle(cfg, given, checkpoint, path)
+    model, _ = load_model(cfg, Ranks(cfg.device), checkpoint, path)
+    transform = create_transform(
+        data.image_size(cfg), interpolation=cfg.interpolation, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct
+    )
+    return model.eval(), transform, checkpoint.get("classes")

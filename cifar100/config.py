@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from keys import Key
 from yml import show
 
 HERE = Path(__file__).resolve().parent
+OLDEST = {"torch": "2.6", "timm": "1.0.12", "spikingjelly": "2.0"}  # versions that were tried and work
 PATH = Key(Path, None, "path of a yml")
 
 SYNONYMS = {  # what others call a key: a hint, where such a name is not one of ours
@@ -65,6 +67,21 @@ class Given(NamedTuple):
     flags: dict
 
 
+def check_versions():
+    """UserError for a library that is older than the oldest version known to work."""
+    for name, oldest in OLDEST.items():
+        have = importlib.metadata.version(name)
+        if numbers(have) < numbers(oldest):
+            raise UserError(
+                f"{name} {have} is too old, {oldest} is the oldest that works: pip install -r requirements.txt"
+            )
+
+
+def numbers(version):
+    """The numbers of a version, to compare: of 0.0.0.0.14 and of 2.11.0+cu130."""
+    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
+
+
 def load_config(keys, no_effect, default_file, argv=None, description=None):
     """Resolve the configuration.
 
@@ -80,6 +97,7 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
     Raises UserError for a file that can't be read, an unknown key, and a value of the wrong type
     or out of range.
     """
+    check_versions()
     parser = _parser(keys, no_effect, default_file, description)
     flags, unknown = parser.parse_known_args(argv)
     flags = vars(flags)

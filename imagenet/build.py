@@ -4,7 +4,6 @@ import hashlib
 from collections import namedtuple
 from pathlib import Path
 
-import timm
 import torch
 
 import data
@@ -12,20 +11,22 @@ import model as models
 import ms
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
-from config import UserError
+from config import UserError, load_config
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
 from runs import shown, write_result
-from runtime import logger
+from runtime import Ranks, logger
 from weights import architecture, steps_of
 
+MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}  # those registered with timm
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
 # those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "nb_classes")
 NETWORK = ("time_step", "num_heads", "attention")
 INPUT = ("dataset", "input_size", "val_batch_size")
 SPLIT = []
+Tested = namedtuple("Tested", "model cross_sample_lif published classes")  # published: the paper's top-1 in %
 Released = namedtuple("Released", "model input_size top1 batch")  # top-1 in % of the paper, measured with that batch
 
 WITHDRAWN = (
@@ -105,7 +106,7 @@ def read_shapes(weights, path, recorded):
     """{key: value} of what the shapes of weights tell, and what is recorded where both agree."""
     net = architecture(weights, path, "ImageNet", models.QKFormer_10_384)
     named = f"{net.family}_10_{net.dim}"
-    if named not in model_names():  # another width than the published ones
+    if named not in MODELS:  # another width than the published ones
         named = recorded.get("model", f"{net.family}_10_384")
     ratio = recorded.get("mlp_ratio", net.mlp_ratio)
     if int(net.dim * ratio) != int(net.dim * net.mlp_ratio):
@@ -123,14 +124,10 @@ def same_shapes(one, other):
     return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
 
 
-def model_names():
-    return [name for file in (models, ms) for name in timm.list_models(module=file.__name__)]
-
-
 def check_model(cfg):
     """UserError where there is no cfg.model, or not at this input size."""
-    if cfg.model not in model_names():
-        raise UserError(f"model is {cfg.model!r}; there are {', '.join(model_names())}")
+    if cfg.model not in MODELS:
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(MODELS)}")
     if cfg.input_size % 16:
         raise UserError(f"input_size is {cfg.input_size}; it must be a multiple of 16")
 
@@ -143,22 +140,20 @@ def build_model(cfg, cross_sample_lif, ranks):
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # says which it is
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend)  # likewise
-        model = timm.create_model(
-            cfg.model,
+        own = {"embed_dims": cfg.dim, "num_heads": cfg.num_heads, "depths": cfg.layer}  # None: the model's
+        model = MODELS[cfg.model](
             T=cfg.time_step,
             img_size_h=cfg.input_size,
             img_size_w=cfg.input_size,
             num_classes=cfg.nb_classes,
-            embed_dims=cfg.dim,  # timm leaves out what is None: then the model's own counts
-            num_heads=cfg.num_heads,
             mlp_ratios=cfg.mlp_ratio,
-            depths=cfg.layer,
             attention=tuple(cfg.attention),
             drop_path=cfg.drop_path or 0.0,
             cross_sample_lif=cross_sample_lif,
             backend=cfg.backend,
             fused=cfg.fused,
             checkpoint_stages=cfg.checkpoint_stages,
+            **{name: value for name, value in own.items() if value is not None},
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
@@ -203,16 +198,17 @@ def md5(path):
 
 
 def load_tested(cfg, given, ranks, path):
-    """(model, cross_sample_lif, the paper's top-1 or None) of a checkpoint that is to be tested.
+    """The Tested of a checkpoint.
 
     One of the release's is known by its MD5, which sets semantics in cfg and, unless they are set, input size and
-    batch. The top-1 is None for any other file, and at another input size.
+    batch. `published` is None for any other file, and at another input size.
     """
     checkpoint = load_checkpoint(path, cfg.use_ema)
     settle(cfg, given, checkpoint, path)
+    classes = checkpoint.get("classes")
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
-        return *load_model(cfg, ranks, checkpoint, path), None
+        return Tested(*load_model(cfg, ranks, checkpoint, path), None, classes)
     line = f"{path}: the release's {released.model} at {released.input_size}, {released.top1:.2f} % in the paper"
     if what_was_said("input_size", given, checkpoint)[1] is None:
         cfg.input_size = released.input_size
@@ -223,12 +219,12 @@ def load_tested(cfg, given, ranks, path):
         cfg.val_batch_size = released.batch  # under the release's semantics the figure depends on it
     checkpoint["cross_sample_lif"] = True  # it does not record it
     published = released.top1 if cfg.input_size == released.input_size else None
-    return *load_model(cfg, ranks, checkpoint, path), published
+    return Tested(*load_model(cfg, ranks, checkpoint, path), published, None)
 
 
 def measure(cfg, given, ranks, path):
     """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
-    model, cross_sample_lif, published = load_tested(cfg, given, ranks, path)
+    model, cross_sample_lif, published, _ = load_tested(cfg, given, ranks, path)
     dataset, _ = data.build_dataset(cfg, False, ranks)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
@@ -242,3 +238,15 @@ def measure(cfg, given, ranks, path):
         result["published_top1"] = published
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def load(path, device="cpu"):
+    """What a checkpoint holds, for use from Python.
+
+    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of the classes or
+    None). Raises UserError as test.py does.
+    """
+    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    tested = load_tested(cfg, given, Ranks(cfg.device), Path(path))
+    names = tested.classes if tested.classes or cfg.nb_classes != 1000 else data.class_names()
+    return tested.model.eval(), data.build_transform(cfg, train=False), names

@@ -5,7 +5,7 @@ Network and input are those that the checkpoint was trained with; a flag goes ov
 Usage:
     python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes test-best.json there
     python test.py --checkpoint hst_10_384.pth       # one of the release's: its model and input size are known
-    python test.py --checkpoint hst_10_384.pth --predict photos --labels wnids.txt --predictions photos.csv
+    python test.py --checkpoint hst_10_384.pth --predict photos --predictions photos.csv
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth                   # the same figures, sooner
 """
 
@@ -25,8 +25,8 @@ from runtime import Ranks, logger, run, set_up_log
 
 
 @torch.inference_mode()
-def predict(cfg, ranks, model, wnids):
-    """[[file, top-5 classes, their probabilities, their wnids where given], ...] of the images of cfg.predict."""
+def predict(cfg, ranks, model, names):
+    """[[file, top-5 classes, their probabilities, their names where known], ...] of the images of cfg.predict."""
     images = data.find_images(cfg)
     autocast = make_autocast(cfg, ranks, cfg.eval_amp)
     model.eval()
@@ -37,15 +37,22 @@ def predict(cfg, ranks, model, wnids):
         top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
             path = Path(images.samples[index][0]).relative_to(cfg.predict)
-            named = [wnids[number] for number in classes] if wnids else []
+            named = [names[number] for number in classes] if names else []
             rows.append((index, [str(path), *classes, *(f"{value:.6f}" for value in values), *named]))
     return [row for _, row in sorted(row for share in ranks.gather(rows) for row in share)]
 
 
+def class_names(cfg, recorded):
+    """(column, names of the classes): of the label file, of the checkpoint, of ImageNet's 1,000, or ("", None)."""
+    if cfg.labels is not None:
+        return "wnid", read_wnids(cfg)
+    if isinstance(recorded, list) and len(recorded) == cfg.nb_classes:
+        return "name", data.class_names(recorded)
+    return ("name", data.class_names()) if cfg.nb_classes == 1000 else ("", None)
+
+
 def read_wnids(cfg):
-    """The first word of every line of the label file, line i for class i; None without such a file."""
-    if cfg.labels is None:
-        return None
+    """The first word of every line of the label file, line i for class i."""
     try:
         wnids = [line.split()[0] for line in Path(cfg.labels).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -63,14 +70,17 @@ def check_predictions(path):
         raise UserError(f"predictions: {path} can't be written: {path.parent} is no folder that allows it")
 
 
-def write_predictions(path, rows, with_wnids):
-    top = (len(rows[0]) - 1) // (3 if with_wnids else 2) if rows else 5
-    columns = ("class", "probability", "wnid")[: 3 if with_wnids else 2]
+def write_predictions(path, rows, column):
+    """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever they encode."""
+    columns = ["class", "probability", *([column] if column else [])]
+    top = (len(rows[0]) - 1) // len(columns)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(path, "w", newline="") as file:
+        with open(temporary, "w", newline="", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", *(f"{column}{k}" for column in columns for k in range(1, top + 1))])
+            writer.writerow(["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))])
             writer.writerows(rows)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from None
     logger.info(f"{len(rows)} images: {path}")
@@ -89,10 +99,10 @@ def main(argv=None):
         return 0
     predictions = Path(cfg.predictions)
     ranks.from_main(lambda: check_predictions(predictions))
-    model, *_ = load_tested(cfg, given, ranks, path)
-    wnids = read_wnids(cfg)
-    rows = predict(cfg, ranks, model, wnids)
-    ranks.from_main(lambda: write_predictions(predictions, rows, wnids is not None))
+    tested = load_tested(cfg, given, ranks, path)
+    column, names = class_names(cfg, tested.classes)
+    rows = predict(cfg, ranks, tested.model, names)
+    ranks.from_main(lambda: write_predictions(predictions, rows, column))
     return 0
 
 

@@ -163,7 +163,7 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
     equal("losses", losses)
 
 
-def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=180, check=True, env=None, **kwargs):
+def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check=True, env=None, **kwargs):
     """Run a script of a folder as a user would; returns the CompletedProcess, output and errors in .stdout."""
     command = [sys.executable, f"{name}.py"]
     if ranks > 1:

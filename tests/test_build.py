@@ -1,14 +1,17 @@
 """From a checkpoint to the network that it holds: configuration, architecture, layouts of files, heads, averages."""
 
+import argparse
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT, load, log_of, same, weights_of
-from on_digits import RANDOM, SMALL, cifar10
+from conftest import ROOT, Golden, load, log_of, same, weights_of
+from on_digits import CPU, RANDOM, SMALL, cifar10
 
 UserError = cifar10.config.UserError
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
@@ -139,14 +142,57 @@ def test_weights_of_another_network():
 
 
 def test_T_of_a_file(capsys):
-    import argparse
-
     steps_of = cifar10.weights.steps_of
     for args in (argparse.Namespace(time_step=6), {"time_step": 6}, argparse.Namespace(T=6)):
         assert steps_of({"args": args}, "ms_qk_10-384_T4.pth.tar") == 6
     assert steps_of({"args": argparse.Namespace(time_step="6")}, "ms_qk_10-384_T4.pth.tar") == 4
     assert steps_of({}, "a/ms_qk_10-768_T1.pth.tar") == 1
     assert steps_of({}, "weights.pth") is None
+
+
+def test_a_file_of_membrane_shortcuts_needs_no_flag(tmp_path):
+    """In MaxFormer's layout, with the golden weights: model, T and classes come from the file."""
+    imagenet, golden, path = load("imagenet"), Golden("imagenet-ms-384"), tmp_path / "ms_qk_10-384_T4.pth.tar"
+    options, T = imagenet.options, golden.meta["T"]
+    model = golden.fill(imagenet.ms.MSQKFormer_10_384(num_classes=golden.meta["num_classes"]))
+    args = argparse.Namespace(time_step=T, model="ms_qkformer", lr=None)
+    torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 199, "scaler": {}, "args": args}, path)
+    cfg, _, given = imagenet.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [])
+    torch.set_default_dtype(torch.float64)
+    try:
+        tested = imagenet.build.load_tested(cfg, given, CPU, path)
+        with torch.no_grad():
+            logits = tested.model.eval()(golden.input()).numpy()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    want = golden.arrays["per_sample/eval_logits"]
+    assert abs(logits - want).max() <= 1e-9 * abs(want).max()
+    assert (cfg.model, cfg.time_step, tested.cross_sample_lif) == ("MSQKFormer_10_384", T, False)
+    cfg.cross_sample_lif = "true"
+    with pytest.raises(imagenet.config.UserError, match="cross_sample_lif is true, which has no meaning for MSQK"):
+        imagenet.build.load_tested(cfg, given, CPU, path)
+
+
+def test_from_python(trained_on_digits, tmp_path):
+    """Any working directory, several folders in one process: three lines that the README has."""
+    code = f"""
+import copy, pickle, torch
+hub = lambda folder, name, *a, **k: torch.hub.load(r"{ROOT}/" + folder, name, *a, source="local", **k)
+model, transform, classes = hub("cifar10", "load", r"{trained_on_digits[0] / "best.pth"}")
+from PIL import Image
+image = transform(Image.new("RGB", (40, 30), (200, 0, 90))).unsqueeze(0)
+small = dict(embed_dims=32, num_heads=2)
+others = [hub("imagenet", "MSQKFormer_10_384", **small), hub("cifar10-dvs", "QKFormer", **small)]
+again, *_ = hub("cifar10", "load", r"{trained_on_digits[0] / "last.pth"}")
+with torch.no_grad():
+    logits = model(image)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(image), logits)
+    print(classes, tuple(logits.shape), tuple(others[0](torch.rand(1, 3, 32, 48)).shape), type(others[1]).__mro__[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and "['0', '1', '2'" in done.stdout, done.stderr
+    assert "(1, 10) (1, 1000)" in done.stdout and "UserWarning" not in done.stderr
 
 
 # Layouts of files -------------------------------------------------------------------------------------------------

@@ -262,3 +262,16 @@ def test_wrong_flags(flags, words):
     with pytest.raises(UserError) as error:
         resolve(*flags)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("spikingjelly", "0.0.0.0.14"), ("torch", "1.12.1+cu113"), ("timm", "0.6.12"), ("timm", "1.0.9")],
+)
+def test_old_libraries_are_named(name, version, monkeypatch):
+    have = cifar10.config.importlib.metadata.version
+    monkeypatch.setattr(cifar10.config.importlib.metadata, "version", lambda n: version if n == name else have(n))
+    with pytest.raises(cifar10.config.UserError, match=rf"{name} {re.escape(version)} is too old, .* requirements.txt"):
+        resolve()
+    monkeypatch.undo()
+    resolve()

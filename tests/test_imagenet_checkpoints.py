@@ -44,6 +44,13 @@ def test_released_checkpoint(tmp_path, photo_data):
         assert [int(row[f"class{k}"]) for k in range(1, 6)] == want.topk(5).indices.tolist()
         assert float(row["probability1"]) == pytest.approx(want.max().item(), abs=1e-6)
         assert row["wnid2"] == f"n{int(row['class2']):08d}"
+    (tmp_path / "predict.csv").unlink()
+    script("imagenet", "test", *args[:4], *args[6:])  # without the labels
+    with open(tmp_path / "predict.csv") as file:
+        named = [row[f"name{k}"] for row in csv.DictReader(file) for k in range(1, 6)]
+    known = {name.split()[0] for name in named}
+    assert all(len(name.split()) > 1 and name[0] == "n" for name in named) and len(known) <= 1000
+    assert imagenet.data.class_names()[0] == "n01440764 tench, Tinca tinca" and len(imagenet.data.class_names()) == 1000
 
 
 def test_finetune(tmp_path, narrow, lines):
@@ -205,6 +212,7 @@ def test_predictions_of_two_ranks(tmp_path, narrow, trained_narrow, photo_data):
         texts.append((tmp_path / f"{number}.csv").read_text())
     assert texts[0] == texts[1]
     rows = list(csv.DictReader(texts[0].splitlines()))
+    assert all(row[f"name{k}"] == photos.CLASSES[int(row[f"class{k}"])] for row in rows for k in (1, 2))
     right = [row["class1"] == str(photos.CLASSES.index(Path(row["file"]).parts[0])) for row in rows]
     assert len(rows) == 48 and 100 * sum(right) / 48 == max(line["test_acc1"] for line in log_of(trained_narrow[0]))
 

@@ -33,6 +33,7 @@ SAME = (
     "checkpoint.py",
     "weights.py",
     "runs.py",
+    "hubconf.py",
     "firing.py",
     "energy.py",
     "attend.py",

@@ -1,0 +1,45 @@
+"""From Python, from any working directory, and several folders in one process:
+
+    import torch
+    model, transform, classes = torch.hub.load("QKFormer/cifar10", "load", "best.pth", source="local")
+    logits = model(transform(image).unsqueeze(0))
+
+`load` is build.py's, `QKFormer` and the other models are those registered with timm.
+"""
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+dependencies = ["torch", "timm", "spikingjelly"]
+
+
+def import_here(name):
+    """A module of this folder, though one of that name may be loaded already, of another folder.
+
+    The first folder's modules stay importable by their names, as pickle needs it.
+    """
+    own = [path.stem for path in HERE.glob("*.py")]
+    hidden = {stem: sys.modules.pop(stem) for stem in own if of_another_folder(sys.modules.get(stem))}
+    sys.path.insert(0, str(HERE))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of timm, that another folder's model has this name
+            return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(HERE))
+        if hidden:
+            for stem in own:
+                sys.modules.pop(stem, None)
+            sys.modules.update(hidden)
+
+
+def of_another_folder(module):
+    return module is not None and Path(getattr(module, "__file__", None) or ".").resolve().parent != HERE
+
+
+build = import_here("build")
+load = build.load
+globals().update(build.MODELS)
