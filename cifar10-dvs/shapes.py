@@ -17,7 +17,7 @@ from config import UserError
 from convert import alone, scratch
 from runtime import logger
 
-QUICK = {"samples": 30}  # what the quick start makes
+QUICK = {"samples": 40}  # what the quick start makes
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each

@@ -18,7 +18,7 @@ from config import UserError
 from convert import alone, scratch
 from runtime import logger
 
-QUICK = {"train": 20, "test": 6, "trials": 1}  # what the quick start makes
+QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each
 SHAPES = ("square", "bar", "cross")

@@ -39,6 +39,15 @@ KNOWN = {  # what an args.yaml has, and the run it belongs to
 }
 
 
+def test_what_differs_from_the_published_run(tmp_path):
+    run = curves.Run("run", {}, {"model": "MSQKFormer_10_512", "dataset": "photos", "dim": 64, "lr": None, "T": 4})
+    assert curves.recognise(run) == "hst_10_512"
+    want = ["dataset photos (imagenet)", "model MSQKFormer_10_512 (QKFormer_10_512)", "dim 64", "T 4"]
+    assert curves.differences(run, curves.PUBLISHED["hst_10_512"]) == want
+    published = yaml.safe_load((ROOT / "cifar10" / "cifar10.yml").read_text()) | {"model": "QKFormer", "lr": 0.001}
+    assert curves.differences(curves.Run("run", {}, published), curves.PUBLISHED["cifar10"]) == []
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_run_it_belongs_to(name, tmp_path):
     assert curves.recognise(curves.read_run(write_run(tmp_path / "run", [], KNOWN[name]))) == name

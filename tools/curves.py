@@ -28,7 +28,7 @@ NAMES = {
     "test_loss": ("test_loss", "eval_loss"),
     "top1": ("test_acc1", "eval_top1"),
 }
-DIFFER = "dataset dim layer num_heads T time_step img_size input_size epochs batch_size accum_iter lr blr".split()
+DIFFER = "dataset model dim layer num_heads T time_step img_size input_size epochs batch_size accum_iter lr blr".split()
 COLOURS = ("#c1272d", "#0060ad", "#2b8a3e", "#8e44ad", "#d9730d")
 GREY = "#8a8a8a"
 
@@ -140,10 +140,10 @@ def recognise(run):
     """The name in PUBLISHED of the run that this one is to be compared with, from its args.yaml; None if unknown."""
     config = run.config or {}
     model, dataset, classes = (config.get(name) for name in ("model", "dataset", "num_classes"))
-    if str(model).startswith("QKFormer_10_"):
+    if "QKFormer_10_" in str(model):  # of MS-QKFormer too, of which there is no published run
         if config.get("start_epoch") and config.get("input_size") == 384:
             return "finetune_384"
-        return f"hst_{str(model).removeprefix('QKFormer_')}"
+        return f"hst_10_{model.rpartition('_')[2]}"
     if "img_size" in config:
         return "cifar100" if dataset == "torch/cifar100" or classes == 100 else "cifar10"
     if "T" in config:
@@ -157,10 +157,10 @@ def differences(run, published):
     while yml:
         values = yaml.safe_load((folder / yml).read_text())
         theirs, yml = values | theirs, values.get("base")
+    theirs = {"dataset": published.folder, "model": "QKFormer"} | theirs
     found = []
     for key in DIFFER:
-        ours = (run.config or {}).get(key)
-        want = theirs.get(key, published.folder if key == "dataset" else None)
+        ours, want = (run.config or {}).get(key), theirs.get(key)
         if ours is not None and not same(ours, want):
             found.append(f"{key} {ours}" + (f" ({want})" if want is not None else ""))
     return found
@@ -261,7 +261,9 @@ def compare(paths, curve=None, out=None):
     runs = [read_run(path) for path in paths]
     names = {curve} if curve else {recognise(run) for run in runs} - {None}
     if not names:
-        raise CurveError(f"{paths[0]}: no args.yaml says what it is; name it: --curve {' | '.join(PUBLISHED)}")
+        raise CurveError(
+            f"{paths[0]}: no args.yaml says what to compare it with; name it: --curve {' | '.join(PUBLISHED)}"
+        )
     if len(names) > 1:
         raise CurveError(f"these runs belong to {', '.join(sorted(names))}; draw them apart, or name one with --curve")
     [name] = names
