@@ -283,6 +283,8 @@ def compare(paths, curve=None, out=None):
         print(f"\n{run.name}")
         if other := differences(run, published):
             print(f"not the published run: {', '.join(other)}")
+            if other[0].startswith("dataset "):
+                run.name += f" on {run.config['dataset']}"  # the picture has to say so too
         if not run.epochs:
             print("no complete epoch yet")
             continue
