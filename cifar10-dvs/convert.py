@@ -13,6 +13,7 @@ first folder, and the next run starts it anew. What lacks its proof is made agai
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
 import logging
 import os
@@ -20,12 +21,14 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from spikingjelly import configure
 from tqdm import tqdm
 
+from aedat import check_raw
 from archives import unpack
 from config import UserError
 
@@ -89,7 +92,7 @@ def prepare(root, T, reader, archives, suffixes, page):
 
 def proven(folder):
     """Whether a folder was made here and has all its samples still."""
-    return holds(folder) and proof(folder).is_file() and proof(folder).read_text() == f"{len(files(folder))}\n"
+    return holds(folder) and proof(folder).is_file() and proof(folder).read_bytes() == b"%d\n" % len(files(folder))
 
 
 def holds(folder):
@@ -148,26 +151,38 @@ def make_events(found, work, reader, suffixes):
     extract, recordings, events = work / "extract", work / "recordings", work / "events_np"
     for folder in (extract, recordings, events):
         folder.mkdir()
-    origins = {}  # of a recording, by its name without the suffix: what the user knows it by
+    shown = {}  # what the user knows a file in `recordings` by
     for name, source in found.items():
         content = source
         if not source.is_dir():
             with stage("extracting", source, extract, lambda source=source: source):
                 unpack(source, extract)
             content = extract / name
-        paths = [path for path in content.glob("[!.]*") if path.suffix in suffixes]
-        own = {path.stem: path for path in paths if path.suffix == ".aedat"}
-        if not own:
-            raise UserError(f"{source} holds no recordings ({name}/*.aedat); get it again")
-        origins |= {stem: path if source.is_dir() else f"{path.name} in {source}" for stem, path in own.items()}
         (recordings / name).mkdir()
-        for path in paths:
-            (recordings / name / path.name).symlink_to(path)
+        count = 0
+        for path in content.glob("[!.]*"):
+            suffix = path.suffix.lower()  # cameras' software and some file systems write .AEDAT
+            if suffix not in suffixes:
+                continue
+            link = recordings / name / f"{path.stem}{suffix}"
+            known = path if source.is_dir() else f"{path.name} in {source}"
+            if link in shown:
+                raise UserError(f"{known} and {shown[link]} are one recording twice; remove one")
+            if not path.is_file():
+                raise UserError(f"{known} is not a file")
+            link.symlink_to(path)
+            shown[link] = known
+            count += suffix == ".aedat"
+        if not count:
+            raise UserError(f"{source} holds no recordings ({name}/*.aedat); get it again")
+    check_raw(recordings, shown)
+    origins = {path.stem: known for path, known in shown.items() if path.suffix == ".aedat"}
 
     def unread():
-        """The first recording that has not become a sample: the reader goes on with the others after a bad one."""
+        """The first recording that has not become a sample: the reader goes on after a bad one."""
         made = {origin(path, origins) for path in files(events)}
-        return next((known for known in origins.values() if known not in made), f"a file of {source.parent}")
+        missing = (known for known in origins.values() if known not in made)
+        return next(missing, f"a file of {source.parent}")
 
     labels = [len(path.read_bytes().splitlines()) - 1 for path in recordings.glob("*/*_labels.csv")]
     with stage("reading recordings", source.parent, events, unread, total=sum(labels) or len(origins)):
@@ -183,21 +198,32 @@ def origin(sample, origins):
 
 
 def check(events, reader, origins):
-    """UserError for a sample without events, or with events outside of the picture: the recording is damaged."""
+    """UserError for a sample that can't be integrated: its recording is damaged."""
     H, W = reader.get_H_W()
     logger.info(f"checking events: {events} (once)")
     for name in tqdm(sorted(files(events)), "checking events", leave=False, disable=not sys.stderr.isatty()):
         try:
-            with np.load(events / name) as sample:
-                t, x, y = sample["t"], sample["x"], sample["y"]
-            damage = None if len(t) else "a sample without events"
-            if len(t) and not (0 <= x.min() and x.max() < W and 0 <= y.min() and y.max() < H):
+            t, x, y, p = (read_array(events / name, array) for array in "txyp")
+            damage = None
+            if not (t.ndim == 1 and t.shape == x.shape == y.shape == p.shape):
+                damage = "its arrays differ in length"
+            elif len(t) == 0:
+                damage = "a sample without events"
+            elif not (0 <= x.min() and x.max() < W and 0 <= y.min() and y.max() < H):
                 damage = f"events outside of {W} x {H} pixels"
+            elif not (0 <= p.min() and p.max() <= 1):
+                damage = "polarities other than 0 and 1"
         except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
             damage = f"{type(error).__name__}: {error}".splitlines()[0]
         if damage:
             known = origin(name, origins) if origins else events / name
             raise UserError(f"{known} is damaged ({damage}); get it again")
+
+
+def read_array(path, name):
+    """An array of an .npz, its checksum verified: np.load leaves that out if it reads less than all."""
+    with zipfile.ZipFile(path) as file:
+        return np.load(io.BytesIO(file.read(f"{name}.npy")), allow_pickle=False)
 
 
 def make_frames(events, work, T, reader):

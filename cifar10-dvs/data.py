@@ -3,8 +3,8 @@
 import math
 from functools import partial
 
+import numpy as np
 import torch
-from spikingjelly.datasets import utils
 from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
 from timm.data.mixup import Mixup, mixup_target
 from torch.utils.data import Subset
@@ -13,7 +13,7 @@ from torchvision.datasets import DatasetFolder
 import shapes
 from augment import augment
 from config import UserError
-from convert import prepare
+from convert import prepare, read_array
 from engine import BatchLoader, test_batches, train_batches
 from runtime import logger
 
@@ -82,14 +82,17 @@ def open_frames(cfg, folder, train):
 
 # Copied from dvs128-gesture/data.py
 def load_frames(path, T):
+    """Frames of a sample, float32 [T, 2, H, W]. UserError where the file does not hold counts of that shape."""
     try:
-        frames = torch.from_numpy(utils.load_npz_frames(path))
-        if frames.shape != (T, 2, HEIGHT, WIDTH):
-            raise ValueError(f"it has shape {list(frames.shape)}")
+        frames = read_array(path, "frames")
+        if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":
+            raise ValueError(f"it has shape {list(frames.shape)} and type {frames.dtype}")
+        if not (frames.min() >= 0 and frames.max() < np.inf):
+            raise ValueError("it has values that are not counts")
     except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not the frames of a sample ({reason}); remove it to have it made again") from None
-    return frames
+    return torch.from_numpy(frames.astype(np.float32))
 
 
 # Copied from dvs128-gesture/data.py

@@ -2,8 +2,8 @@
 
 from functools import partial
 
+import numpy as np
 import torch
-from spikingjelly.datasets import utils
 from spikingjelly.datasets.dvs128_gesture import DVS128Gesture
 from timm.data.mixup import Mixup, mixup_target
 from torchvision.datasets import DatasetFolder
@@ -11,7 +11,7 @@ from torchvision.datasets import DatasetFolder
 import shapes
 from augment import augment
 from config import UserError
-from convert import prepare
+from convert import prepare, read_array
 from engine import BatchLoader, test_batches, train_batches
 from runtime import logger
 
@@ -55,14 +55,17 @@ def open_frames(cfg, folder, train):
 
 
 def load_frames(path, T):
+    """Frames of a sample, float32 [T, 2, H, W]. UserError where the file does not hold counts of that shape."""
     try:
-        frames = torch.from_numpy(utils.load_npz_frames(path))
-        if frames.shape != (T, 2, HEIGHT, WIDTH):
-            raise ValueError(f"it has shape {list(frames.shape)}")
+        frames = read_array(path, "frames")
+        if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":
+            raise ValueError(f"it has shape {list(frames.shape)} and type {frames.dtype}")
+        if not (frames.min() >= 0 and frames.max() < np.inf):
+            raise ValueError("it has values that are not counts")
     except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not the frames of a sample ({reason}); remove it to have it made again") from None
-    return frames
+    return torch.from_numpy(frames.astype(np.float32))
 
 
 def report(samples, train, published=True):

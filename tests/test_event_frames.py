@@ -252,7 +252,7 @@ def test_split():
 def test_split_of_recordings(tmp_path, monkeypatch):
     folder = SimpleNamespace(name="cifar10-dvs", **vars(load("cifar10-dvs")))
     write(folder.name, tmp_path, samples=12)
-    monkeypatch.setattr(folder.data.utils, "load_npz_frames", None)
+    monkeypatch.setattr(folder.data, "read_array", None)
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
     names = []
     for train in (True, False):
@@ -260,3 +260,10 @@ def test_split_of_recordings(tmp_path, monkeypatch):
         names.append([dataset.dataset.samples[index][0].rsplit("_", 1)[1] for index in dataset.indices])
     order = [f"{number}.npz" for number in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
     assert names == [order[:11] * 10, order[11:] * 10]
+
+
+def test_a_proof_that_is_not_text(folder, tmp_path):
+    fabricate(folder, tmp_path)
+    (tmp_path / "frames_number_2_split_by_number.whole").write_bytes(b"\xff\x00")
+    cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
+    assert len(folder.data.build_dataset(cfg, True, cpu(folder))) > 0  # taken with a warning, as without one
