@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT, log_of, one_line, same, script, start, weights_of
 from on_digits import CPU, RANDOM, SMALL, cifar10, resolve
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def ranks(rank, world_size):
@@ -29,6 +31,11 @@ def test_run_and_its_folder(trained_on_digits):
     fields = "epoch lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
     assert all(set(fields.split()) <= set(line) for line in log)
     assert list(folder.glob("events.out.tfevents.*"))
+    lines = [line for line in text.splitlines() if ", step " in line]
+    assert [line.split(":")[0] for line in lines] == [f"epoch {epoch}, step 22/22" for epoch in range(3)]
+    for line, epoch in zip(lines, log, strict=True):  # the loss is that of the step itself, not of the one before
+        assert f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.3g}, " in line and " left, " in line
+    assert f"best top-1 {max(line['test_acc1'] for line in log):.2f} %" in text and "best.pth" in text
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["dim"] == 16 and args["mixup"] == 0.5 and set(args) == set(cifar10.options.KEYS)
     assert sorted(path.name for path in folder.iterdir() if path.suffix == ".pth") == ["best.pth", "last.pth"]
@@ -42,6 +49,24 @@ def test_run_and_its_folder(trained_on_digits):
     assert result["top1"] == best["test_acc1"] and result["top5"] == best["test_acc5"]
     assert result["loss"] == best["test_loss"] and f"top-1 {result['top1']:.2f} %" in done.stdout
     assert Path(result["checkpoint"]).name == "best.pth"
+
+
+def test_first_step_and_number_of_epochs(tmp_path, monkeypatch, capsys):
+    """The first step's line has its own loss; a line says how many epochs there are, and why."""
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    flags = (*SMALL, "--workers", 0, "--output", tmp_path, "--epochs", 1, "--cooldown-epochs", 1, "--log-interval", 1)
+    cifar10.train.main([*map(str, flags)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 epochs of 22 steps (epochs 1 + 1 of cooldown_epochs at min_lr)" in lines
+    losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines if line.startswith("epoch 0, step ")]
+    assert len(losses) == 22 and 2 < losses[0] < 3  # chance is 2.3; a mean over the steps so far
+    board = EventAccumulator(str(tmp_path / "quickstart" / "steps")).Reload()
+    points = [event.value for event in board.Scalars("step/loss")]
+    means = [sum(points[: step + 1]) / (step + 1) for step in range(22)]
+    assert losses == pytest.approx(means, abs=1e-4) and len(points) == 44
+    names = EventAccumulator(str(tmp_path / "quickstart")).Reload().Tags()["scalars"]
+    assert {"loss/train", "loss/test", "accuracy/top1", "accuracy/top5", "speed/images_per_second"} <= set(names)
+    assert not any("/" not in name for name in names)  # all in groups, no curve of the epoch's number
 
 
 def test_killed_and_resumed(trained_on_digits, tmp_path):
