@@ -320,7 +320,7 @@ def main(argv=None):
         )
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
-        settle(cfg, given, checkpoint, path, finetune=not resume)
+        settle(cfg, given, checkpoint, path, "resume" if resume else "finetune")
     model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=not resume)
     trainer = Trainer(cfg, given, ranks, stop, folder, model, cross_sample_lif)
     if resume:
