@@ -308,7 +308,7 @@ def main(argv=None):
     path = resume or cfg.finetune
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
-        settle(cfg, given, checkpoint, path, finetune=not resume)
+        settle(cfg, given, checkpoint, path, purpose="resume" if resume else "finetune")
     random_seed(cfg.seed, 0)  # the same on every rank, as in the release; a batch has a seed of its own
     torch.backends.cudnn.deterministic = True
     trainer = Trainer(cfg, given, ranks, stop, folder, checkpoint, path, finetune=not resume)

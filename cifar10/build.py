@@ -30,8 +30,9 @@ SPLIT = []
 def settle(cfg, given, checkpoint, path, purpose="test"):
     """Take from a checkpoint what defines its network and, but to "finetune" it, its input and its split.
 
-    To "resume" or "finetune" it, a line names what the yml has otherwise. A flag, or a yml that was named or edited since, goes over it, with a line in the log that has both values.
-    UserError where that can't be what is meant, since weights would not fit or training samples be tested.
+    A flag, or a yml that was named or edited since, goes over it, with a line that has both values. UserError where
+    that can't be what is meant, since weights would not fit or training samples be tested. To "resume" or "finetune",
+    a line names what the yml has otherwise.
     """
     recorded, finetune = read_config(checkpoint, path), purpose == "finetune"
     for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):

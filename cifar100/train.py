@@ -300,7 +300,7 @@ def main(argv=None):
     path = resume or cfg.finetune
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
-        settle(cfg, given, checkpoint, path, finetune=not resume)
+        settle(cfg, given, checkpoint, path, purpose="resume" if resume else "finetune")
     random_seed(cfg.seed, ranks.rank)
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(cfg, given, ranks, stop, folder, checkpoint, path, finetune=not resume)

@@ -26,19 +26,22 @@ SPLIT = []
 
 
 # Copied from cifar10/build.py with data_dir->data_path
-def settle(cfg, given, checkpoint, path, finetune=False):
-    """Take from a checkpoint what defines its network and, unless it is to be fine-tuned, its input and its split.
+def settle(cfg, given, checkpoint, path, purpose="test"):
+    """Take from a checkpoint what defines its network and, but to "finetune" it, its input and its split.
 
-    A flag, or a yml that was named or edited since, goes over it, with a line in the log that has both values.
-    UserError where that can't be what is meant, since weights would not fit or training samples be tested.
+    A flag, or a yml that was named or edited since, goes over it, with a line that has both values. UserError where
+    that can't be what is meant, since weights would not fit or training samples be tested. To "resume" or "finetune",
+    a line names what the yml has otherwise.
     """
-    recorded = read_config(checkpoint, path)
+    recorded, finetune = read_config(checkpoint, path), purpose == "finetune"
     for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):
         if name not in recorded or (finetune and name == "num_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
         fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
         if origin is None or said == value:
+            if purpose != "test" and given.yml.get(name, value) not in (value, None):
+                logger.info(f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is used")
             setattr(cfg, name, value)
         elif fixed:
             raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")

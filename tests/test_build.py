@@ -335,3 +335,18 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
         model.head.weight.add_(1)
     average.update(model)
     assert torch.allclose(average.module.head.weight, old + 0.25)
+
+
+def test_fine_tuning_says_what_the_yml_had(trained_on_digits, capsys):
+    """A yml that nobody named does not stand against the weights; a line has both values."""
+    path = trained_on_digits[0] / "last.pth"
+    cfg, _, given = cifar10.config.load_config(
+        cifar10.options.KEYS, cifar10.options.NO_EFFECT, cifar10.options.DEFAULT_CONFIG, []
+    )
+    cifar10.runtime.set_up_log(CPU)
+    cifar10.build.settle(cfg, given, cifar10.checkpoint.load_checkpoint(path), path, "finetune")
+    lines = capsys.readouterr().out.splitlines()
+    for name, had, value in (("dim", 384, 16), ("layer", 4, 3), ("num_heads", 8, 2), ("time_step", 4, 2)):
+        assert f"cifar10.yml: {name} is {had}, but {path} has {value}, which is used" in lines
+        assert getattr(cfg, name) == value
+    assert (cfg.dataset, cfg.img_size) == ("torch/cifar10", 32)  # the input is the run's own

@@ -135,7 +135,7 @@ def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
         (["--model", "resnet18"], ["resnet18", "QKFormer"]),
         (["--device", "cuda:77"], ["cuda:77"]),
         (["--device", "gpu"], ["device is 'gpu'"]),
-        (["--attention", "token", "ssa"], ["attention", "3 values"]),
+        (["--attention", "token", "ssa"], ["attention", "3 words"]),
         (["--attention", "token", "ssa", "sas"], ["sas"]),
         (["--backend", "cupy", "--device", "cpu"], ["cupy backend", "CUDA"]),
         (["--initial-checkpoint", "none.pth"], ["none.pth"]),
