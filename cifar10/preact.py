@@ -1,8 +1,9 @@
-"""Layers of a network with membrane shortcuts: a neuron alone, and convolution and BatchNorm of its spikes.
+"""Layers with membrane shortcuts: a neuron alone, and convolution and BatchNorm of its spikes.
 
-Where no shortcut ends between a convolution and the next neuron, conv_bn_lif of layer.py serves. Here is what is left,
-both ends of such a chain. They run fused where layer.py's layers do, and keep for the backward pass as little: the
-neuron its input, the convolution its output and the spikes it reads, as bytes.
+Where no shortcut ends between a convolution and the next neuron, conv_bn_lif of layer.py serves.
+Here is what is left, both ends of such a chain. They run fused where layer.py's layers do, and keep
+for the backward pass as little: the neuron its input, the convolution its output and the spikes it
+reads, as bytes.
 """
 
 import torch
@@ -71,7 +72,7 @@ def conv_bn(x, conv, bn, lif, pool=False):
     if weight.dim() == 3:  # of a Conv1d
         weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
     gamma, sign = bn.weight, torch.ones_like(bn.weight)
-    if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
+    if pool:  # before BatchNorm: with gamma >= 0, whose sign moves to the weight, they commute
         sign = torch.where(gamma < 0, -sign, sign)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     options = layer.Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
@@ -81,19 +82,21 @@ def conv_bn(x, conv, bn, lif, pool=False):
     else:
         y = layer.convolve(x, weight, options)
         y = fused.pool(y)[0] if pool else y
-        mean = bn.running_mean if conv.bias is None else bn.running_mean - conv.bias  # the convolution leaves it out
+        # The convolution leaves its bias out.
+        mean = bn.running_mean if conv.bias is None else bn.running_mean - conv.bias
         y = F.batch_norm(y, mean * sign, bn.running_var, gamma, bn.bias, eps=bn.eps)
     return y.unflatten(0, (-1, batch)).expand(T, -1, -1, -1, -1)
 
 
 class ConvBN(torch.autograd.Function):
-    """ConvBNLIF without the neuron: -> [T*B, C', H', W'] and the batch's mean and unbiased variance, for training."""
+    """ConvBNLIF without the neuron, for training: -> [T*B, C', H', W'], mean, unbiased variance."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, options):
         y = layer.convolve(x, weight, options)
         mean, var = fused.statistics(y)
-        n = options.T * y.numel() // (len(x) * len(mean))  # values of a channel; an image shown T times counts T times
+        # Values of a channel; an image that is shown T times counts T times.
+        n = options.T * y.numel() // (len(x) * len(mean))
         if n == 1:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
@@ -110,13 +113,16 @@ class ConvBN(torch.autograd.Function):
         x, y, weight, gamma, mean, invstd = ctx.saved_tensors
         options, y, grad = ctx.options, layer.channels_last(y), layer.channels_last(grad)
         pooled, taps = fused.pool(y) if options.pool else (y, None)
-        statistics = (gamma, None, None, mean, invstd, True, options.eps, [not options.pool, True, True])
-        grad_y, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(grad, pooled, *statistics)
+        wanted = [not options.pool, True, True]
+        grad_y, grad_gamma, grad_beta = layer.aten.native_batch_norm_backward(
+            grad, pooled, gamma, None, None, mean, invstd, True, options.eps, wanted
+        )
         if options.pool:
             sums = torch.stack([grad_beta, grad_gamma / invstd])
             grad_y = fused.pool_backward(grad, taps, y, mean, invstd, gamma, sums)
-        grad_x, grad_weight = layer.convolution_backward(grad_y, x, weight, options, ctx.needs_input_grad[0])
+        wants_x = ctx.needs_input_grad[0]
+        grad_x, grad_weight = layer.convolution_backward(grad_y, x, weight, options, wants_x)
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
-        # BatchNorm takes a bias before it out again: the gradient is 0; rounding leaves the plain path some noise.
+        # BatchNorm takes a bias before it out again: its gradient is 0.
         grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
         return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_gamma, grad_beta, None

@@ -1,8 +1,9 @@
-"""MS-QKFormer for ImageNet: QKFormer with membrane shortcuts, the pre-activation variant of the paper's ablation.
+"""MS-QKFormer for ImageNet: QKFormer with membrane shortcuts, the pre-activation variant.
 
-Every layer is neuron, convolution, BatchNorm, and shortcuts add membrane inputs in place of spikes. The authors of
-MaxFormer ("Spiking Transformers Need High Frequency Information", NeurIPS 2025) trained and published it as
-MS-QKFormer; parameter names are those of their release. What the two models have in common is model.py's.
+It is the paper's ablation of the shortcut. Every layer is neuron, convolution, BatchNorm, and
+shortcuts add membrane inputs in place of spikes. The authors of MaxFormer ("Spiking Transformers
+Need High Frequency Information", NeurIPS 2025) trained it and published it as MS-QKFormer, whose
+parameter names these are. What the two models have in common is model.py's.
 """
 
 import timm.layers
@@ -51,9 +52,9 @@ MS_ATTENTION = {"token": MSTokenQKAttention, "channel": MSChannelQKAttention, "s
 
 # Copied from cifar10/ms.py
 class MSMLP(nn.Module):
-    """Two 1x1 convolutions, each behind a neuron and before BatchNorm; `hidden` channels between them.
+    """Two 1x1 convolutions behind neurons, with BatchNorm; `hidden` channels between them.
 
-    What it returns is to be added to x. Where `hidden` is `dim`, each half has a shortcut of its own.
+    It returns what is to be added to x. With `hidden` = `dim` each half has a shortcut of its own.
     """
 
     def __init__(self, dim, hidden, lif=MultiStepLIF):
@@ -77,7 +78,7 @@ class MSMLP(nn.Module):
 
 # Copied from cifar10/ms.py
 class MSBlock(nn.Module):
-    """x + attention(x), then x + mlp(x): membrane inputs add up. `attention` is "token", "channel" or "ssa"."""
+    """x + attention(x), then x + mlp(x): membrane inputs add up. `attention`: see model.Block."""
 
     def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
         super().__init__()
@@ -147,9 +148,8 @@ class MSHST(HST):
 
     def __init__(self, *args, cross_sample_lif=False, backend="auto", fused=True, **kwargs):
         if cross_sample_lif not in (False, "auto"):
-            raise ValueError(
-                f"cross_sample_lif is {cross_sample_lif}; MS-QKFormer has no neuron that runs on from sample to sample"
-            )
+            why = "no neuron of MS-QKFormer runs on from sample to sample"
+            raise ValueError(f"cross_sample_lif is {cross_sample_lif}; {why}")
         super().__init__(*args, backend=backend, fused=fused, **kwargs)
         self.head_lif = MultiStepLIF(backend=backend, fused=fused)
         for module in self.modules():
