@@ -1,13 +1,14 @@
 # Copied from dvs128-gesture/convert.py
-"""Raw recordings to frames, once: spikingjelly's own extraction, reading and integration, safe against interruption.
+"""From recordings to frames, once: spikingjelly reads and integrates, and a kill damages nothing.
 
     data_path/download/                          archives, or the folders that are in them     (yours)
     data_path/events_np/                         events of each sample, .npz                   (made here)
     data_path/frames_number_T_split_by_number/   T frames of each sample, .npz                 (made here)
 
-Everything is made in data_path/.qkformer-building and moved to its place when it is whole; events_np.whole and
-frames_number_T_split_by_number.whole then say how many samples there are. A run that was killed leaves only the
-first folder, and the next run starts it anew. What lacks its proof is made again if the recordings are there.
+Everything is made in data_path/.qkformer-building and moved to its place when it is whole. Then a file
+events_np.whole or frames_number_T_split_by_number.whole says how many samples there are. A killed run
+leaves only the first folder, and the next run begins it anew. A folder without its file is made again
+if the recordings are there.
 """
 
 import contextlib
@@ -34,11 +35,13 @@ from config import UserError
 
 logger = logging.getLogger("qkformer")
 
-if sys.version_info < (3, 12, 2):  # np.load parses Python, and these parsers break down in several threads
+if sys.version_info < (3, 12, 2):  # np.load uses Python's parser, which fails in several threads
     configure.max_threads_number_for_datasets_preprocess = 1
 
-PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)  # the place is to blame, no file
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without them
+# The place is at fault, not a file.
+PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+# The file system has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def prepare(root, T, reader, archives, suffixes, page):
@@ -50,10 +53,10 @@ def prepare(root, T, reader, archives, suffixes, page):
         reader: spikingjelly's class of the data set.
         archives: {folder: archive that holds it}, looked for in root/download.
         suffixes: of the files in those folders that the reader needs.
-        page: where the data set is to be had.
+        page: where the data set can be downloaded.
 
-    Returns the folder of the frames. UserError if there are neither frames nor recordings, or if they can't be
-    read or written.
+    Returns the folder of the frames. UserError if there are neither frames nor recordings, or if they
+    can't be read or written.
     """
     root = Path(root).resolve()
     events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
@@ -64,7 +67,7 @@ def prepare(root, T, reader, archives, suffixes, page):
     if not proven(events):
         fits = holds(frames) and (not holds(events) or files(frames) == files(events))
         if fits and (missing or not os.access(root, os.W_OK)):
-            logger.info(f"warning: nothing shows that {frames} is whole, nor can it be made again; taken as it is")
+            logger.info(f"warning: {frames} may not be whole and can't be made again; it is used as it is")
             return frames
         if missing and not holds(events):
             raise UserError(
@@ -76,7 +79,7 @@ def prepare(root, T, reader, archives, suffixes, page):
             # Another run may have made them by now.
             if not proven(frames) and not proven(events):
                 if missing:
-                    logger.info(f"warning: nothing shows that {events} is whole, and recordings to make it from lack")
+                    logger.info(f"warning: {events} may not be whole, and there are no recordings to make it from")
                     check(events, reader, {})
                 else:
                     make_events(found, work, reader, suffixes)
@@ -91,12 +94,12 @@ def prepare(root, T, reader, archives, suffixes, page):
 
 
 def proven(folder):
-    """Whether a folder was made here and has all its samples still."""
+    """Whether a folder was made here and still has all its samples."""
     return holds(folder) and proof(folder).is_file() and proof(folder).read_bytes() == b"%d\n" % len(files(folder))
 
 
 def holds(folder):
-    """Whether a folder has samples and not spikingjelly's mark of a build under way."""
+    """Whether a folder has samples, without spikingjelly's mark of an unfinished build."""
     return not mark(folder).exists() and bool(files(folder))
 
 
@@ -119,8 +122,8 @@ def files(folder):
 
 
 def move(made, place):
-    """Put a finished folder in its place, at once and whole, with its proof."""
-    os.sync()  # before its name says that it is whole
+    """Put a finished folder in its place, with the file that proves it whole."""
+    os.sync()  # before its name says so
     unfinished = proof(place).exists() or mark(place).exists()
     proof(place).unlink(missing_ok=True)
     if unfinished and not place.is_symlink():
@@ -136,7 +139,7 @@ def move(made, place):
 
 
 def find(download, archives):
-    """({folder: its archive or, where there is none, the folder itself}, [archive that is missing])."""
+    """({folder: its archive, or itself if there is none}, [archive that is missing])."""
     found = {}
     for folder, archive in archives.items():
         # The archive first: a folder beside it may be half unpacked.
@@ -192,7 +195,7 @@ def make_events(found, work, reader, suffixes):
 
 
 def origin(sample, origins):
-    """The recording that a sample is from: of the same name, or of that name before a number."""
+    """The recording of a sample: the one of its name, or of its name without the number."""
     stem = Path(sample).stem
     return origins.get(stem, origins.get(stem.rpartition("_")[0], sample))
 
@@ -230,7 +233,7 @@ def make_frames(events, work, T, reader):
     """work/frames_number_T_split_by_number from the events, by spikingjelly's data set itself."""
     shutil.rmtree(work / "events_np", ignore_errors=True)
     samples = files(events)
-    for name in samples:  # spikingjelly stumbles over other files, and over classes without a sample
+    for name in samples:  # other files, and classes without a sample, stop spikingjelly
         link = work / "events_np" / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(events / name)
@@ -241,10 +244,7 @@ def make_frames(events, work, T, reader):
 
 @contextlib.contextmanager
 def stage(title, source, target, blame, total=None):
-    """Show how many files there are in `target` by now; whatever a reader throws at a bad file is one line.
-
-    That line names what blame() returns.
-    """
+    """Show how many files `target` has. An error of the reader becomes a line that names blame()."""
     done = threading.Event()
 
     def watch():
@@ -292,7 +292,7 @@ def alone(root):
 
 @contextlib.contextmanager
 def scratch(folder):
-    """An empty folder, removed at the end; what a killed run left there is removed first."""
+    """An empty folder, removed at the end. What a killed run left there goes first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -303,7 +303,7 @@ def scratch(folder):
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C and SIGTERM end the process at once: spikingjelly's threads would first work off all their files."""
+    """Ctrl-C and SIGTERM end the process at once. spikingjelly's threads would finish all files."""
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -27,7 +27,10 @@ TRAIN_SHARE = 0.9
 
 
 def build_dataset(cfg, train, ranks):
-    """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
+    """The training or test set: ([T, 2, H, W] event counts, label), with names in `classes`.
+
+    Makes the frames where they are missing.
+    """
     root = cfg.data_path
     if cfg.dataset == "shapes":
         root = ranks.from_main(lambda: shapes.prepare(root))
@@ -41,10 +44,13 @@ def build_dataset(cfg, train, ranks):
 
 
 def split(labels, train, seed=None):
-    """Indices of the training or test samples, class by class, from the labels of all of them.
+    """Indices of the training or test samples, class by class.
 
-    The first ceil(0.9 n) of the n samples of each class are for training: in the order of the data set, which is
-    that of the file names (_0, _1, _10, _100, ...), as in the release, or in one drawn with `seed`.
+    Of the n samples of a class, the first ceil(0.9 n) train. First means by file name (_0, _1, _10,
+    _100, ...), as in the release, or in an order drawn with `seed`.
+
+    Args:
+        labels: of all samples.
     """
     labels = torch.tensor(labels)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -60,7 +66,7 @@ def split(labels, train, seed=None):
 
 # Copied from dvs128-gesture/data.py
 class Frames(DatasetFolder):
-    """All samples of a folder. Labels count CLASSES in the order of their names, whichever of them have samples."""
+    """All samples of a folder. Labels number CLASSES by name, also those without a sample."""
 
     def find_classes(self, directory):
         return sorted(CLASSES), {name: label for label, name in enumerate(sorted(CLASSES))}
@@ -82,7 +88,7 @@ def open_frames(cfg, folder, train):
 
 # Copied from dvs128-gesture/data.py
 def load_frames(path, T):
-    """Frames of a sample, float32 [T, 2, H, W]. UserError where the file does not hold counts of that shape."""
+    """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has no counts of that shape."""
     try:
         frames = read_array(path, "frames")
         if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":

@@ -75,11 +75,11 @@ def image_size(cfg):
     return tuple(cfg.input_size or (3, cfg.img_size, cfg.img_size))
 
 
-def build_dataset(cfg, train, ranks):
+def build_dataset(cfg, train, ranks, fixed=False):
     """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
 
-    Downloads CIFAR where it is missing. A folder's number of classes becomes num_classes in training,
-    unless that was changed from the recipe's.
+    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder of
+    images has, unless it is `fixed` (a flag) or another than the recipe's.
     """
     try:
         transform = create_transform(
@@ -105,7 +105,7 @@ def build_dataset(cfg, train, ranks):
     elif cfg.dataset == "folder":
         dataset = Folder(cfg.data_dir, train, transform)
         found = len(dataset.classes)
-        if train and cfg.num_classes == NUM_CLASSES != found:
+        if train and not fixed and cfg.num_classes == NUM_CLASSES != found:
             logger.info(f"num_classes is {found}: {cfg.data_dir} has that many classes")
             cfg.num_classes = found
         if cfg.num_classes != found:

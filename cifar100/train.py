@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(self, cfg, given, ranks, stop, folder, checkpoint, path, finetune):
         self.cfg, self.given, self.ranks, self.stop, self.folder = cfg, given, ranks, stop, folder
-        self.train_set = data.build_dataset(cfg, True, ranks)
+        self.train_set = data.build_dataset(cfg, True, ranks, fixed="num_classes" in given.flags)
         self.test_set = data.build_dataset(cfg, False, ranks)
         self.model, self.cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=finetune)
         if cfg.sync_bn and ranks.world_size > 1 and ranks.device.type == "cuda":

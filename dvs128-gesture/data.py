@@ -17,25 +17,43 @@ from runtime import logger
 
 ARCHIVES = {"DvsGesture": "DvsGesture.tar.gz"}  # folder in it: archive
 SUFFIXES = (".aedat", ".csv", ".txt")  # recordings, their labels and the split
-CLASSES = tuple(map(str, range(11)))
+CLASSES = tuple(map(str, range(11)))  # folders of the samples
+GESTURES = (  # what they are, in the order of these numbers
+    "hand clapping",
+    "right hand wave",
+    "left hand wave",
+    "right arm clockwise",
+    "right arm counter clockwise",
+    "left arm clockwise",
+    "left arm counter clockwise",
+    "arm roll",
+    "air drums",
+    "air guitar",
+    "other gestures",
+)
 PAGE = "https://ibm.ent.box.com/s/3hiq58ww1pbbjrinh367ykfdf60xsfm8/folder/50167556794"
 HEIGHT, WIDTH = DVS128Gesture.get_H_W()
 SAMPLES = {True: 1176, False: 288}  # in training, in testing
 
 
 def build_dataset(cfg, train, ranks):
-    """The training or test set: ([T, 2, H, W] event counts, label); makes the frames where they are missing."""
+    """The training or test set: ([T, 2, H, W] event counts, label), with names in `classes`.
+
+    Makes the frames where they are missing.
+    """
     root = cfg.data_path
     if cfg.dataset == "shapes":
         root = ranks.from_main(lambda: shapes.prepare(root))
     frames = ranks.from_main(lambda: prepare(root, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE))
     dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
+    if cfg.dataset != "shapes":
+        dataset.classes = [GESTURES[int(name)] for name in dataset.classes]
     report(len(dataset), train, cfg.dataset != "shapes")
     return dataset
 
 
 class Frames(DatasetFolder):
-    """All samples of a folder. Labels count CLASSES in the order of their names, whichever of them have samples."""
+    """All samples of a folder. Labels number CLASSES by name, also those without a sample."""
 
     def find_classes(self, directory):
         return sorted(CLASSES), {name: label for label, name in enumerate(sorted(CLASSES))}
@@ -55,7 +73,7 @@ def open_frames(cfg, folder, train):
 
 
 def load_frames(path, T):
-    """Frames of a sample, float32 [T, 2, H, W]. UserError where the file does not hold counts of that shape."""
+    """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has no counts of that shape."""
     try:
         frames = read_array(path, "frames")
         if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":

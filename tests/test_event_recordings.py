@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import recordings
 from conftest import load
 from on_events import FOLDERS, check_frames, cpu, resolve, write
 from spikingjelly.datasets import cifar10_dvs, utils
 
 FEW = {"dvs128-gesture": {"train": 1, "trials": 1}, "cifar10-dvs": {"samples": 2}}
+EVENTS = np.random.default_rng(0).integers([0] * 4, [10**6, 128, 128, 2], (900, 4))  # t, x, y, p
 LOAD = {"dvs128-gesture": utils.load_aedat_v3, "cifar10-dvs": cifar10_dvs._load_origin_data}
 
 
@@ -60,7 +60,7 @@ def test_a_web_page_and_an_empty_file(folder, root, recording):
 
 def test_the_other_data_set_s_format(folder, root, recording):
     other, wanted = ("2.0", "3.1") if folder.name == "dvs128-gesture" else ("3.1", "2.0")
-    writer = recordings.write_aedat2 if other == "2.0" else recordings.write_aedat3
+    writer = load(next(name for name in FOLDERS if name != folder.name)).shapes.write_aedat
     writer(recording, np.array([[1, 2, 3, 0], [5, 6, 7, 1]]))
     refused(folder, root, recording, f"AEDAT {other}", f"must be AEDAT {wanted}")
 
@@ -85,8 +85,7 @@ def outcome(folder, content, place):
 def test_a_recording_that_lost_a_byte(folder, tmp_path):
     """Wherever: it is refused, or (in the header's text) its events are as before."""
     path, generator, counts = tmp_path / "whole", random.Random(0), [0, 0]
-    write_one = recordings.write_aedat3 if folder.name == "dvs128-gesture" else recordings.write_aedat2
-    write_one(path, recordings.sample(9, np.random.default_rng(0))[:900])
+    folder.shapes.write_aedat(path, EVENTS)
     whole = path.read_bytes()
     want = outcome(folder, whole, tmp_path)
     assert len(want["t"]) == 900
@@ -101,8 +100,7 @@ def test_a_recording_that_ends_in_the_middle(folder, tmp_path):
     """It is refused where the cut can be seen: within a packet, or within an event where there are no packets."""
     path, generator = tmp_path / "whole", random.Random(1)
     gesture = folder.name == "dvs128-gesture"
-    events = recordings.sample(9, np.random.default_rng(0))[:900]
-    (recordings.write_aedat3 if gesture else recordings.write_aedat2)(path, events)
+    folder.shapes.write_aedat(path, EVENTS)
     whole = path.read_bytes()
     want = outcome(folder, whole, tmp_path)
     start = len(whole) - 900 * 8 - (28 if gesture else 0)  # of the packet with all the events

@@ -68,6 +68,9 @@ def test_the_number_of_classes(folder, data_dir, caplog):
     for number, train in ((4, True), (2, True), (4, False), (cfg.num_classes + 1, False)):
         with pytest.raises(folder.config.UserError, match=f"num_classes is {number}, but .* has 3 classes"):
             build(folder, resolve(folder, data_dir, "--num-classes", number), train)
+    standard = resolve(folder, data_dir).num_classes
+    with pytest.raises(folder.config.UserError, match=f"num_classes is {standard}, but .* has 3 classes"):
+        folder.data.build_dataset(resolve(folder, data_dir), True, folder.runtime.Ranks("cpu"), fixed=True)
     (data_dir / "val" / "red").rename(data_dir / "val" / "blue")
     for train in (True, False):
         with pytest.raises(folder.config.UserError, match="different classes; only val/ has blue"):
@@ -92,5 +95,8 @@ def test_a_run(data_dir, tmp_path, capsys):
     run = tmp_path / "out" / "cifar10"
     [line] = (run / "log.txt").read_text().splitlines()
     assert "num_classes is 3" in capsys.readouterr().out
-    assert folder.test.main([*args, "--num-classes", "3", "--checkpoint", str(run / "last.pth")]) == 0
+    assert (run / "classes.txt").read_text().splitlines() == list(CLASSES)
+    assert folder.test.main([*args, "--checkpoint", str(run / "last.pth")]) == 0
     assert f"top-1 {json.loads(line)['test_acc1']:.2f} %" in capsys.readouterr().out
+    with pytest.raises(folder.config.UserError, match=r"num_classes is 10, but .* has 3 classes"):
+        folder.train.main([*args, "--num-classes", "10"])
