@@ -13,7 +13,7 @@ NUM_CLASSES = 10
 
 # fmt: off
 MODEL = {
-    "model": Key(str, "QKFormer", "model of model.py"),
+    "model": Key(str, "QKFormer", "QKFormer (model.py) or MSQKFormer (ms.py)"),
     "time_step": Key(int, 4, "T, the steps for which an image is shown", flags=("-T",),
         aliases=("T",), low=1, high=1024),
     "layer": Key(int, 4, "blocks in all; stage 3 has two fewer", flags=("-L",), low=3, high=100),

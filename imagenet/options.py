@@ -11,7 +11,7 @@ DEFAULT_CONFIG = "imagenet.yml"
 
 # fmt: off
 MODEL = {
-    "model": Key(str, "QKFormer_10_384", "model of model.py"),
+    "model": Key(str, "QKFormer_10_384", "model of model.py or ms.py"),
     "time_step": Key(int, 4, "T, the steps for which an image is shown", flags=("-T",),
         aliases=("T",), low=1, high=1024),
     "input_size": Key(int, 224, "height and width of the network's input, a multiple of 16",
