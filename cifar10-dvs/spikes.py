@@ -8,6 +8,15 @@ a write in place ends the mark. So `x + 0.5 * y` costs memory, but its gradients
 
 import torch
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
+
+
+def traced():
+    """Whether torch.export or torch.jit.trace wants a graph of PyTorch's own operators."""
+    # Within torch.compile is_exporting is always true.
+    exporting = is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing() or exporting
+
 
 def mark(x, largest=1):
     """x, from here on known to hold whole numbers from 0 to `largest`; None: nothing is known."""
@@ -63,7 +72,7 @@ class Product(torch.autograd.Function):
 
 def product(operator, a, b, lif):
     """torch.matmul of matrices or torch.mul; where `lif` is fused, spikes are saved as bytes."""
-    if not getattr(lif, "fused", False) or operator not in (torch.matmul, torch.mul):
+    if not getattr(lif, "fused", False) or operator not in (torch.matmul, torch.mul) or traced():
         return operator(a, b)
     known = largest(a), largest(b)
     out = Product.apply(operator, a, b)

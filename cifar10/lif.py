@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 
-from spikes import mark
+from spikes import mark, traced
 
 ALPHA = 4.0
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
@@ -76,6 +76,8 @@ class MultiStepLIF(neuron.LIFNode):
 
     def multi_step_forward(self, x_seq):
         if self.is_usual():
+            if traced():
+                return traced_lif(x_seq, self.tau, self.v_threshold)
             backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
             return mark(IMPLEMENTATIONS[backend](x_seq, self.tau, self.v_threshold))
         if type(self.v) is not float or self.v not in (0.0, self.v_reset):
@@ -142,6 +144,16 @@ class TorchLIF(torch.autograd.Function):
 
 def torch_lif(x, tau, v_threshold):
     return TorchLIF.apply(x, tau, v_threshold)
+
+
+def traced_lif(x, tau, v_threshold):
+    """The formulas in PyTorch's own operators, for exported graphs; spikes have no gradient there."""
+    v, spikes = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32)), []
+    for step in x.unbind():
+        h = v + (step - v) / tau
+        spikes.append(h >= v_threshold)
+        v = h.masked_fill(spikes[-1], 0.0)
+    return torch.stack(spikes).to(x.dtype)
 
 
 # spikingjelly: the baseline --------------------------------------------------------------------------------------

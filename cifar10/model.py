@@ -1,8 +1,15 @@
 """QKFormer for CIFAR: a hierarchical spiking transformer (HST) with Q-K attention.
 
-Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024. Tensors are
-[T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; every other layer merges T and B.
-Parameter names are those of the authors' release, whose checkpoints load as they are.
+Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024.
+Parameter names are those of the authors' release, whose checkpoints load as they are. Tensors are
+[T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; all else merges T and B.
+
+Four functions are short for what is written here at the right. They compute the same in less
+memory: a fused layer passes over it once (layer.py), and spikes are saved as bytes (spikes.py).
+    conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); with pool=True lif(max_pool(bn(conv(x))))
+    conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
+    add(x, y)                       x + y
+    product(operator, x, y, lif)    operator(x, y)
 """
 
 from functools import partial
@@ -12,6 +19,7 @@ import torch
 from timm.models import register_model
 from torch import nn
 
+from head import Classifier
 from layer import checkpointed, conv_bn_lif, conv_bn_lif_each
 from lif import MultiStepLIF
 from spikes import add, product
@@ -24,41 +32,51 @@ class DropPath(timm.layers.DropPath):
         return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
 
-class TokenQKAttention(nn.Module):
-    """Q-K token attention (paper, section 3.2): a binary mask over tokens, made from Q, on K.
+class Attention(nn.Module):
+    """Convolution, BatchNorm and neuron for each of Q, K (and V) and for the projection.
 
     Args:
         dim: channels of input and output.
-        num_heads: heads; each masks its own dim / num_heads channels.
+        num_heads: heads of dim / num_heads channels.
         lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
     """
 
-    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
+    inputs = "qk"
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF):
         super().__init__()
-        check_heads(dim, num_heads)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}; it must divide each stage's width: {dim}")
         self.num_heads = num_heads
-        self.q_conv = nn.Conv1d(dim, dim, 1, bias=False)
-        self.q_bn = nn.BatchNorm1d(dim)
-        self.q_lif = lif()
-        self.k_conv = nn.Conv1d(dim, dim, 1, bias=False)
-        self.k_bn = nn.BatchNorm1d(dim)
-        self.k_lif = lif()
+        for name in self.inputs:
+            setattr(self, f"{name}_conv", nn.Conv1d(dim, dim, 1, bias=False))
+            setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
+            setattr(self, f"{name}_lif", lif())
         self.attn_lif = lif(v_threshold=0.5)
         self.proj_conv = nn.Conv1d(dim, dim, 1)
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
 
-    def attend(self, x):
-        q, k = conv_bn_lif_each(x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif))
-        q, k = (spikes.unflatten(2, (self.num_heads, -1)) for spikes in (q, k))
-        # Counts need not be exact: autocast would sum in float32, but the neuron fires for 1 as for 1000.
-        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
-        return product(torch.mul, k, mask, self.attn_lif).flatten(2, 3)
+    def heads(self, x):
+        """The spikes of Q, K (and V), each [T, B, heads, channels, H, W]."""
+        parts = ("conv", "bn", "lif")
+        layers = ([getattr(self, f"{name}_{part}") for part in parts] for name in self.inputs)
+        return (y.unflatten(2, (self.num_heads, -1)) for y in conv_bn_lif_each(x, *layers))
 
     def forward(self, x):
         return conv_bn_lif(self.attend(x), self.proj_conv, self.proj_bn, self.proj_lif)
+
+
+class TokenQKAttention(Attention):
+    """Q-K token attention (paper, section 3.2): a binary mask over tokens, made from Q, on K."""
+
+    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
+
+    def attend(self, x):
+        q, k = self.heads(x)
+        # autocast would sum in float32; large counts need not be exact, the neuron fires anyway
+        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
+        return product(torch.mul, k, mask, self.attn_lif).flatten(2, 3)
 
 
 class ChannelQKAttention(TokenQKAttention):
@@ -67,53 +85,33 @@ class ChannelQKAttention(TokenQKAttention):
     summed = (4, 5)  # of [T, B, heads, channels, H, W]: one value per channel
 
 
-class SpikingSelfAttention(nn.Module):
+class SpikingSelfAttention(Attention):
     """SSA: Q (K^T V) of spikes, without softmax, linear in the number of tokens.
 
     Args:
-        dim, num_heads, lif: see TokenQKAttention.
-        cross_sample_lif: False: the last neuron integrates over T, as the paper defines it. True: over T*B
-            as one sequence, as the release does: the membrane runs on from one sample of the batch to the next.
+        dim, num_heads, lif: see Attention.
+        cross_sample_lif: False: the last neuron integrates over T, as the paper defines it. True:
+            over T*B as one sequence, as the release does: the membrane runs on from one sample of
+            the batch to the next.
     """
 
+    inputs = "qkv"
     scale = 0.125
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF, cross_sample_lif=False):
-        super().__init__()
-        check_heads(dim, num_heads)
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads, lif)
         self.cross_sample_lif = cross_sample_lif
-        self.q_conv = nn.Conv1d(dim, dim, 1, bias=False)
-        self.q_bn = nn.BatchNorm1d(dim)
-        self.q_lif = lif()
-        self.k_conv = nn.Conv1d(dim, dim, 1, bias=False)
-        self.k_bn = nn.BatchNorm1d(dim)
-        self.k_lif = lif()
-        self.v_conv = nn.Conv1d(dim, dim, 1, bias=False)
-        self.v_bn = nn.BatchNorm1d(dim)
-        self.v_lif = lif()
-        self.attn_lif = lif(v_threshold=0.5)
-        self.proj_conv = nn.Conv1d(dim, dim, 1)
-        self.proj_bn = nn.BatchNorm1d(dim)
-        self.proj_lif = lif()
 
     def attend(self, x):
         H, W = x.shape[3:]
-        q, k, v = conv_bn_lif_each(
-            x,
-            (self.q_conv, self.q_bn, self.q_lif),
-            (self.k_conv, self.k_bn, self.k_lif),
-            (self.v_conv, self.v_bn, self.v_lif),
-        )
-        heads = (spikes.flatten(3).unflatten(2, (self.num_heads, -1)).transpose(3, 4) for spikes in (q, k, v))
-        q, k, v = heads  # [T, B, heads, tokens, channels]
+        q, k, v = (y.flatten(4).transpose(3, 4) for y in self.heads(x))  # [.., tokens, channels]
         x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
         x = (x * self.scale).transpose(2, 3).flatten(3)  # [T, B, tokens, C]
         return self.attn_lif(x).unflatten(2, (H, W)).movedim(4, 2)
 
     def forward(self, x):
         shape, x = x.shape, self.attend(x)
-        if self.cross_sample_lif:  # T*B steps of one sample: the membrane runs on from each image into the next
+        if self.cross_sample_lif:  # T*B steps of one sample
             x = x.flatten(0, 1).unsqueeze(1)
         return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif).reshape(shape)
 
@@ -139,7 +137,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(x), then x + mlp(x): spikes add up. `attention` is "token", "channel" or "ssa"."""
+    """x + attention(x), then x + mlp(x): spikes add up. `attention` is a key of ATTENTION."""
 
     def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif):
         super().__init__()
@@ -147,9 +145,10 @@ class Block(nn.Module):
             self.ssa = SpikingSelfAttention(dim, num_heads, lif, cross_sample_lif)
         else:
             self.tssa = ATTENTION[attention](dim, num_heads, lif)
-        if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
-        self.mlp = MLP(dim, int(dim * mlp_ratio), lif)
+        hidden = int(dim * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; no hidden channel is left of {dim}")
+        self.mlp = MLP(dim, hidden, lif)
         self.attn = "ssa" if attention == "ssa" else "tssa"
         self.drop_path = DropPath(drop_path)
 
@@ -159,7 +158,7 @@ class Block(nn.Module):
 
 
 class SPEDSInit(nn.Module):
-    """First patch embedding with deformed shortcut: [T, B, in_channels, H, W] -> [T, B, dim, H, W]."""
+    """First embedding, deformed shortcut: [T, B, in_channels, H, W] -> [T, B, dim, H, W]."""
 
     def __init__(self, in_channels, dim, lif):
         super().__init__()
@@ -181,7 +180,7 @@ class SPEDSInit(nn.Module):
 
 
 class SPEDS(nn.Module):
-    """Spiking patch embedding with deformed shortcut: [T, B, dim/2, H, W] -> [T, B, dim, H/2, W/2]."""
+    """Patch embedding with deformed shortcut: [T, B, dim/2, H, W] -> [T, B, dim, H/2, W/2]."""
 
     def __init__(self, dim, lif):
         super().__init__()
@@ -202,23 +201,23 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(nn.Module):
-    """Hierarchical spiking transformer: three stages of D/4, D/2 and D channels, each behind a SPEDS.
+class HST(Classifier):
+    """Hierarchical spiking transformer: three stages of D/4, D/2, D channels, a SPEDS before each.
 
     Args:
         T: time steps for which an image is shown.
-        img_size_h, img_size_w, patch_size: taken as in the release; any H and W that 4 divides work.
+        img_size_h, img_size_w, patch_size: as in the release; any H and W that 4 divides work.
         in_channels, num_classes: 0 classes: no head, features [B, embed_dims].
         embed_dims: D, a multiple of 8.
         num_heads: heads of every attention; must divide D/4.
         mlp_ratios: hidden channels of an MLP over its input's.
-        depths: number of blocks (the yml's `layer`), >= 3: stages 1 and 2 have one, stage 3 the rest.
+        depths: blocks (the yml's `layer`), >= 3: stages 1 and 2 have one, stage 3 the rest.
         attention: "token", "channel" or "ssa" for each stage.
-        drop_path: stochastic depth, rising linearly from 0 at the first block to this rate at the last.
+        drop_path: stochastic depth; rises linearly from 0 at the first block to this at the last.
         cross_sample_lif: see SpikingSelfAttention.
         backend: see MultiStepLIF.
-        fused: True: the layers' fast path where it can run, see layer.py. False: the modules one after another.
-        checkpoint_stages: stages (1, 2, 3) whose activations are computed again in the backward pass, to save memory.
+        fused: True: layers run fused where they can, see layer.py. False: module by module.
+        checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
@@ -248,17 +247,19 @@ class HST(nn.Module):
         if T < 1:
             raise ValueError(f"T is {T}; it must be at least 1")
         if depths < 3:
-            raise ValueError(f"depths (the yml's layer) is {depths}; three stages need at least 3 blocks")
+            raise ValueError(f"depths (the yml's layer) is {depths}; three stages need 3 blocks")
         if embed_dims % 8:
-            raise ValueError(f"embed_dims (the yml's dim) is {embed_dims}; it must be a multiple of 8")
+            raise ValueError(f"embed_dims (the yml's dim) is {embed_dims}, not a multiple of 8")
         if len(attention) != 3 or any(kind not in ATTENTION for kind in attention):
-            raise ValueError(f"attention is {attention}; it must name one of {', '.join(ATTENTION)} for 3 stages")
+            names = ", ".join(ATTENTION)
+            raise ValueError(f"attention is {attention}; it must name one of {names} for 3 stages")
         if not set(checkpoint_stages) <= {1, 2, 3}:
-            raise ValueError(f"checkpoint_stages is {list(checkpoint_stages)}; the stages are 1, 2 and 3")
-        self.T, self.in_channels, self.num_classes = T, in_channels, num_classes
+            stages = list(checkpoint_stages)
+            raise ValueError(f"checkpoint_stages is {stages}; the stages are 1, 2 and 3")
+        self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
         self.checkpoint_stages = tuple(checkpoint_stages)
         lif = partial(MultiStepLIF, backend=backend, fused=fused)
-        rates = iter(torch.linspace(0, drop_path, depths).tolist())
+        rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
         def stage(index, dim, blocks):
             block = partial(self.block, dim, num_heads, mlp_ratios, attention[index])
@@ -270,42 +271,38 @@ class HST(nn.Module):
         self.stage1 = stage(0, embed_dims // 4, 1)
         self.stage2 = stage(1, embed_dims // 2, 1)
         self.stage3 = stage(2, embed_dims, depths - 2)
-        self.head = nn.Linear(embed_dims, num_classes) if num_classes > 0 else nn.Identity()
-        if num_classes > 0:
-            timm.layers.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        self.reset_classifier(num_classes)  # self.head, one linear layer
 
     def run_stage(self, index, x):
         for module in (getattr(self, f"patch_embed{index}"), *getattr(self, f"stage{index}")):
             x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
         return x
 
+    def frames(self, x):
+        """Images [B, C, H, W] -> [T, B, C, H, W], T times the same memory."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % 4 or x.shape[3] % 4:
+            want = f"[B, {self.in_channels}, H, W] with H and W multiples of 4"
+            raise ValueError(f"input of shape {list(x.shape)}; this model takes {want}")
+        return x.expand(self.T, *x.shape)
+
     def forward_features(self, x):
-        """[T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
+        """Images, or frames [T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
+        x = x if x.dim() == 5 else self.frames(x)
         for index in (1, 2, 3):
             x = self.run_stage(index, x)
         return x.flatten(3).mean(3)
 
     def forward(self, x):
-        """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for another shape, or H or W not divided by 4."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % 4 or x.shape[3] % 4:
-            want = f"[B, {self.in_channels}, H, W] with H and W multiples of 4"
-            raise ValueError(f"input of shape {list(x.shape)}; this model takes {want}")
-        x = self.forward_features(x.expand(self.T, *x.shape))
-        return self.head(x.mean(0))
-
-
-def check_heads(dim, num_heads):
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads is {num_heads}; it must divide the width of each stage, and one is {dim} wide")
+        """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for a wrong shape."""
+        return self.forward_head(self.forward_features(self.frames(x)))
 
 
 @register_model
 def QKFormer(T=4, pretrained=False, drop_path_rate=None, kind=HST, **kwargs):
-    """HST-4-384 of the paper's CIFAR experiments; keywords: see HST. `drop_path_rate` is timm's name of drop_path."""
+    """HST-4-384 of the paper's CIFAR experiments; keywords: see HST, or timm's drop_path_rate."""
     if pretrained:
-        raise ValueError("pretrained is True, but no weights come with the model; load a checkpoint instead")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm.create_model passes these
+        raise ValueError("pretrained is True, but no weights come with the model; load some")
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # of timm.create_model
         kwargs.pop(key, None)
     if drop_path_rate is not None:
         kwargs["drop_path"] = drop_path_rate

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 from lif import MultiStepLIF
-from spikes import largest, mark, save
+from spikes import largest, mark, save, traced
 
 aten = torch.ops.aten
 
@@ -161,6 +161,8 @@ def changed(module):
 
 def observed():
     """Why all modules are to be called: something looks at each of their operations. Or None."""
+    if traced():
+        return ""
     if torch.compiler.is_compiling():
         return None
     if _has_any_global_hook():

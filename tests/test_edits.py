@@ -95,7 +95,7 @@ EDITS = {
     ),
     "token convolution": (
         None,
-        [("self.k_conv = nn.Conv1d(dim, dim, 1,", "self.k_conv = nn.Conv1d(dim, dim, 3, padding=1,")],
+        [("nn.Conv1d(dim, dim, 1, bias=False))", "nn.Conv1d(dim, dim, 3, padding=1, bias=False))")],
     ),
     "scaled residual": (None, [(BRANCH, "x = x + 0.5 * getattr(self, self.attn)(x)")]),
     "spikes in place": (
@@ -134,9 +134,10 @@ EDITS = {
         None,
         [
             (
-                "        self.head = nn.Linear",
+                "        self.reset_classifier(num_classes)",
                 "        self.patch_embed4 = SPEDS(2 * embed_dims, lif)\n"
-                "        self.lower = nn.Conv1d(2 * embed_dims, embed_dims, 1)\n        self.head = nn.Linear",
+                "        self.lower = nn.Conv1d(2 * embed_dims, embed_dims, 1)\n"
+                "        self.reset_classifier(num_classes)",
             ),
             (
                 "        return x.flatten(3).mean(3)",

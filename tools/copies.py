@@ -21,6 +21,7 @@ from pathlib import Path
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 SAME = (
     "spikes.py",
+    "head.py",
     "lif.py",
     "layer.py",
     "fused.py",
