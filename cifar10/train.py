@@ -24,6 +24,7 @@ from build import load_model, settle
 from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
 from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from loss import TET
 from runs import RunLog, make_folder, open_run, shown
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
 
@@ -70,6 +71,8 @@ class Trainer:
         self.erase = RandomErasing(
             0.0 if cfg.no_aug else cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=str(ranks.device)
         )
+        if cfg.loss == "tet":
+            self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
         self.global_batch = cfg.batch_size * ranks.world_size

@@ -7,6 +7,8 @@ from torch import nn
 class Classifier(nn.Module):
     """Has `head`, a linear layer, on `num_features` features, for `num_classes` classes."""
 
+    per_step = False  # see forward_head
+
     def reset_classifier(self, num_classes, global_pool=None):
         """A new head; 0 classes: none. `global_pool` is timm's; here it always is the mean."""
         self.num_classes = num_classes
@@ -21,5 +23,10 @@ class Classifier(nn.Module):
         return self.head
 
     def forward_head(self, x, pre_logits=False):
-        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone."""
+        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone.
+
+        In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
+        """
+        if self.per_step and self.training:
+            return self.head(x)
         return x.mean(0) if pre_logits else self.head(x.mean(0))

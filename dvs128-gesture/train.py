@@ -23,6 +23,7 @@ from build import load_model, measure, settle
 from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
 from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from loss import TET
 from runs import RunLog, find_checkpoint, make_folder, open_run, shown
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
 
@@ -67,6 +68,8 @@ class Trainer:
             self.ddp = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
         self.criterion = SoftTargetCrossEntropy()
+        if cfg.loss == "tet":
+            self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
         self.global_batch = cfg.batch_size * ranks.world_size

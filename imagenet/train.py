@@ -25,6 +25,7 @@ from build import load_model, measure, settle
 from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
 from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from loss import TET
 from runs import RunLog, make_folder, open_run, shown
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
 
@@ -66,6 +67,8 @@ class Trainer:
             self.ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.optimizer = optim.build_optimizer(cfg, model)
         self.criterion = SoftTargetCrossEntropy() if data.mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
+        if cfg.loss == "tet":
+            self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
