@@ -1,14 +1,14 @@
 # Copied from dvs128-gesture/convert.py
 """From recordings to frames, once: spikingjelly reads and integrates, and a kill damages nothing.
 
-    data_path/download/                          archives, or the folders that are in them     (yours)
-    data_path/events_np/                         events of each sample, .npz                   (made here)
-    data_path/frames_number_T_split_by_number/   T frames of each sample, .npz                 (made here)
+    data_path/download/                          archives or the folders in them    (yours)
+    data_path/events_np/                         events of each sample, .npz        (made here)
+    data_path/frames_number_T_split_by_number/   T frames of each sample, .npz      (made here)
 
-Everything is made in data_path/.qkformer-building and moved to its place when it is whole. Then a file
-events_np.whole or frames_number_T_split_by_number.whole says how many samples there are. A killed run
-leaves only the first folder, and the next run begins it anew. A folder without its file is made again
-if the recordings are there.
+Everything is made in data_path/.qkformer-building and moved to its place when it is whole. Then a
+file events_np.whole or frames_number_T_split_by_number.whole says how many samples there are. A
+killed run leaves only the first folder, and the next run begins it anew. A folder without its file
+is made again if the recordings are there.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def prepare(root, T, reader, archives, suffixes, page):
         suffixes: of the files in those folders that the reader needs.
         page: where the data set can be downloaded.
 
-    Returns the folder of the frames. UserError if there are neither frames nor recordings, or if they
-    can't be read or written.
+    Returns the folder of the frames. UserError if there are neither frames nor recordings, or if
+    they can't be read or written.
     """
     root = Path(root).resolve()
     events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
@@ -67,7 +67,7 @@ def prepare(root, T, reader, archives, suffixes, page):
     if not proven(events):
         fits = holds(frames) and (not holds(events) or files(frames) == files(events))
         if fits and (missing or not os.access(root, os.W_OK)):
-            logger.info(f"warning: {frames} may not be whole and can't be made again; it is used as it is")
+            logger.info(f"warning: {frames} may not be whole, and can't be made again; it is used")
             return frames
         if missing and not holds(events):
             raise UserError(
@@ -79,7 +79,7 @@ def prepare(root, T, reader, archives, suffixes, page):
             # Another run may have made them by now.
             if not proven(frames) and not proven(events):
                 if missing:
-                    logger.info(f"warning: {events} may not be whole, and there are no recordings to make it from")
+                    logger.info(f"warning: {events} may not be whole, and recordings are missing")
                     check(events, reader, {})
                 else:
                     make_events(found, work, reader, suffixes)
@@ -89,13 +89,16 @@ def prepare(root, T, reader, archives, suffixes, page):
                 move(work / frames.name, frames)
     except OSError as error:
         where = f": {Path(error.filename).resolve()}" if error.filename else ""
-        raise UserError(f"{root}: the data set can't be converted there: {error.strerror or error}{where}") from None
+        reason = f"{error.strerror or error}{where}"
+        raise UserError(f"{root}: the data set can't be converted there: {reason}") from None
     return frames
 
 
 def proven(folder):
     """Whether a folder was made here and still has all its samples."""
-    return holds(folder) and proof(folder).is_file() and proof(folder).read_bytes() == b"%d\n" % len(files(folder))
+    if not holds(folder) or not proof(folder).is_file():
+        return False
+    return proof(folder).read_bytes() == b"%d\n" % len(files(folder))
 
 
 def holds(folder):
@@ -129,8 +132,9 @@ def move(made, place):
     if unfinished and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     elif place.exists():  # not made here: it may be wanted
-        old = (place.with_name(f"{place.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
-        old = next(path for path in old if not path.exists())
+        numbers = itertools.chain([""], itertools.count(2))
+        olds = (place.with_name(f"{place.name}.old{number}") for number in numbers)
+        old = next(path for path in olds if not path.exists())
         logger.info(f"{place} was not made here, or not to its end: it is {old.name} now")
         os.rename(place, old)
     os.rename(made, place)
@@ -188,7 +192,8 @@ def make_events(found, work, reader, suffixes):
         return next(missing, f"a file of {source.parent}")
 
     labels = [len(path.read_bytes().splitlines()) - 1 for path in recordings.glob("*/*_labels.csv")]
-    with stage("reading recordings", source.parent, events, unread, total=sum(labels) or len(origins)):
+    total = sum(labels) or len(origins)
+    with stage("reading recordings", source.parent, events, unread, total):
         reader.create_raw_from_extracted(recordings, events)
     shutil.rmtree(extract)  # frames need the room
     check(events, reader, origins)
@@ -204,7 +209,8 @@ def check(events, reader, origins):
     """UserError for a sample that can't be integrated: its recording is damaged."""
     H, W = reader.get_H_W()
     logger.info(f"checking events: {events} (once)")
-    for name in tqdm(sorted(files(events)), "checking events", leave=False, disable=not sys.stderr.isatty()):
+    quiet = not sys.stderr.isatty()
+    for name in tqdm(sorted(files(events)), "checking events", leave=False, disable=quiet):
         try:
             t, x, y, p = (read_array(events / name, array) for array in "txyp")
             damage = None
@@ -224,7 +230,7 @@ def check(events, reader, origins):
 
 
 def read_array(path, name):
-    """An array of an .npz, its checksum verified: np.load leaves that out if it reads less than all."""
+    """An array of an .npz, its checksum verified; np.load does not if it reads less than all."""
     with zipfile.ZipFile(path) as file:
         return np.load(io.BytesIO(file.read(f"{name}.npy")), allow_pickle=False)
 
@@ -238,17 +244,18 @@ def make_frames(events, work, T, reader):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(events / name)
     frames = work / f"frames_number_{T}_split_by_number"
-    with stage("integrating frames", events, frames, lambda: f"a file of {events}", total=len(samples)):
+    with stage("integrating frames", events, frames, lambda: f"a file of {events}", len(samples)):
         reader(str(work), data_type="frame", frames_number=T, split_by="number")
 
 
 @contextlib.contextmanager
 def stage(title, source, target, blame, total=None):
-    """Show how many files `target` has. An error of the reader becomes a line that names blame()."""
+    """Show how many files `target` has. The reader's error becomes a line that names blame()."""
     done = threading.Event()
 
     def watch():
-        with tqdm(desc=title, total=total, unit=" files", leave=False, disable=not sys.stderr.isatty()) as bar:
+        quiet = not sys.stderr.isatty()
+        with tqdm(desc=title, total=total, unit=" files", leave=False, disable=quiet) as bar:
             for seconds in itertools.count(1):
                 if done.wait(1.0):
                     break
@@ -264,11 +271,11 @@ def stage(title, source, target, blame, total=None):
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in PLACE_ERRORS):
+        if isinstance(error, UserError) or getattr(error, "errno", None) in PLACE_ERRORS:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, OSError) and error.filename:
-            reason = f"{error.strerror}: {Path(error.filename).name}"  # the rest of the path is the scratch folder's
+        if isinstance(error, OSError) and error.filename:  # in the scratch folder
+            reason = f"{error.strerror}: {Path(error.filename).name}"
         raise UserError(f"{title}: {blame()} can't be read ({reason}); get it again") from None
     finally:
         done.set()
@@ -304,7 +311,8 @@ def scratch(folder):
 @contextlib.contextmanager
 def interruptible():
     """Ctrl-C and SIGTERM end the process at once. spikingjelly's threads would finish all files."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield
     finally:

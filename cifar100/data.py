@@ -1,5 +1,5 @@
 # Copied from cifar10/data.py
-"""CIFAR-10, CIFAR-100, handwritten digits or a folder of images, with timm's transforms and mixup."""
+"""CIFAR-10, CIFAR-100, digits or a folder of images, with timm's transforms and mixup."""
 
 from pathlib import Path
 
@@ -17,11 +17,14 @@ from images import list_split, read_image
 from options import NUM_CLASSES
 from runtime import logger
 
-CIFAR = {"torch/cifar10": torchvision.datasets.CIFAR10, "torch/cifar100": torchvision.datasets.CIFAR100}
+CIFAR = {
+    "torch/cifar10": torchvision.datasets.CIFAR10,
+    "torch/cifar100": torchvision.datasets.CIFAR100,
+}
 
 
 def posterize(image, bits_to_keep, **_):
-    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow now refuses them."""
+    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow raises."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -50,11 +53,12 @@ class Digits(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
+        image = Image.fromarray(self.images[index]).convert("RGB")
+        return self.transform(image), int(self.labels[index])
 
 
 class Folder(Dataset):
-    """Images of root/train or root/val, which have a folder for each class, in the order of its name."""
+    """Images of root/train or root/val, a folder for each class, in order of their names."""
 
     def __init__(self, root, train, transform):
         self.samples, self.classes = list_split(root, train)
@@ -78,8 +82,8 @@ def image_size(cfg):
 def build_dataset(cfg, train, ranks, fixed=False):
     """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
 
-    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder of
-    images has, unless it is `fixed` (a flag) or another than the recipe's.
+    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder
+    of images has, unless it is `fixed` (a flag) or another than the recipe's.
     """
     try:
         transform = create_transform(
@@ -98,7 +102,7 @@ def build_dataset(cfg, train, ranks, fixed=False):
             std=cfg.std,
             crop_pct=cfg.crop_pct,
         )
-    except Exception as error:  # timm asserts, and fails in other ways, on a policy that it can't read
+    except Exception as error:  # timm fails in many ways on a policy that it can't read
         raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
     if cfg.dataset == "digits":
         dataset = Digits(train, transform)
@@ -109,17 +113,19 @@ def build_dataset(cfg, train, ranks, fixed=False):
             logger.info(f"num_classes is {found}: {cfg.data_dir} has that many classes")
             cfg.num_classes = found
         if cfg.num_classes != found:
-            raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.data_dir} has {found} classes")
+            said = f"num_classes is {cfg.num_classes}"
+            raise UserError(f"{said}, but {cfg.data_dir} has {found} classes")
     else:
         ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root)
         dataset = open_cifar(cfg, train, transform)
     if len(dataset.classes) > cfg.num_classes:
-        raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {len(dataset.classes)} classes")
+        found = len(dataset.classes)
+        raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {found} classes")
     return dataset
 
 
 def open_cifar(cfg, train, transform, download=False):
-    """CIFAR in data_dir, downloaded where it is missing. UserError says what is wrong with it there."""
+    """CIFAR in data_dir, downloaded where it is missing. UserError says what is wrong there."""
     cifar, where = CIFAR[cfg.dataset], Path(cfg.data_dir).resolve()
     if where.name == cifar.base_folder:
         raise UserError(f"data_dir {where} is one folder too deep; data_dir must be {where.parent}")
@@ -152,7 +158,8 @@ def cifar_fault(cifar, where):
             if path.exists():
                 return f"{path} is CIFAR in another format; the Python version is not there"
         for path in (*where.glob(f"*/{cifar.base_folder}"), *where.glob(f"*/{cifar.filename}")):
-            return f"data_dir {where} is one folder too high (data_dir {path.parent} has {path.name})"
+            below = f"data_dir {path.parent} has {path.name}"
+            return f"data_dir {where} is one folder too high ({below})"
     except OSError as error:
         return f"{error.filename} can't be read ({error.strerror})"
     return None
@@ -161,13 +168,15 @@ def cifar_fault(cifar, where):
 def make_loader(cfg, dataset, collate, batches, ranks):
     pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
     loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
-    return PrefetchLoader(loader, mean=cfg.mean, std=cfg.std, channels=image_size(cfg)[0], device=ranks.device)
+    channels = image_size(cfg)[0]
+    return PrefetchLoader(loader, cfg.mean, cfg.std, channels=channels, device=ranks.device)
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks):
-    """Normalised images and targets of an epoch from step `first_step` on; soft targets where the recipe mixes.
+    """Normalised images and targets of an epoch from step `first_step` on.
 
-    The workers start anew each epoch, so that they know when mixup goes off; targets stay smoothed then.
+    Where the recipe mixes, targets are soft, and stay smoothed when mixup is off. The workers start
+    anew each epoch, so that they know when that is.
     """
     collate = fast_collate
     if mixes(cfg):

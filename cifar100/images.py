@@ -1,8 +1,8 @@
 # Copied from cifar10/images.py
 """Image files: which of them a folder holds, and what is in one; damaged ones are refused.
 
-Images are read as timm and the release read them: PIL's convert("RGB"). An alpha channel is dropped,
-and a photo is not turned the way its EXIF data says.
+Images are read as timm and the release read them: PIL's convert("RGB"). An alpha channel is
+dropped, and a photo is not turned as its EXIF data says.
 """
 
 import io
@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import UserError
 
-# Only these: PIL also knows EPS, for example, which it hands to Ghostscript, and that runs programs.
+# No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 # JPEG: the start of an image; a marker, other than those within a scan's data; the codes of a scan
@@ -32,15 +32,15 @@ class BadImage(UserError):
 
 
 def printable(path):
-    """The path as text that any terminal and file can take: bytes that are not UTF-8 become \\xNN."""
+    """The path as text that any terminal takes: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def jpeg_fault(data):
-    """What is wrong with a JPEG's segments, or None. The decoder itself takes missing data for grey.
+    """What is wrong with a JPEG's segments, or None. The decoder takes missing data for grey.
 
-    Segments are skipped by their lengths, so a thumbnail in one of them does not count. Neither does
-    what follows the end.
+    Segments are skipped by their lengths, so a thumbnail in one of them does not count. Neither
+    does what follows the end.
     """
     at, scans = len(SOI), 0
     while marker := MARKER.search(data, at):
@@ -55,7 +55,7 @@ def jpeg_fault(data):
 
 
 def to_rgb(image):
-    """The image in 8-bit RGB. Of 16 bits the upper 8 count, as PIL does it for colour; for grey it clips."""
+    """The image in 8-bit RGB. Of 16 bits the upper 8 count, as in PIL for colour; grey it clips."""
     deep = image.mode == "I" and image.format in ("PNG", "PPM")
     if deep or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
@@ -68,28 +68,29 @@ def to_rgb(image):
 def read_image(path):
     """The RGB image in a file; BadImage if it can't be read or is not whole.
 
-    Changed bytes of a scan that still decodes, to other pixels, can't be seen: a JPEG has no checksums.
+    A JPEG has no checksums: changed bytes that still decode, to other pixels, can't be seen.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
             raise ValueError("not a file")
         data = Path(path).read_bytes()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.format == "PNG":
-            Image.open(io.BytesIO(data), formats=FORMATS).verify()  # checksums, which decoding leaves out
+        if image.format == "PNG":  # its checksums, which decoding leaves out
+            Image.open(io.BytesIO(data), formats=FORMATS).verify()
         image = to_rgb(image)
         fault = jpeg_fault(data) if data.startswith(SOI) else None
     except UnidentifiedImageError:
         fault = "unknown format"
     except Exception as error:  # damaged bytes can make a decoder fail in any way
-        fault = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        fault = fault.splitlines()[0]
     if fault:
         raise BadImage(f"{printable(path)}: not a whole image ({fault})")
     return image
 
 
 def list_images(folder):
-    """Paths of the images in a folder and all below it, in order. Links count, hidden names do not."""
+    """Paths of the images in a folder and below it, in order. Links count, hidden names do not."""
     found, folders = [], [(os.fspath(folder), frozenset())]
     try:
         while folders:
@@ -115,26 +116,29 @@ def list_classes(folder):
     """The names of the folders in a folder, in order: the classes."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+            names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     except OSError as error:
         raise UserError(f"{printable(folder)}: can't be read ({error.strerror})") from None
     if not names:
         raise UserError(f"{folder} holds no folders; it needs one for each class, with its images")
-    if wrong := [name for name in names if not name.isprintable()]:
-        raise UserError(f"{folder}: class folder {printable(wrong[0])!r} needs another name, in UTF-8")
-    return names
+    for name in names:
+        if not name.isprintable():
+            wrong = repr(printable(name))
+            raise UserError(f"{folder}: class folder {wrong} needs another name, in UTF-8")
+    return sorted(names)
 
 
 def list_split(root, train):
-    """([(path, label)], class names) of root/train or root/val, which have a folder for each class."""
+    """([(path, label)], class names) of root/train or root/val, with a folder for each class."""
     root, names = Path(root), ("train", "val") if train else ("val", "train")
     folder, other = (root / name for name in names)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder.resolve()}: {root} needs train/ and val/, with a folder for each class")
+    if not os.path.isdir(folder):
+        needed = "needs train/ and val/, with a folder for each class"
+        raise UserError(f"no folder {folder.resolve()}: {root} {needed}")
     classes = list_classes(folder)
-    if other.is_dir() and (differ := sorted(set(classes) ^ set(list_classes(other)))):
-        where = names[differ[0] not in classes]
-        raise UserError(f"{root}: train/ and val/ are of different classes; only {where}/ has {differ[0]}")
+    if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
+        only = f"only {names[differ[0] not in classes]}/ has {differ[0]}"
+        raise UserError(f"{root}: train/ and val/ are of different classes; {only}")
     samples = []
     for label, name in enumerate(classes):
         paths = list_images(folder / name)

@@ -1,4 +1,4 @@
-"""The raw files of DVS128 Gesture, checked before they are read: recordings, labels and the split."""
+"""The raw files of DVS128 Gesture, checked before use: recordings, labels and the split."""
 
 import struct
 import sys
@@ -37,7 +37,8 @@ def check_raw(folder, shown):
     for path in sorted(folder.glob("*.aedat")):
         if path.name not in listed:
             logger.info(f"warning: {shown[path]} is left out: neither list of trials has it")
-    for name in tqdm(sorted(listed), "checking recordings", leave=False, disable=not sys.stderr.isatty()):
+    quiet = not sys.stderr.isatty()
+    for name in tqdm(sorted(listed), "checking recordings", leave=False, disable=quiet):
         path = folder / name
         last = check_recording(path, shown[path])
         labels = path.with_name(f"{path.stem}_labels.csv")
@@ -48,7 +49,7 @@ def check_raw(folder, shown):
 
 
 def check_recording(path, shown):
-    """The time of the last event in microseconds. UserError where the packets do not fill the file."""
+    """The time of the last event in microseconds. UserError if the packets do not fill the file."""
     last, size = 0, path.stat().st_size
     with open(path, "rb") as file:
         line = check_version(file, shown)
@@ -74,7 +75,7 @@ def check_recording(path, shown):
 
 
 def check_labels(path, shown):
-    """The end of the last trial in microseconds. UserError for a line that can't be one of a trial."""
+    """The end of the last trial in microseconds. UserError for a line that can't be a trial's."""
     first, *lines = path.read_text(errors="replace").splitlines() or [""]
     if is_trial(first):
         raise UserError(f"{shown} has no header; its first line must be {COLUMNS}")
@@ -83,7 +84,8 @@ def check_labels(path, shown):
         if not line.strip():
             continue
         if not is_trial(line):
-            raise UserError(f"{shown}, line {number}: {line[:80]!r} is not {COLUMNS} in whole numbers")
+            wrong = f"{line[:80]!r} is not {COLUMNS} in whole numbers"
+            raise UserError(f"{shown}, line {number}: {wrong}")
         label, start, end = map(int, line.split(","))
         if label not in GESTURES:
             raise UserError(f"{shown}, line {number}: class is {label}; it must be from 1 to 11")

@@ -1,4 +1,4 @@
-"""Downloaded archives: unpacked into one folder and nowhere else, and checked to their last byte."""
+"""Downloaded archives: unpacked into one folder and nowhere else, checked to the last byte."""
 
 import gzip
 import stat
@@ -9,7 +9,7 @@ from config import UserError
 
 
 def unpack(archive, folder):
-    """Unpack a .tar.gz or .zip. UserError for what could write elsewhere; what is damaged raises too."""
+    """Unpack a .tar.gz or .zip. UserError for what could write elsewhere; damage raises too."""
     if not archive.is_file():  # a pipe would never end
         raise UserError(f"{archive} is not a file")
     (unpack_zip if archive.suffix == ".zip" else unpack_tar)(archive, folder)

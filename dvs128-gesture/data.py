@@ -66,14 +66,15 @@ def open_frames(cfg, folder, train):
         wrong = f"has {', '.join(unknown[:3])}, no classes of this one" if unknown else "is missing"
         raise UserError(f"{folder} {wrong}: another data set's frames? give each its own data_path")
     transform = augment if train and not cfg.no_aug else None
-    dataset = Frames(folder, partial(load_frames, T=cfg.T), (".npz",), transform=transform, allow_empty=True)
-    if max(dataset.targets, default=0) >= cfg.num_classes:
-        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has label {max(dataset.targets)}")
+    load = partial(load_frames, T=cfg.T)
+    dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
+    if (last := max(dataset.targets, default=0)) >= cfg.num_classes:
+        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has label {last}")
     return dataset
 
 
 def load_frames(path, T):
-    """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has no counts of that shape."""
+    """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has none of that shape."""
     try:
         frames = read_array(path, "frames")
         if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":
@@ -82,7 +83,8 @@ def load_frames(path, T):
             raise ValueError("it has values that are not counts")
     except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: not the frames of a sample ({reason}); remove it to have it made again") from None
+        wrong = f"not the frames of a sample ({reason})"
+        raise UserError(f"{path}: {wrong}; remove it to have it made again") from None
     return torch.from_numpy(frames.astype(np.float32))
 
 
@@ -96,8 +98,9 @@ def report(samples, train, published=True):
 
 
 class Collate:
-    """Samples to a batch ([B, T, 2, H, W], targets): for training, mixup, then a draw of T_train of the T frames.
+    """Samples to a batch: ([B, T, 2, H, W], targets).
 
+    For training, mixup, then a draw of T_train of the T frames.
     Targets of training are soft and smoothed, mixed or not; those of testing are labels.
     """
 
@@ -145,7 +148,10 @@ class Loader:
 
     def __iter__(self):
         for frames, targets in self.loader:
-            yield frames.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            yield (
+                frames.to(self.device, non_blocking=True),
+                targets.to(self.device, non_blocking=True),
+            )
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks):

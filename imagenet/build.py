@@ -228,7 +228,7 @@ def load_tested(cfg, given, ranks, path):
 def measure(cfg, given, ranks, path):
     """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
     model, cross_sample_lif, published, _ = load_tested(cfg, given, ranks, path)
-    dataset, _ = data.build_dataset(cfg, False, ranks)
+    dataset = data.build_dataset(cfg, False, ranks)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "

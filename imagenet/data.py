@@ -6,6 +6,7 @@
 Classes are numbered in the order of their folders' names.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from runtime import logger
 
 # Copied from cifar10/data.py
 def posterize(image, bits_to_keep, **_):
-    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow now refuses them."""
+    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow raises."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -41,13 +42,13 @@ for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
 
 
 class Images(Dataset):
-    """Images of files, transformed, each with a number: its label, or its index where there are no labels.
+    """Images of files, transformed, each with a number: its label, or its index if there is none.
 
     Args:
         samples: [(path, number)].
         transform: PIL image -> tensor.
-        skip: whether a bad file is left out, with a line that names it. In training the next good one takes
-            its place, in evaluation its place stays empty (the item is None).
+        skip: whether a bad file is left out, with a line that names it. In training the next good
+            one takes its place, in evaluation its place stays empty (the item is None).
         replace: whether this is training.
         classes: their names.
     """
@@ -74,12 +75,16 @@ class Images(Dataset):
 
 
 def build_transform(cfg, train):
-    """PIL image -> normalised tensor [3, input_size, input_size]: timm's of training, or the centre for evaluation."""
+    """PIL image -> normalised tensor [3, input_size, input_size].
+
+    For training timm's random transform; for evaluation the centre.
+    """
     size = cfg.input_size
     if not train:
+        resized = int(size / 0.875) if size <= 224 else size
         return transforms.Compose(
             [
-                transforms.Resize(int(size / 0.875) if size <= 224 else size, transforms.InterpolationMode.BICUBIC),
+                transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(size),
                 transforms.ToTensor(),
                 transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -103,7 +108,7 @@ def build_transform(cfg, train):
 
 
 def build_dataset(cfg, train, ranks):
-    """(Images of data_path/train or data_path/val, names of the classes); UserError if not nb_classes."""
+    """Images of data_path/train or data_path/val; their `classes` must be nb_classes."""
     root = cfg.data_path
     if cfg.dataset == "photos":
         root = ranks.from_main(lambda: photos.prepare(root))
@@ -113,12 +118,12 @@ def build_dataset(cfg, train, ranks):
             f"nb_classes is {cfg.nb_classes}, but {root} has {len(classes)} classes: "
             f"--nb_classes {len(classes)} takes them"
         )
-    return Images(samples, build_transform(cfg, train), cfg.on_bad_image == "skip", train, classes), classes
+    return Images(samples, build_transform(cfg, train), cfg.on_bad_image == "skip", train, classes)
 
 
 def find_images(cfg):
-    """Images of the folder cfg.predict and those below it, in order of their names, each with its index."""
-    if not Path(cfg.predict).is_dir():
+    """Images of the folder cfg.predict and below it, in order of their names, with their index."""
+    if not os.path.isdir(cfg.predict):
         raise UserError(f"predict is {cfg.predict}, which is not a folder")
     paths = sorted(map(Path, list_images(cfg.predict)))
     if not paths:
@@ -128,7 +133,7 @@ def find_images(cfg):
 
 
 def class_names(classes=None):
-    """A line for each class: its name and, if that is a wnid, its words ("n01440764 tench, Tinca tinca").
+    """A line for each class: its name and, of a wnid, its words ("n01440764 tench, Tinca tinca").
 
     Without `classes`, ImageNet's 1,000 in the order of their labels. timm has the words.
     """
@@ -143,7 +148,7 @@ def class_names(classes=None):
 
 
 class Loader:
-    """Images [B, 3, H, W] and targets of the given batches, made by worker processes, on the rank's device."""
+    """Images [B, 3, H, W] and targets of the given batches, on this rank's device."""
 
     def __init__(self, cfg, dataset, collate, batches, ranks):
         self.device = ranks.device
@@ -188,7 +193,10 @@ class MixedCollate:
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks):
-    """The micro-steps of an epoch from the optimizer's `first_step` on, without those that make no whole step."""
+    """The micro-steps of an epoch from the optimizer's `first_step` on.
+
+    Those at the end that make no whole step are left out.
+    """
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
     collate = MixedCollate(cfg) if mixes(cfg) else default_collate
@@ -197,7 +205,8 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
 
 def test_loader(cfg, dataset, ranks):
     """Normalised images and labels, or indices."""
-    return Loader(cfg, dataset, collate_whole, test_batches(len(dataset), cfg.val_batch_size, ranks), ranks)
+    batches = test_batches(len(dataset), cfg.val_batch_size, ranks)
+    return Loader(cfg, dataset, collate_whole, batches, ranks)
 
 
 # Copied from cifar10/data.py

@@ -92,8 +92,8 @@ def test_whole_and_damaged_images(tmp_path):
 
 def test_mixup_and_workers(narrow):
     cfg = resolve(*narrow, "--mixup", 0.8, "--cutmix", 1.0, "--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5)
-    train_set, classes = imagenet.data.build_dataset(cfg, True, CPU)
-    assert classes == list(photos.CLASSES)
+    train_set = imagenet.data.build_dataset(cfg, True, CPU)
+    assert train_set.classes == list(photos.CLASSES)
     runs = []
     for cfg.num_workers, first in ((0, 0), (2, 0), (1, 5)):
         runs.append(list(imagenet.data.train_loader(cfg, train_set, 1, first, CPU)))
@@ -156,11 +156,11 @@ def test_bad_training_image_is_replaced(tmp_path, narrow):
     with pytest.raises(UserError, match=bad.name):
         list(
             imagenet.data.train_loader(
-                resolve(*args), imagenet.data.build_dataset(resolve(*args), True, CPU)[0], 0, 0, CPU
+                resolve(*args), imagenet.data.build_dataset(resolve(*args), True, CPU), 0, 0, CPU
             )
         )
     cfg = resolve(*args, "--on_bad_image", "skip")
-    dataset, _ = imagenet.data.build_dataset(cfg, True, CPU)
+    dataset = imagenet.data.build_dataset(cfg, True, CPU)
     dataset.transform = imagenet.data.build_transform(cfg, train=False)
     batches = [list(imagenet.data.train_loader(cfg, dataset, 0, 0, CPU)) for cfg.num_workers in (0, 1)]
     assert torch.equal(batches[0][0][0], batches[1][0][0])
@@ -214,5 +214,5 @@ def test_class_names():
 
 
 def test_a_dataset_knows_its_classes(narrow):
-    dataset, classes = imagenet.data.build_dataset(resolve(*narrow), False, CPU)
-    assert dataset.classes == classes == list(photos.CLASSES)
+    dataset = imagenet.data.build_dataset(resolve(*narrow), False, CPU)
+    assert dataset.classes == list(photos.CLASSES)
