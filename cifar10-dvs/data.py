@@ -105,6 +105,12 @@ def load_frames(path, T):
 
 
 # Copied from dvs128-gesture/data.py
+def file_reader(cfg):
+    """(path of a sample's frames -> the sample without its label, the suffixes of such files)."""
+    return partial(load_frames, T=cfg.T), (".npz",)
+
+
+# Copied from dvs128-gesture/data.py
 def report(samples, train, published=True):
     kind = "training" if train else "test"
     if samples == 0:

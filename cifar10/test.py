@@ -5,10 +5,14 @@ Network, input and data set are those that the checkpoint was trained with; a fl
 Usage:
     python test.py                                             # the newest best.pth under output/
     python test.py --checkpoint output/cifar10/best.pth        # writes output/cifar10/test-best.json
+    python test.py --energy                                    # firing rates and energy too: energy-best.csv, .json
+    python test.py --attend 8                                  # draws output/cifar10/attention/test-8.png
 """
 
+import data
 import options
-from build import measure
+from attend import show
+from build import load_tested, measure
 from config import load_config
 from runs import find_checkpoint
 from runtime import Ranks, logger, run, set_up_log
@@ -22,7 +26,12 @@ def main(argv=None):
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
-    measure(cfg, given, ranks, find_checkpoint(cfg, cfg.output))
+    path = find_checkpoint(cfg, cfg.output)
+    if cfg.attend is None:
+        measure(cfg, given, ranks, path)
+    else:
+        model, _ = load_tested(cfg, given, ranks, path)
+        show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
     return 0
 
 

@@ -24,6 +24,7 @@ from build import load_model, settle
 from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
 from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from firing import Peek
 from loss import TET
 from runs import RunLog, make_folder, open_run, shown
 from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
@@ -233,7 +234,7 @@ class Trainer:
     def fit(self):
         """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
         cfg = self.cfg
-        test_loader = data.test_loader(cfg, self.test_set, self.ranks)
+        test_loader = Peek(data.test_loader(cfg, self.test_set, self.ranks))
         eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
         if self.epoch >= self.num_epochs:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
@@ -267,6 +268,7 @@ class Trainer:
                 "seconds": round(time.perf_counter() - start, 2),
                 "images_per_second": round(speed, 1),
                 "peak_memory_mb": peak_memory_mb(self.ranks.device),
+                "firing_rate": test_loader.rates(self.model, eval_autocast) if self.ranks.main else {},
             }
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
             self.ranks.from_main(lambda record=record: self.log.epoch(record))

@@ -12,6 +12,7 @@ import ms
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError, load_config
+from energy import counting
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
@@ -171,13 +172,19 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     return model, cross_sample_lif
 
 
-def measure(cfg, given, ranks, path):
-    """Metrics of a checkpoint on the test set, in a line and in test-NAME.json beside it."""
+def load_tested(cfg, given, ranks, path):
+    """(model, cross_sample_lif) of a checkpoint that is to be tested."""
     checkpoint = load_checkpoint(path, cfg.use_ema)
     settle(cfg, given, checkpoint, path)
-    model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path)
-    dataset = data.build_dataset(cfg, False, ranks)
-    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
+    return load_model(cfg, ranks, checkpoint, path)
+
+
+def measure(cfg, given, ranks, path):
+    """Metrics of a checkpoint on the test set, in a line and in test-NAME.json beside it."""
+    model, cross_sample_lif = load_tested(cfg, given, ranks, path)
+    loader = data.test_loader(cfg, data.build_dataset(cfg, False, ranks), ranks)
+    with counting(cfg.energy, model, ranks, path):
+        metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} images/s"

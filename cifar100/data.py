@@ -9,6 +9,8 @@ from PIL import Image
 from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
 from config import UserError
@@ -79,14 +81,10 @@ def image_size(cfg):
     return tuple(cfg.input_size or (3, cfg.img_size, cfg.img_size))
 
 
-def build_dataset(cfg, train, ranks, fixed=False):
-    """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
-
-    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder
-    of images has, unless it is `fixed` (a flag) or another than the recipe's.
-    """
+def build_transform(cfg, train):
+    """PIL image -> uint8 [3, height, width]; PrefetchLoader normalises."""
     try:
-        transform = create_transform(
+        return create_transform(
             image_size(cfg),
             is_training=train,
             no_aug=cfg.no_aug,
@@ -104,6 +102,15 @@ def build_dataset(cfg, train, ranks, fixed=False):
         )
     except Exception as error:  # timm fails in many ways on a policy that it can't read
         raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
+
+
+def build_dataset(cfg, train, ranks, fixed=False):
+    """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
+
+    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder
+    of images has, unless it is `fixed` (a flag) or another than the recipe's.
+    """
+    transform = build_transform(cfg, train)
     if cfg.dataset == "digits":
         dataset = Digits(train, transform)
     elif cfg.dataset == "folder":
@@ -122,6 +129,11 @@ def build_dataset(cfg, train, ranks, fixed=False):
         found = len(dataset.classes)
         raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {found} classes")
     return dataset
+
+
+def file_reader(cfg):
+    """(path of an image file -> a sample without its label, the suffixes of such files)."""
+    return transforms.Compose([read_image, build_transform(cfg, False)]), IMG_EXTENSIONS
 
 
 def open_cifar(cfg, train, transform, download=False):

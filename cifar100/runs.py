@@ -141,6 +141,8 @@ class RunLog:
             for name, curve in CURVES.items():
                 if name in record:
                     self.epochs.add_scalar(curve, record[name], record["epoch"])
+            for stage, rate in record.get("firing_rate", {}).items():
+                self.epochs.add_scalar(f"firing_rate/{stage}", rate, record["epoch"])
             self.flush()
 
     def flush(self):

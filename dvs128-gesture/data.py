@@ -88,6 +88,11 @@ def load_frames(path, T):
     return torch.from_numpy(frames.astype(np.float32))
 
 
+def file_reader(cfg):
+    """(path of a sample's frames -> the sample without its label, the suffixes of such files)."""
+    return partial(load_frames, T=cfg.T), (".npz",)
+
+
 def report(samples, train, published=True):
     kind = "training" if train else "test"
     if samples == 0:

@@ -5,7 +5,7 @@ A TrainKey is used by train.py alone; test.py accepts it too.
 
 from pathlib import Path
 
-from keys import Key, TrainKey, grouped
+from keys import Key, TestKey, TrainKey, grouped
 
 DEFAULT_CONFIG = "dvs128-gesture.yml"
 
@@ -148,6 +148,10 @@ RUN = {
         aliases=("initial_checkpoint",)),
     "checkpoint": Key(Path, None, "checkpoint to test; none: the newest best.pth", null=True),
     "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested"),
+    "energy": Key(bool, False, "count firing rates and energy too, which takes longer"),
+    "attend": TestKey(str, None,
+        "draw the attention to it: a test sample's number, a file of frames or a folder of them",
+        null=True),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does",
         aliases=("eval",)),
     "print_freq": TrainKey(int, 256, "steps between two lines of progress",

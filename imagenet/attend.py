@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+import data
 from config import UserError
-from engine import progress
+from engine import make_autocast, progress
 from firing import stage_of
+from runs import shown
 from runtime import logger
 
 TILE = 72  # pixels of a tile's longer side, at least
@@ -237,6 +239,13 @@ def rasters(places, spikes):
     places[2].set_xlabel("tokens", fontsize=7)
 
 
+def show(cfg, ranks, model, path, open_test_set):
+    """Draw what `cfg.attend` names, in attention/ beside the checkpoint at `path`."""
+    samples = find(cfg.attend, open_test_set, *data.file_reader(cfg))
+    loader, autocast = data.test_loader(cfg, samples, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
+    picture(model, loader, samples, path.parent / "attention", ranks, autocast)
+
+
 @torch.inference_mode()
 def picture(model, loader, samples, folder, ranks, autocast):
     """Write folder/NAME.png for each of the Numbered samples that the loader brings, seen alone."""
@@ -260,4 +269,4 @@ def picture(model, loader, samples, folder, ranks, autocast):
                 draw(path, sample, stages, title)
             except OSError as error:
                 raise UserError(f"{path} can't be written: {error.strerror}") from None
-            logger.info(f"written: {path}")
+            logger.info(f"written: {shown(path)}")

@@ -12,6 +12,7 @@ import ms
 import options
 from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError, load_config
+from energy import counting
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
@@ -228,8 +229,9 @@ def load_tested(cfg, given, ranks, path):
 def measure(cfg, given, ranks, path):
     """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
     model, cross_sample_lif, published, _ = load_tested(cfg, given, ranks, path)
-    dataset = data.build_dataset(cfg, False, ranks)
-    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, make_autocast(cfg, ranks, cfg.eval_amp))
+    loader = data.test_loader(cfg, data.build_dataset(cfg, False, ranks), ranks)
+    with counting(cfg.energy, model, ranks, path):
+        metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} images/s"

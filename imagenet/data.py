@@ -147,6 +147,12 @@ def class_names(classes=None):
     return lines
 
 
+# Copied from cifar10/data.py
+def file_reader(cfg):
+    """(path of an image file -> a sample without its label, the suffixes of such files)."""
+    return transforms.Compose([read_image, build_transform(cfg, False)]), IMG_EXTENSIONS
+
+
 class Loader:
     """Images [B, 3, H, W] and targets of the given batches, on this rank's device."""
 

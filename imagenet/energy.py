@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from firing import Counter, silent, stage_of
+from runs import shown
 from runtime import logger
 
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
@@ -223,7 +224,7 @@ def report(counter, ranks, path):
             table.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
             with open(table, "w", newline="") as file:
                 csv.writer(file).writerows([Row._fields, *rows])
-            logger.info(f"written: {table} and .json")
+            logger.info(f"written: {shown(table)} and .json")
         except OSError as error:
             logger.warning(f"warning: {table} can't be written: {error.strerror}")
     return result

@@ -147,8 +147,8 @@ class Peek:
             yield batch
 
     @torch.inference_mode()
-    def log(self, model, autocast, board, epoch):
-        """Write each stage's firing rate to TensorBoard, and a line when other neurons are silent.
+    def rates(self, model, autocast):
+        """{stage: firing rate of its neurons}; a line names silent neurons when they are others.
 
         One more pass of a few samples, in evaluation mode, which changes nothing in the model.
         """
@@ -157,8 +157,7 @@ class Peek:
         stages = {}
         for name, tally in counter.neurons.items():
             stages.setdefault(stage_of(name), Tally()).merge(tally)
-        for stage, tally in stages.items():
-            board.add_scalar(f"firing_rate/{stage}", tally.rate, epoch)
-        line, self.said = self.said, silent(counter)
-        if self.said not in ("", line):
-            logger.info(f"epoch {epoch}: {self.said} ({len(self.images)} test samples)")
+        before, self.said = self.said, silent(counter)
+        if self.said not in ("", before):
+            logger.info(f"{self.said} ({len(self.images)} test samples)")
+        return {stage: tally.rate for stage, tally in stages.items()}

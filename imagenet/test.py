@@ -6,6 +6,8 @@ Usage:
     python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes test-best.json there
     python test.py --checkpoint hst_10_384.pth       # one of the release's: its model and input size are known
     python test.py --checkpoint hst_10_384.pth --predict photos --predictions photos.csv
+    python test.py --checkpoint hst_10_384.pth --energy              # firing rates and energy too
+    python test.py --checkpoint hst_10_384.pth --attend photo.jpg    # draws its attention
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth                   # the same figures, sooner
 """
 
@@ -17,6 +19,7 @@ import torch
 
 import data
 import options
+from attend import show
 from build import load_tested, measure
 from config import UserError, load_config
 from engine import make_autocast, progress
@@ -94,6 +97,10 @@ def main(argv=None):
     for note in notes:
         logger.info(note)
     path = find_checkpoint(cfg, cfg.output_dir)
+    if cfg.attend is not None:
+        model, *_ = load_tested(cfg, given, ranks, path)
+        show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
+        return 0
     if not cfg.predict:
         measure(cfg, given, ranks, path)
         return 0

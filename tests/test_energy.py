@@ -187,25 +187,43 @@ def test_the_papers_rates_stand_beside_those_of_hst_10_768_alone():
 
 
 def test_peeking_changes_nothing_and_names_silent_neurons(caplog):
-    class Board(dict):
-        def add_scalar(self, name, value, epoch):
-            self[name] = value
-
     model = tiny(depths=3)
-    torch.nn.init.constant_(model.stage2[0].tssa.q_bn.bias, -9.0)
+    nn.init.constant_(model.stage2[0].tssa.q_bn.bias, -9.0)
     batches = [(images, None) for images in sample(model, 24).split(12)]
-    peek, board = cifar10.firing.Peek(batches), Board()
+    peek = cifar10.firing.Peek(batches)
     assert [*peek] == batches and len(peek) == 2
     state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     with caplog.at_level("INFO", "qkformer"):
-        for epoch in range(2):
-            peek.log(model, torch.no_grad, board, epoch)
+        rates = [peek.rates(model, torch.no_grad) for _ in range(2)]
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(rng, torch.get_rng_state()) and rates[0] == rates[1]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     counter = counted(cifar10, model, batches[0][0][:8])
     stage = [tally for name, tally in counter.neurons.items() if "stage1" in name or "embed1" in name]
     want = sum(tally.sums[0].item() for tally in stage) / sum(tally.values for tally in stage)
-    assert board["firing_rate/stage1"] == want and set(board) == {f"firing_rate/stage{n}" for n in (1, 2, 3)}
+    assert rates[0]["stage1"] == want and [*rates[0]] == ["stage1", "stage2", "stage3"]
     said = [record.message for record in caplog.records if "no spike" in record.message]
     assert len(said) == 1 and "stage2.0.tssa.q_lif, stage2.0.tssa.attn_lif" in said[0]
+
+
+def test_test_py_counts_and_draws(trained_on_digits, tmp_path, capsys):
+    """--energy tells the same accuracy as without, --attend draws; training has logged its firing rates."""
+    run, _ = trained_on_digits
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    assert all([*line["firing_rate"]] == ["stage1", "stage2", "stage3"] for line in lines)
+    path = tmp_path / "best.pth"
+    path.symlink_to(run / "best.pth")
+    args = ["--checkpoint", str(path), "--workers", "0", "--fused", "false"]
+    results = []
+    for flags in ([], ["--energy"]):
+        assert cifar10.test.main([*args, *flags]) == 0
+        results.append(json.loads((tmp_path / "test-best.json").read_text()))
+        results[-1].pop("images_per_second")
+    assert results[0] == results[1]
+    energy = json.loads((tmp_path / "energy-best.json").read_text())
+    assert energy["images"] == 360 and energy["T"] == 2 and energy["energy"] > 0
+    assert cifar10.test.main([*args, "--attend", "5"]) == 0
+    assert (tmp_path / "attention" / "test-5.png").stat().st_size > 10_000
+    with pytest.raises(cifar10.config.UserError, match="attend is 360; the test set ends with sample 359"):
+        cifar10.test.main([*args, "--attend", "360"])
+    capsys.readouterr()
