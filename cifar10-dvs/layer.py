@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -165,7 +165,7 @@ def observed():
         return ""
     if torch.compiler.is_compiling():
         return None
-    if _has_any_global_hook():
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
         return "hooks on all modules are set"
     for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
         # such as spikingjelly's operation counters; a DeviceContext only says where tensors are made
