@@ -1,5 +1,6 @@
 """CIFAR-10, CIFAR-100, digits or a folder of images, with timm's transforms and mixup."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def file_reader(cfg):
 
 def open_cifar(cfg, train, transform, download=False):
     """CIFAR in data_dir, downloaded where it is missing. UserError says what is wrong there."""
-    cifar, where = CIFAR[cfg.dataset], Path(cfg.data_dir).resolve()
+    cifar, where = CIFAR[cfg.dataset], Path(os.path.realpath(cfg.data_dir))
     if where.name == cifar.base_folder:
         raise UserError(f"data_dir {where} is one folder too deep; data_dir must be {where.parent}")
     try:

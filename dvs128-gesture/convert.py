@@ -57,23 +57,23 @@ def prepare(root, T, reader, archives, suffixes, page):
     Returns the folder of the frames. UserError if there are neither frames nor recordings, or if
     they can't be read or written.
     """
-    root = Path(root).resolve()
-    events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
-    if proven(frames):
-        return frames
-    download = root / "download"
-    found, missing = find(download, archives)
-    if not proven(events):
-        fits = holds(frames) and (not holds(events) or files(frames) == files(events))
-        if fits and (missing or not os.access(root, os.W_OK)):
-            logger.info(f"warning: {frames} may not be whole, and can't be made again; it is used")
-            return frames
-        if missing and not holds(events):
-            raise UserError(
-                f"no frames in {root} and no recordings to make them from: "
-                f"put {', '.join(missing)} from {page} into {download} (key data_path)"
-            )
+    root = Path(os.path.realpath(root))  # resolve() fails on links in a loop
     try:
+        events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
+        if proven(frames):
+            return frames
+        download = root / "download"
+        found, missing = find(download, archives)
+        if not proven(events):
+            fits = holds(frames) and (not holds(events) or files(frames) == files(events))
+            if fits and (missing or not os.access(root, os.W_OK)):
+                logger.info(f"warning: {frames} may not be whole, and can't be made again; it is used")
+                return frames
+            if missing and not holds(events):
+                raise UserError(
+                    f"no frames in {root} and no recordings to make them from: "
+                    f"put {', '.join(missing)} from {page} into {download} (key data_path)"
+                )
         with interruptible(), alone(root), scratch(root / ".qkformer-building") as work:
             # Another run may have made them by now.
             if not proven(frames) and not proven(events):
@@ -87,7 +87,7 @@ def prepare(root, T, reader, archives, suffixes, page):
                 make_frames(events, work, T, reader)
                 move(work / frames.name, frames)
     except OSError as error:
-        where = f": {Path(error.filename).resolve()}" if error.filename else ""
+        where = f": {os.path.realpath(error.filename)}" if error.filename else ""
         reason = f"{error.strerror or error}{where}"
         raise UserError(f"{root}: the data set can't be converted there: {reason}") from None
     return frames

@@ -134,7 +134,7 @@ def list_split(root, train):
     folder, other = (root / name for name in names)
     if not os.path.isdir(folder):
         needed = "needs train/ and val/, with a folder for each class"
-        raise UserError(f"no folder {folder.resolve()}: {root} {needed}")
+        raise UserError(f"no folder {os.path.abspath(folder)}: {root} {needed}")
     classes = list_classes(folder)
     if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
         only = f"only {names[differ[0] not in classes]}/ has {differ[0]}"

@@ -117,6 +117,9 @@ def test_a_wrong_place(cifar):
     cifar.build()
     inside = cifar.dir / cifar.kind.base_folder
     assert f"{inside} is one folder too deep; data_dir must be {cifar.dir}" in cifar.fails(inside)
+    loop = cifar.dir.parent / "loop"
+    loop.symlink_to(loop)
+    assert str(loop) in cifar.fails(loop)
     other = cifar.dir.parent / "other"
     other.mkdir()
     (other / cifar.kind.filename.replace("python", "binary")).write_bytes(b"")

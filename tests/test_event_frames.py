@@ -267,3 +267,12 @@ def test_a_proof_that_is_not_text(folder, tmp_path):
     (tmp_path / "frames_number_2_split_by_number.whole").write_bytes(b"\xff\x00")
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
     assert len(folder.data.build_dataset(cfg, True, cpu(folder))) > 0  # taken with a warning, as without one
+
+
+def test_a_path_that_can_not_be(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "file", tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(folder.config.UserError) as error:
+            prepare(folder, path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)

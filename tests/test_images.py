@@ -184,3 +184,7 @@ def test_layouts_that_can_not_be_trained_on(tmp_path):
     fails("different classes; only train/ has b", train=False)
     fill(tmp_path, "val/b/1.txt")
     fails(f"{tmp_path / 'val' / 'b'} holds no images", train=False)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "train" / "a" / "1.png", tmp_path / ("x" * 300), tmp_path / "loop"):
+        with pytest.raises(images.UserError, match="no folder"):
+            images.list_split(path, True)
