@@ -1,9 +1,12 @@
-"""A layer of the network: convolution, BatchNorm over T*B samples, (max-pool,) and the LIF neuron over T.
+"""A layer of the network: convolution, BatchNorm over T*B samples, max-pool (or none), LIF over T.
 
-`conv_bn_lif` runs the modules one after another or, where it can, the fused path: one function of autograd that works
-in channels_last, shows a static image once instead of T times, normalises, integrates and fires in one pass over
-memory (fused.py), and keeps for the backward pass the convolution's output and the layer's input, spikes as bytes.
-Both compute the same function, to rounding.
+`conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
+function of autograd. That works in channels_last, shows a static image once instead of T times, and
+normalises, integrates and fires in one pass over memory (fused.py). For the backward pass it saves
+the convolution's output and the layer's input, spikes as bytes (spikes.py).
+
+Both paths compute the same function, to rounding. `changed` says which modules the fused path may
+stand for: those whose type and methods are exactly the known ones.
 """
 
 from contextlib import nullcontext
@@ -50,10 +53,11 @@ def plain_conv_bn(x, conv, bn, pool=False):
 
 
 def conv_bn_lif_each(x, *layers):
-    """The spikes of layers (conv, bn, lif) that read the same x, such as q, k and v; fused, they are one product."""
+    """Spikes of layers (conv, bn, lif) that read one x, as q, k and v do; one product if fused."""
     convs, bns, lifs = zip(*layers, strict=True)
     if can_fuse(x, convs, bns, lifs):
-        spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)  # so that their gradients are joined as they lie
+        # With channels last in the split too, the gradients are joined without a copy.
+        spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)
         return [part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)]
     return [conv_bn_lif(x, *layer) for layer in layers]
 
@@ -74,7 +78,7 @@ def recomputing(module):
 
 
 class Recomputation:
-    """Context in which BatchNorms use a batch's statistics again, but running statistics do not count it again."""
+    """Context in which BatchNorms see a batch again without counting it in running statistics."""
 
     def __init__(self, module):
         self.bns = [bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)]
@@ -90,7 +94,7 @@ class Recomputation:
             bn.num_batches_tracked.copy_(batches)
 
 
-# The fused path ---------------------------------------------------------------------------------------------------
+# The fused path -----------------------------------------------------------------------------------
 
 
 class Options(NamedTuple):
@@ -144,7 +148,7 @@ def can_fuse(x, convs, bns, lifs):
 
 
 def changed(module):
-    """Why the fused path may not stand for a module: the user changed what it computes. Or None, or "" for no words."""
+    """Why the fused path may not stand for a module; "": without words. None: it may."""
     kind, own = type(module), module.__dict__
     if kind not in KNOWN:
         return f"it has a {kind.__name__}, which is called as it is"
@@ -160,7 +164,7 @@ def changed(module):
 
 
 def observed():
-    """Why all modules are to be called: something looks at each of their operations. Or None."""
+    """Why all modules are to be called: something looks at their operations. None: nothing does."""
     if traced():
         return ""
     if torch.compiler.is_compiling():
@@ -168,7 +172,7 @@ def observed():
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
         return "hooks on all modules are set"
     for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
-        # such as spikingjelly's operation counters; a DeviceContext only says where tensors are made
+        # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
         if mode is not None and not isinstance(mode, DeviceContext) and not getattr(mode, "counts_kernels", False):
             return f"{type(mode).__name__} looks at each operation"
     return None
@@ -194,7 +198,7 @@ def settings(conv, bn, lif):
 
 
 def fused_layers(x, convs, bns, lif, pool=False):
-    """The layers' channels side by side in one tensor; parameters and running statistics stay the modules' own."""
+    """The layers' channels side by side in one tensor; parameters stay the modules' own."""
     bn, T = bns[0], len(x)
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
@@ -205,7 +209,9 @@ def fused_layers(x, convs, bns, lif, pool=False):
     bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
     gamma, beta = join(bn.weight for bn in bns), join(bn.bias for bn in bns)
     sign = torch.ones_like(gamma)
-    if pool:  # max-pooling comes before BatchNorm here: with gamma >= 0, which moves to the weight, they commute
+    # Max-pooling comes before BatchNorm here. With gamma >= 0 the two commute, so the sign of gamma
+    # moves to the weight.
+    if pool:
         sign = torch.where(gamma < 0, -sign, sign)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     options = Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
@@ -213,7 +219,7 @@ def fused_layers(x, convs, bns, lif, pool=False):
         spikes, mean, var = ConvBNLIF.apply(x, weight, bias, gamma, beta, options)
         update_statistics(convs, bns, mean * sign, var)
         return mark(spikes)
-    # The convolution leaves its bias out.
+    # `convolve` leaves the bias out, so it is taken from the mean.
     mean = join(bn.running_mean for bn in bns) - (0 if bias is None else bias)
     invstd = torch.rsqrt(join(bn.running_var for bn in bns) + bn.eps)
     y = convolve(x, weight, options)
@@ -253,7 +259,7 @@ def affine(mean, invstd, gamma, beta):
 
 
 class ConvBNLIF(torch.autograd.Function):
-    """(x, weight, bias, gamma, beta, options) -> spikes and the batch's mean and unbiased variance, for training."""
+    """(x, weight, bias, gamma, beta, options) -> spikes, the batch's mean and unbiased variance."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, options):
@@ -263,9 +269,10 @@ class ConvBNLIF(torch.autograd.Function):
         pooled = fused.pool(y)[0] if options.pool else y
         scale, shift = affine(mean, invstd, gamma, beta)
         spikes = fused.fire(pooled.unflatten(0, x.shape[:2]), options.T, scale, shift, options.tau, options.v_threshold)
-        n = options.T * y.numel() // (len(x) * len(mean))  # values of a channel; an image shown T times counts T times
+        # Values of a channel; an image shown T times counts T times.
+        n = options.T * y.numel() // (len(x) * len(mean))
         if n == 1:
-            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
+            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
         ctx.save_for_backward(save(x), y, weight, gamma, beta, mean, invstd)
         var = var * (n / (n - 1))  # unbiased, as running_var has it
@@ -276,7 +283,7 @@ class ConvBNLIF(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_spikes, *_):
         x, y, weight, gamma, beta, mean, invstd = ctx.saved_tensors
-        y = channels_last(y)  # which it is, unless a hook on saved tensors has laid it out anew
+        y = channels_last(y)  # it is, unless a hook on saved tensors has changed the layout
         options, pooled = ctx.options, y
         if options.pool:
             pooled, taps = fused.pool(y)
@@ -290,7 +297,7 @@ class ConvBNLIF(torch.autograd.Function):
             fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
         grad_x, grad_weight = convolution_backward(grad, x, weight, options, ctx.needs_input_grad[0])
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
-        # BatchNorm takes a bias before it out again: the gradient is 0; rounding leaves the plain path some noise.
+        # BatchNorm takes the bias out again, so its gradient is 0; in the plain path it is noise.
         grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
         return grad_x, grad_weight.to(weight.dtype), grad_bias, sums[1] * invstd, sums[0], None
 
@@ -303,14 +310,16 @@ def convolution_backward(grad, x, weight, options, wants_x):
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
         grad_x = rows @ weight.flatten(1) if wants_x else None
-        return grad_x.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2) if wants_x else None, grad_weight
+        if not wants_x:
+            return None, grad_weight
+        return grad_x.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2), grad_weight
     args = (None, options.stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
     return aten.convolution_backward(grad, x, weight, *args)[:2]
 
 
 @torch.no_grad()
 def update_statistics(convs, bns, mean, var):
-    """What BatchNorm does with the statistics of a batch; the bias, which the convolution left out, is in the mean."""
+    """What BatchNorm does with a batch's statistics; its mean has the bias that was left out."""
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
         part = slice(start, start := start + bn.num_features)

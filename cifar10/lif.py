@@ -25,7 +25,7 @@ logger = logging.getLogger("qkformer")
 
 
 class MultiStepLIF(neuron.LIFNode):
-    """LIF neuron over the first dimension of [T, ...]; returns spikes of the input's shape and type.
+    """LIF neuron over the first dimension of [T, ...]: spikes of the input's shape and type.
 
     Nothing is carried from one call to the next, so there is nothing to reset. It is a LIFNode of
     spikingjelly: its monitors, its operation counters and `reset_net` work on it.
@@ -33,7 +33,7 @@ class MultiStepLIF(neuron.LIFNode):
     Args:
         tau: membrane time constant in steps, > 1. Default 2.0.
         v_threshold: firing threshold. Default 1.0.
-        backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 / float16 / bfloat16),
+        backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 to bfloat16),
             "spikingjelly" (its functional LIF), or "auto": cupy on a GPU where CuPy works, else
             spikingjelly there, torch on any other device and in float64.
         fused: whether the layer that ends in this neuron may run fused, see layer.py. Default True.
@@ -42,8 +42,8 @@ class MultiStepLIF(neuron.LIFNode):
     decay_input other than those above, or store_v_seq, the neuron is spikingjelly's functional LIF,
     whatever the backend, and its layer does not run fused.
 
-    Raises ValueError for a tau or a backend out of these, or a membrane `v` that is set; RuntimeError
-    where cupy is asked for and can't run.
+    Raises ValueError for a tau or a backend out of these, or a membrane `v` that is set;
+    RuntimeError where cupy is asked for and can't run.
     """
 
     def __init__(self, tau=2.0, v_threshold=1.0, backend="auto", fused=True):
@@ -115,7 +115,7 @@ def say(line):
     logger.info(line)  # once for each line
 
 
-# torch: the plain formulas ---------------------------------------------------------------------------------------
+# torch: the plain formulas ------------------------------------------------------------------------
 
 
 class TorchLIF(torch.autograd.Function):
@@ -123,7 +123,8 @@ class TorchLIF(torch.autograd.Function):
     def forward(ctx, x, tau, v_threshold):
         h = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         v = torch.zeros_like(h[0])
-        divisor = h.new_full((), tau)  # CUDA would multiply by the reciprocal of a Python number: other last bits
+        # A tensor: CUDA would multiply by the reciprocal of a Python number, with other last bits.
+        divisor = h.new_full((), tau)
         for t in range(len(x)):
             torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
             v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
@@ -147,7 +148,7 @@ def torch_lif(x, tau, v_threshold):
 
 
 def traced_lif(x, tau, v_threshold):
-    """The formulas in PyTorch's own operators, for exported graphs; spikes have no gradient there."""
+    """The formulas in PyTorch's own operators, for exported graphs: spikes without a gradient."""
     v, spikes = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32)), []
     for step in x.unbind():
         h = v + (step - v) / tau
@@ -156,7 +157,7 @@ def traced_lif(x, tau, v_threshold):
     return torch.stack(spikes).to(x.dtype)
 
 
-# spikingjelly: the baseline --------------------------------------------------------------------------------------
+# spikingjelly: the baseline -----------------------------------------------------------------------
 
 
 def spikingjelly_lif(x, tau, v_threshold, node=None):
@@ -171,17 +172,17 @@ def spikingjelly_lif(x, tau, v_threshold, node=None):
     return spikes.to(x.dtype) if node is None else (spikes.to(x.dtype), v_seq)
 
 
-# cupy: one thread per neuron, the loop over T inside the kernel, the membrane in a float32 register ---------------
+# cupy: a thread per neuron, the loop over T in the kernel, the membrane in a float32 register -----
 
 CTYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 CUDA_SOURCE = r"""
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 
-// Neuron i of n reads x[t * x_step + i]; x_step is n, or 0 for an input that is the same at every step.
+// Neuron i of n reads x[t * x_step + i]; x_step is n, or 0 for an input that stays the same.
 template <typename scalar_t>
-__global__ void lif_forward(long long n, long long T, long long x_step, const scalar_t* x, scalar_t* spikes,
-                            float tau, float v_threshold) {
+__global__ void lif_forward(long long n, long long T, long long x_step, const scalar_t* x,
+                            scalar_t* spikes, float tau, float v_threshold) {
     const long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float v = 0.0f;
@@ -193,8 +194,9 @@ __global__ void lif_forward(long long n, long long T, long long x_step, const sc
     }
 }
 
-// h is recomputed from x, CHUNK steps at a time so that it stays in registers. The last chunk comes first;
-// every chunk starts by integrating the steps before it (none where T <= CHUNK, as in every published recipe).
+// h is computed again from x, CHUNK steps at a time so that it stays in registers. The last chunk
+// comes first. Each chunk starts by integrating the steps before it; where T <= CHUNK, as in every
+// published recipe, there are none.
 template <typename scalar_t>
 __global__ void lif_backward(long long n, long long T, long long x_step, const scalar_t* x,
                              const scalar_t* grad_spikes, scalar_t* grad_x,
@@ -231,7 +233,7 @@ __global__ void lif_backward(long long n, long long T, long long x_step, const s
     }
 }
 """
-# Without fused multiply-add the kernels round as the torch backend does: their float32 spikes are the same.
+# Without fused multiply-add the kernels round as the torch backend does: float32 spikes are equal.
 NVRTC_OPTIONS = ("-std=c++17", "--fmad=false")
 BLOCK = 256
 
@@ -258,7 +260,7 @@ def _module(dtype):
 
 
 def _launch(name, n, T, x_step, x, *args):
-    """Run a kernel with one thread for each of n neurons, on x's device and torch's current stream there."""
+    """Run a kernel, a thread for each of n neurons, on x's device and torch's stream there."""
     import cupy
     import numpy
 
@@ -267,11 +269,12 @@ def _launch(name, n, T, x_step, x, *args):
     args = tuple(arg.data_ptr() if torch.is_tensor(arg) else convert[type(arg)](arg) for arg in args)
     stream = torch.cuda.current_stream(x.device)
     with cupy.cuda.Device(x.device.index), cupy.cuda.Stream.from_external(stream):
-        _module(x.dtype).get_function(f"{name}<{CTYPES[x.dtype]}>")((-(-n // BLOCK),), (BLOCK,), args)
+        kernel = _module(x.dtype).get_function(f"{name}<{CTYPES[x.dtype]}>")
+        kernel((-(-n // BLOCK),), (BLOCK,), args)
 
 
 def _time_major(x):
-    """x with every x[t] one dense block of memory, in whatever order of dimensions; copied only if it is not."""
+    """x with each x[t] a dense block of memory, dimensions in any order; copied only if need be."""
     dense = 1
     for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
         if size > 1 and stride != dense:

@@ -99,7 +99,7 @@ class ConvBN(torch.autograd.Function):
         # Values of a channel; an image that is shown T times counts T times.
         n = options.T * y.numel() // (len(x) * len(mean))
         if n == 1:
-            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance to train with")
+            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
         ctx.save_for_backward(save(x), y, weight, gamma, mean, torch.rsqrt(var + options.eps))
         pooled = fused.pool(y)[0] if options.pool else y

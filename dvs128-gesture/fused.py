@@ -1,9 +1,10 @@
 """BatchNorm's affine map and the LIF neuron in one pass over memory, forward and backward.
 
-Tensors are [T, B, C, H, W] in channels_last, in memory rows of C channels. One source, fused.cu, serves two compilers:
-NVRTC, through CuPy, for GPUs, and the system's C++ compiler for CPUs. T and the types are constants in it, so that the
-loops over T unroll and the membranes stay in registers. The formulas are those of lif.py; the arithmetic is float32
-(float64 for float64), and the membrane is recomputed in the backward pass.
+Tensors are [T, B, C, H, W] in channels_last, in memory rows of C channels. One source, fused.cu,
+serves two compilers: NVRTC, through CuPy, for GPUs, and the system's C++ compiler for CPUs. T and
+the types are constants in it, so that loops over T unroll and membranes stay in registers. The
+formulas are those of lif.py; the arithmetic is float32 (float64 for float64). The backward pass
+computes the membranes again.
 """
 
 import ctypes
@@ -18,15 +19,18 @@ import torch
 
 from lif import ALPHA, CTYPES, NAMESPACE, NVRTC_OPTIONS, cupy_error, say
 
-MAX_T = 64  # steps held in registers; a longer sequence (the release's neuron over T*B) runs through plain layers
+# Steps held in registers. Longer sequences, as the release's neuron over T*B, take plain layers.
+MAX_T = 64
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-PARTS = 256  # partial sums of a channel: a fixed number, so that sums do not depend on the number of threads
+# Partial sums of a channel: a fixed number, so that sums do not depend on the number of threads.
+PARTS = 256
 TILE = (32, 8)  # channels x rows of a CUDA block
 
 SOURCE = Path(__file__).with_name("fused.cu").read_text()
 HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "__nv_bfloat16"}
-# No fused multiply-add, to round as lif.py does; loops vectorise only where comparisons may not trap.
-HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -w".split()
+# No fused multiply-add, to round as lif.py does. Loops vectorise only if comparisons may not trap.
+HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
+HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 
 
 def defines(dtype, T, ctypes_of):
@@ -48,7 +52,8 @@ def host_library(dtype, T):
 def keep_memory():
     """Let glibc keep large blocks that are freed, for the next layer and step (mallopt(3)).
 
-    It would return them to the system, which hands them out anew page by page: longer than the arithmetic in them.
+    It would return them to the system, which hands them out again page by page. That takes longer
+    than the arithmetic in them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
     mallopt(M_MMAP_MAX, 0)
@@ -76,7 +81,7 @@ def cuda_module(dtype, T):
 
 @torch.compiler.assume_constant_result
 def available(device_type, dtype, backend):
-    """Whether a layer with neurons of this backend can run fused on such tensors; a line in the log says which."""
+    """Whether layers of such tensors, with neurons of this backend, can run fused; logged once."""
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:
@@ -85,7 +90,8 @@ def available(device_type, dtype, backend):
         error = host_error()
     else:
         return False
-    say(f"layers run fused on {device_type}" if error is None else f"layers run unfused on {device_type}: {error}")
+    how = "fused" if error is None else "unfused"
+    say(f"layers run {how} on {device_type}" + ("" if error is None else f": {error}"))
     return error is None
 
 
@@ -134,7 +140,7 @@ def rows_of_channels(x):
 
 
 def empty(T, like):
-    """Memory for [T, B, C, H, W] with channels innermost; not a view, so that spikes can be marked."""
+    """Memory for [T, B, C, H, W], channels innermost; not a view, so that spikes can be marked."""
     _, B, C, H, W = like.shape
     strides = B * H * W * C, H * W * C, 1, W * C, C
     return torch.empty_strided((T, B, C, H, W), strides, dtype=like.dtype, device=like.device)
@@ -152,7 +158,7 @@ def step_of(y, T):
 def fire(
     y: torch.Tensor, T: int, scale: torch.Tensor, shift: torch.Tensor, tau: float, v_threshold: float
 ) -> torch.Tensor:
-    """Spikes [T, B, C, H, W] of neurons whose input is scale * y + shift; y has T steps, or one that stands for all."""
+    """Spikes [T, B, C, H, W] of neurons whose input is scale * y + shift; y has T steps, or one."""
     y = rows_of_channels(y)
     spikes = empty(T, y)
     launch("fire", T, y, step_of(y, T), y, spikes, scale, shift, tau, v_threshold)
@@ -196,13 +202,13 @@ def normalise_backward_(
     gamma: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:
-    """From the gradient of BatchNorm's output, [N, C, H, W] in channels_last, and its sums to the gradient of y."""
+    """From BatchNorm's output gradient, [N, C, H, W] channels_last, and its sums to that of y."""
     launch("normalise_backward", 1, y.unsqueeze(0), y, grad, *coefficients(y, mean, invstd, gamma, sums))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::pool", mutates_args=())
 def pool(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """3x3 max-pooling of stride 2 of [N, C, H, W] in channels_last; which of its window each value was, as bytes."""
+    """3x3 max-pool, stride 2, of [N, C, H, W] channels_last; which of nine it was, as bytes."""
     pooled, taps = empty_pooled(y)
     launch("pool", 1, pooled.unsqueeze(0), *y.shape[2:], y, pooled, taps)
     return pooled, taps
@@ -218,7 +224,7 @@ def pool_backward(
     gamma: torch.Tensor,
     sums: torch.Tensor,
 ) -> torch.Tensor:
-    """normalise_backward_ through max-pooling: from the gradient of the pooled output and its sums to that of y."""
+    """normalise_backward_ through max-pooling: from the pooled gradient and sums to that of y."""
     grad_y = torch.empty_like(y)
     factors = coefficients(y, mean, invstd, gamma, sums)
     launch("pool_backward", 1, y.unsqueeze(0), *y.shape[2:], y, grad, taps, grad_y, *factors)
@@ -241,16 +247,18 @@ def coefficients(y, mean, invstd, gamma, sums):
 
 @torch.library.custom_op(f"{NAMESPACE}::statistics", mutates_args=())
 def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel of [N, C, H, W] in channels_last, in the kernels' arithmetic."""
+    """Mean and biased variance of each channel of [N, C, H, W] in channels_last."""
     real = torch.float64 if y.dtype == torch.float64 else torch.float32
     if y.device.type == "cpu":
         n, C = y.numel() // y.shape[1], y.shape[1]
-        pivot = y[0, :, 0, 0].to(real).contiguous()  # a value of each channel, so that few digits cancel
+        # Sums of differences to one value of each channel, so that few digits cancel.
+        pivot = y[0, :, 0, 0].to(real).contiguous()
         partial = pivot.new_empty(PARTS, 2, C)
         launch("statistics", 1, y.unsqueeze(0), y, pivot, partial)
         total, squares = partial.sum(0, dtype=torch.float64) / n
         return (pivot + total).to(real), (squares - total.square()).clamp_(min=0).to(real)
-    unused = (torch.zeros(y.shape[1], dtype=real, device=y.device) for _ in range(2))  # a run's; momentum 0 keeps them
+    # Running statistics, which the operator asks for; a momentum of 0 leaves them alone.
+    unused = (torch.zeros(y.shape[1], dtype=real, device=y.device) for _ in range(2))
     return torch.ops.aten.batch_norm_update_stats(y, *unused, 0.0)
 
 
