@@ -105,10 +105,14 @@ class Golden:
         return torch.as_tensor(generator.randint(0, num_classes, self.meta["input"]["shape"][0]))
 
 
-def check_golden(golden, build, lif_class, semantics):
-    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes the model."""
+def check_golden(golden, build, lif_class, semantics, plain_losses=True):
+    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes the model.
+
+    Both paths; without `plain_losses` the plain one takes no steps of an optimizer.
+    """
     for fused in (True, False):
-        check_golden_path(golden, lambda fused=fused: build(fused=fused), lif_class, semantics)
+        path = lambda fused=fused: build(fused=fused)  # noqa: E731
+        check_golden_path(golden, path, lif_class, semantics, fused or plain_losses)
 
 
 def check_golden_path(golden, build, lif_class, semantics, with_losses=True):

@@ -14,6 +14,12 @@ CLASSES = {"dvs128-gesture": 11, "cifar10-dvs": 10}
 SMALL = ["--T", 2, "--dim", 32, "--num-heads", 2, "--workers", 0]
 
 
+# For tests of what both folders have by copy: in CI with one of them.
+ONCE = pytest.mark.parametrize(
+    "folder", ["dvs128-gesture", pytest.param("cifar10-dvs", marks=pytest.mark.long)], indirect=True
+)
+
+
 @pytest.fixture(params=FOLDERS)
 def folder(request):
     return SimpleNamespace(name=request.param, **vars(load(request.param)))

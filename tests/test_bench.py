@@ -15,7 +15,9 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 
-@pytest.mark.parametrize(("model", "size", "paths"), [("QKFormer_10_384", 64, 4), ("cifar10", 32, 3)])
+@pytest.mark.parametrize(
+    ("model", "size", "paths"), [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)]
+)
 def test_table(tmp_path, model, size, paths):
     args = ["--model", model, "--size", size, "--rounds", 2, "--T", 2, "--json", tmp_path / "b.json"]
     command = [sys.executable, ROOT / "tools" / "bench.py", "--device", "cpu", *args, "--profile", tmp_path / "t.json"]

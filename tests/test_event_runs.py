@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, build_model, copy_folder, load, log_of, script
-from on_events import CLASSES, FOLDERS, SMALL, check_frames, cpu, resolve, write
+from on_events import CLASSES, FOLDERS, ONCE, SMALL, check_frames, cpu, resolve, write
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def trained(data_path, tmp_path_factory):
     return train
 
 
+@ONCE
 def test_short_quick_start(folder, data_path, trained):
     alone, done = trained(folder.name)
     for words in ("drawing shapes", "reading recordings", "integrating frames"):
@@ -78,6 +79,7 @@ def kill_when(condition, folder, *args):
     assert process.wait() == -signal.SIGKILL
 
 
+@ONCE
 def test_killed_and_restarted(folder, tmp_path):
     """Killed while events are made, while frames are made and in training; the same command ends as if never."""
     written = write(folder.name, tmp_path, **({"samples": 10} if folder.name == "cifar10-dvs" else {"trials": 1}))
@@ -109,6 +111,7 @@ def evaluate(folder, cfg, path, eval_amp, semantics=False):
     return folder.engine.evaluate(model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp))
 
 
+@ONCE
 def test_training_on_two_ranks(folder, tmp_path, data_path):
     """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp says otherwise."""
     args = ["--data-path", data_path[folder.name], "--output-dir", tmp_path, *RANDOM, "--epochs", 1, "--T", 3]
@@ -120,6 +123,7 @@ def test_training_on_two_ranks(folder, tmp_path, data_path):
     assert evaluate(folder, cfg, best, cfg.eval_amp).loss == line["test_loss"] != evaluate(folder, cfg, best, True).loss
 
 
+@ONCE
 @pytest.mark.parametrize("semantics", ["false", "true"])
 def test_testing_on_two_ranks(folder, data_path, trained, semantics):
     """Each sample once, in one rank's batches: the result is one rank's, in both semantics."""

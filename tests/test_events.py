@@ -114,7 +114,7 @@ def test_the_recipes(folder):
     one, other = (load(name).options for name in FOLDERS)
     assert set(other.KEYS) - set(one.KEYS) == {"split_seed"} and set(one.KEYS) <= set(other.KEYS)
     own = {name for name, key in one.KEYS.items() if repr(key) != repr(other.KEYS[name])}
-    assert own == {"mlp_ratio", "num_classes", "epochs", "lr", "min_lr"}
+    assert own == {"dataset", "mlp_ratio", "num_classes", "epochs", "lr", "min_lr"}
 
 
 def test_the_published_recipes(folder):

@@ -109,7 +109,7 @@ def test_signal_and_resume(trained_on_digits, tmp_path, number):
     assert same(weights_of(folder / "last.pth"), weights_of(trained_on_digits[0] / "last.pth"))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "launch"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.long)])
 def test_two_ranks(tmp_path, launcher):
     args = [*SMALL, "--epochs", 2, "--output", tmp_path, "--experiment", "two"]
     done = script("cifar10", "train", *args, ranks=2, launcher=launcher)
