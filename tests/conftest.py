@@ -167,8 +167,20 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
     equal("losses", losses)
 
 
+def on_cpu(argv):
+    """Flags as words, for the CPU unless they name a device: a GPU is too few for two ranks, and rounds otherwise."""
+    words = [*map(str, argv)]
+    return words if "--device" in words else [*words, "--device", "cpu"]
+
+
+def importable(monkeypatch, modules, *names):
+    """For this test the folder's modules have the names by which torch.compile looks them up."""
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, getattr(modules, name))
+
+
 def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check=True, env=None, **kwargs):
-    """Run a script of a folder as a user would; returns the CompletedProcess, output and errors in .stdout."""
+    """Run a script of a folder as a user would, on the CPU; returns the CompletedProcess, its output in .stdout."""
     command = [sys.executable, f"{name}.py"]
     if ranks > 1:
         module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
@@ -177,7 +189,7 @@ def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check
             port = free.getsockname()[1]
         command = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", f"--master_port={port}", f"{name}.py"]
     done = subprocess.run(
-        [*command, *map(str, args)],
+        [*command, *(on_cpu(args) if name in ("train", "test", "../tests/eval_101") else map(str, args))],
         cwd=kwargs.pop("cwd", ROOT / folder),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
         stdout=subprocess.PIPE,
@@ -191,10 +203,10 @@ def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check
 
 
 def start(folder, *args, ranks=1, env=None):
-    """Start a folder's train.py and go on; returns the process, its output line by line in .stdout."""
+    """Start a folder's train.py on the CPU and go on; returns the process, its output line by line in .stdout."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", *map(str, args)],
+        [sys.executable, *launcher, "train.py", *on_cpu(args)],
         cwd=ROOT / folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
         stdout=subprocess.PIPE,

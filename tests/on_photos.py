@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load, script, start
+from conftest import ROOT, load, on_cpu, script, start
 
 imagenet = load("imagenet")
 photos = imagenet.photos
@@ -58,7 +58,7 @@ def lines(capsys):
     def call(main, *argv):
         capsys.readouterr()
         try:
-            assert main([*map(str, argv)]) == 0
+            assert main(on_cpu(argv)) == 0
         except UserError as error:
             print(f"error: {error}")
         return capsys.readouterr().out

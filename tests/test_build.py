@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT, Golden, load, log_of, same, weights_of
+from conftest import ROOT, Golden, load, log_of, on_cpu, same, weights_of
 from on_digits import CPU, RANDOM, SMALL, cifar10
 
 UserError = cifar10.config.UserError
@@ -22,7 +22,7 @@ def call(main, capsys, *argv):
     """What main() printed, and its UserError as the scripts print it."""
     capsys.readouterr()
     try:
-        main([*map(str, argv)])
+        main(on_cpu(argv))
         return capsys.readouterr().out
     except UserError as error:
         return capsys.readouterr().out + f"error: {error}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, script
+from conftest import on_cpu, one_line, script
 from on_digits import SMALL, cifar10
 
 
@@ -144,7 +144,7 @@ def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
 def test_one_line_for_each_mistake(flags, words, tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(cifar10.config.UserError) as error:
-        cifar10.train.main([str(word) for word in [*SMALL, "--output", tmp_path, *flags]])
+        cifar10.train.main(on_cpu([*SMALL, "--output", tmp_path, *flags]))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
 
 

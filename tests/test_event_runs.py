@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, build_model, copy_folder, load, log_of, script
+from conftest import ROOT, build_model, copy_folder, load, log_of, on_cpu, script
 from on_events import CLASSES, FOLDERS, ONCE, SMALL, check_frames, cpu, resolve, write
 
 
@@ -66,7 +66,7 @@ RANDOM += ["--drop-path", 0.2, "--mixup-prob", 1, "--lr", 1e-2]
 
 def kill_when(condition, folder, *args):
     """Start train.py and SIGKILL it as soon as condition() holds."""
-    command = [sys.executable, "train.py", *map(str, args)]
+    command = [sys.executable, "train.py", *on_cpu(args)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as script(): with other threads sums round otherwise
     process = subprocess.Popen(
         command, cwd=ROOT / folder.name, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -166,5 +166,5 @@ def test_missing_recordings_on_two_ranks(tmp_path):
 def test_mistakes(args, words):
     cifar10_dvs = load("cifar10-dvs")
     with pytest.raises(cifar10_dvs.config.UserError) as error:
-        cifar10_dvs.train.main([*map(str, args)])
+        cifar10_dvs.train.main(on_cpu(args))
     assert all(word in str(error.value) for word in words)

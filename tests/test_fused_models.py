@@ -1,11 +1,10 @@
 """Models of fused layers against plain ones: recomputed, compiled, in training, on the CPU and on a GPU."""
 
 import copy
-import sys
 
 import pytest
 import torch
-from conftest import load
+from conftest import importable, load
 from torch import nn
 
 cifar10 = load("cifar10")
@@ -92,8 +91,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_whole_model_compiles(monkeypatch):
-    for name in ("spikes", "lif", "fused", "layer"):
-        monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
+    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer")
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
@@ -143,8 +141,9 @@ def test_a_pixel_that_wants_its_gradient():
 
 
 @gpu
-def test_model_on_gpu():
+def test_model_on_gpu(monkeypatch):
     """A float16 training step of a model, eager, with recomputed stages and compiled."""
+    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer")
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
     recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
     x = torch.randn(8, 3, 32, 32, device="cuda")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import load
+from conftest import load, on_cpu
 from PIL import Image
 
 CLASSES = ("green things", "red", "über")
@@ -90,7 +90,7 @@ def test_a_damaged_image_is_named(folder, data_dir, workers):
 
 def test_a_run(data_dir, tmp_path, capsys):
     folder = load("cifar10")
-    args = [*SMALL, "--data-dir", str(data_dir), "--output", str(tmp_path / "out"), "--lr", "1e-2"]
+    args = on_cpu([*SMALL, "--data-dir", data_dir, "--output", tmp_path / "out", "--lr", "1e-2"])
     assert folder.train.main(args) == 0
     run = tmp_path / "out" / "cifar10"
     [line] = (run / "log.txt").read_text().splitlines()

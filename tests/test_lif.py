@@ -6,11 +6,10 @@ import logging
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import load
+from conftest import importable, load
 from spikingjelly.activation_based import functional, monitor, neuron, op_counter
 
 lif = load("cifar10").lif
@@ -76,8 +75,7 @@ def test_stateless():
 
 
 def test_compiles_without_graph_breaks(monkeypatch):
-    for name in ("spikes", "lif"):  # the compiler imports them by their names
-        monkeypatch.setitem(sys.modules, name, getattr(load("cifar10"), name))
+    importable(monkeypatch, load("cifar10"), "spikes", "lif")
     torch.manual_seed(2)
     node = lif.MultiStepLIF()
     compiled = torch.compile(lambda x: node(x) * 2, fullgraph=True, backend="aot_eager")
@@ -321,7 +319,8 @@ def test_cupy(dtype, shape):
 
 
 @gpu
-def test_cupy_on_another_stream_and_compiled():
+def test_cupy_on_another_stream_and_compiled(monkeypatch):
+    importable(monkeypatch, load("cifar10"), "spikes", "lif")
     torch.manual_seed(8)
     x = torch.randn(4, 1 << 20, device="cuda")
     want = lif.torch_lif(x * 1.5, 2.0, 1.0)

@@ -1,12 +1,11 @@
 """MS-QKFormer, cifar10/ms.py and imagenet/ms.py: golden numbers, formulas, and the fused path against the plain one."""
 
 import copy
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import Golden, build_model, check_golden, check_golden_path, load
+from conftest import Golden, build_model, check_golden, check_golden_path, importable, load
 from spikingjelly.activation_based.model import maxformer
 from torch import nn
 
@@ -285,8 +284,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_model_compiles(monkeypatch):
-    for name in ("spikes", "lif", "fused", "layer", "preact", "model", "ms"):
-        monkeypatch.setitem(sys.modules, name, getattr(cifar10, name))
+    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer", "preact", "model", "ms")
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, log_of, one_line, same, script, start, weights_of
+from conftest import ROOT, log_of, on_cpu, one_line, same, script, start, weights_of
 from on_digits import CPU, RANDOM, SMALL, cifar10, resolve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -55,7 +55,7 @@ def test_first_step_and_number_of_epochs(tmp_path, monkeypatch, capsys):
     """The first step's line has its own loss; a line says how many epochs there are, and why."""
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     flags = (*SMALL, "--workers", 0, "--output", tmp_path, "--epochs", 1, "--cooldown-epochs", 1, "--log-interval", 1)
-    cifar10.train.main([*map(str, flags)])
+    cifar10.train.main(on_cpu(flags))
     lines = capsys.readouterr().out.splitlines()
     assert "2 epochs of 22 steps (epochs 1 + 1 of cooldown_epochs at min_lr)" in lines
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines if line.startswith("epoch 0, step ")]
@@ -250,7 +250,7 @@ def test_divergence(tmp_path, batch, monkeypatch):
     before = (tmp_path / "wild" / "last.pth").read_bytes()
     wild = ["--lr", "1e38", "--min-lr", "1e38", "--weight-decay", "1e3", "--opt", "sgd", "--no-resume-opt"]
     with pytest.raises(cifar10.config.UserError) as error:
-        cifar10.train.main([*map(str, [*args, *wild, "--epochs", 2, "--resume", "auto"])])
+        cifar10.train.main(on_cpu([*args, *wild, "--epochs", 2, "--resume", "auto"]))
     words = ("step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")
     assert all(word in str(error.value) for word in words), error.value
     assert (tmp_path / "wild" / "last.pth").read_bytes() == before
