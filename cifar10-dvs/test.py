@@ -10,6 +10,8 @@ Usage:
     python test.py --data-path ./data --attend 8               # draws attention/test-8.png beside the checkpoint
 """
 
+import torch
+
 import data
 import options
 from attend import show
@@ -19,7 +21,7 @@ from runs import find_checkpoint
 from runtime import Ranks, logger, run, set_up_log
 
 
-# Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir
+# Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir, cudnn.benchmark->cudnn.deterministic
 def main(argv=None):
     cfg, notes, given = load_config(
         options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on events."
@@ -28,6 +30,7 @@ def main(argv=None):
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
+    torch.backends.cudnn.deterministic = True  # as in training
     path = find_checkpoint(cfg, cfg.output_dir)
     if cfg.attend is None:
         measure(cfg, given, ranks, path)

@@ -9,6 +9,8 @@ Usage:
     python test.py --attend 8                                  # draws output/cifar10/attention/test-8.png
 """
 
+import torch
+
 import data
 import options
 from attend import show
@@ -26,6 +28,7 @@ def main(argv=None):
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
+    torch.backends.cudnn.benchmark = True  # as in training
     path = find_checkpoint(cfg, cfg.output)
     if cfg.attend is None:
         measure(cfg, given, ranks, path)

@@ -10,6 +10,8 @@ Usage:
     python test.py --attend 8                                  # draws output/cifar100/attention/test-8.png
 """
 
+import torch
+
 import data
 import options
 from attend import show
@@ -27,6 +29,7 @@ def main(argv=None):
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
+    torch.backends.cudnn.benchmark = True  # as in training
     path = find_checkpoint(cfg, cfg.output)
     if cfg.attend is None:
         measure(cfg, given, ranks, path)

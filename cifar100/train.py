@@ -24,7 +24,7 @@ import options
 from build import load_model, settle
 from checkpoint import load_checkpoint, number, save_checkpoint
 from config import UserError, load_config
-from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from engine import LossMeter, Progress, check_weights, evaluate, load_optimizer, make_autocast
 from firing import Peek
 from loss import TET
 from runs import RunLog, make_folder, open_run, shown
@@ -33,8 +33,10 @@ from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, ru
 
 def build_optimizer(cfg, model):
     """(timm's optimizer, its schedule per epoch, number of epochs with the cooldown); 1-D parameters do not decay."""
+    # On a GPU its kernel leaves out a step that has overflowed; otherwise the scaler waits for the GPU to ask.
+    fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg))
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
     except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
@@ -143,7 +145,7 @@ class Trainer:
             try:
                 if checkpoint.get("config", vars(cfg)).get("opt") != cfg.opt:
                     raise ValueError(f"it is of {checkpoint['config'].get('opt')}, opt is {cfg.opt}")
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                load_optimizer(self.optimizer, checkpoint["optimizer"])
                 if checkpoint.get("scaler"):  # empty where the run was not in float16
                     self.scaler.load_state_dict(checkpoint["scaler"])
             except Exception as error:  # whatever the file has there

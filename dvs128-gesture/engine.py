@@ -147,7 +147,7 @@ def evaluate(model, loader, ranks, autocast, stop=False):
             logits = model(images)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits.double(), targets, reduction="sum")
-        rows.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(images))]))
+        rows.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(images))]))
         if stop:
             break
     rows = torch.stack(rows).tolist() if rows else []
@@ -169,6 +169,12 @@ def check_weights(model, step):
         raise FloatingPointError(f"weights are not finite after step {step}")
 
 
+def load_optimizer(optimizer, state):
+    """Load an optimizer's state, of a CPU on a GPU or the other way round: which of its kernels run stays its own."""
+    own = {name: optimizer.defaults[name] for name in ("foreach", "fused") if name in optimizer.defaults}
+    optimizer.load_state_dict({**state, "param_groups": [{**group, **own} for group in state["param_groups"]]})
+
+
 class LossMeter:
     """Mean loss over the steps of an epoch and over ranks, read one step late so that a GPU is not waited for.
 
@@ -184,7 +190,7 @@ class LossMeter:
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
         status = torch.stack([loss.detach().float(), torch.full_like(loss, bool(stop), dtype=torch.float32)])
-        pending, self.pending = self.pending, self.ranks.sum(status)
+        pending, self.pending = self.pending, to_host(self.ranks.sum(status))
         self._read(pending)
         if self.ranks.world_size == 1:
             self.stop = bool(stop)
@@ -193,9 +199,12 @@ class LossMeter:
         pending, self.pending = self.pending, None
         self._read(pending)
 
-    def _read(self, status):
-        if status is None:
+    def _read(self, pending):
+        if pending is None:
             return
+        status, copied = pending
+        if copied is not None:
+            copied.synchronize()
         loss, stop = status.tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
@@ -209,3 +218,12 @@ class LossMeter:
     @property
     def mean(self):
         return self.total / max(self.steps, 1)
+
+
+def to_host(values):
+    """(values on the CPU, event): a copy from a GPU is under way, behind which no kernel waits, until the event."""
+    if not values.is_cuda:
+        return values, None
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    copied.record()
+    return copy, copied

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+import engine
+
 # (model, input size): images a step, peak learning rate. The run at 288 is not known.
 PUBLISHED = {
     ("QKFormer_10_384", 224): (512, 1.2e-3),
@@ -54,7 +56,10 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 def build_optimizer(cfg, model):
     """AdamW; its learning rate is set before every step, by set_lr."""
-    return torch.optim.AdamW(parameter_groups(model, cfg.weight_decay, cfg.layer_decay), betas=(0.9, 0.999), eps=1e-8)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay)
+    # On a GPU its kernel leaves out a step that has overflowed; otherwise the scaler waits for the GPU to ask.
+    fused = next(model.parameters()).is_cuda or None
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 def set_lr(optimizer, lr):
@@ -83,7 +88,7 @@ def load_optimizer(optimizer, state):
     ValueError where it is that of other parameters.
     """
     own = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    engine.load_optimizer(optimizer, state)
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
     for parameter, moments in optimizer.state.items():

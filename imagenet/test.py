@@ -96,6 +96,7 @@ def main(argv=None):
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
+    torch.backends.cudnn.benchmark = True  # as in training
     path = find_checkpoint(cfg, cfg.output_dir)
     if cfg.attend is not None:
         model, *_ = load_tested(cfg, given, ranks, path)

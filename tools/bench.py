@@ -87,6 +87,12 @@ def build(name, path, T, models):
     return entry(T=T, backend="torch" if path == "plain" else "spikingjelly", fused=False)
 
 
+def set_up(name):
+    """cuDNN as the folder's train.py sets it."""
+    torch.backends.cudnn.benchmark = name not in EVENT
+    torch.backends.cudnn.deterministic = name in EVENT
+
+
 def make_input(name, batch, T, size, device):
     shape = (batch, T, 2, size, size) if name in EVENT else (batch, 3, size, size)
     return (torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)).to(device)
@@ -155,6 +161,7 @@ class Candidate:
 
 def bench(name, batch, T, size, paths, rounds, device, dtype):
     """[{path, kind, images/s, ...}, ...] of one configuration, and its candidates."""
+    set_up(name)
     models, x = import_models(name), make_input(name, batch, T, size, device)
     candidates = {}
     for path in paths:
