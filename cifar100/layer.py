@@ -27,6 +27,7 @@ from lif import MultiStepLIF
 from spikes import largest, mark, save, traced
 
 aten = torch.ops.aten
+MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
 
 
 def conv_bn_lif(x, conv, bn, lif, pool=False):
@@ -299,7 +300,9 @@ class ConvBNLIF(torch.autograd.Function):
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
         # BatchNorm takes the bias out again, so its gradient is 0; in the plain path it is noise.
         grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
-        return grad_x, grad_weight.to(weight.dtype), grad_bias, sums[1] * invstd, sums[0], None
+        # In the parameter's own layout, which DistributedDataParallel wants; a view of it has it too.
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+        return grad_x, grad_weight, grad_bias, sums[1] * invstd, sums[0], None
 
 
 def convolution_backward(grad, x, weight, options, wants_x):
@@ -308,13 +311,20 @@ def convolution_backward(grad, x, weight, options, wants_x):
     pointwise = weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
     if pointwise:  # matrix products of rows of channels
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
+        grad_weight = sum_over_rows(rows, x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
         grad_x = rows @ weight.flatten(1) if wants_x else None
         if not wants_x:
             return None, grad_weight
         return grad_x.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2), grad_weight
     args = (None, options.stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
     return aten.convolution_backward(grad, x, weight, *args)[:2]
+
+
+def sum_over_rows(a, b):
+    """a.t() @ b. cuBLAS may add parts of float16 in float16, but the rows are hundreds of thousands."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and MM_TO_FLOAT32:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t() @ b
 
 
 @torch.no_grad()

@@ -1,0 +1,155 @@
+"""What a step would do on a GPU, without one: where it waits, how gradients lie in memory and are summed."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, load
+from test_bench import bench
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+cifar10, imagenet = load("cifar10"), load("imagenet")
+engine, layer = cifar10.engine, cifar10.layer
+RANKS = SimpleNamespace(world_size=1, main=True, sum=lambda tensor: tensor, gather=lambda value: [value])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Tensors of a GPU that have no values; the list of what the host has waited for."""
+    waits = []
+
+    class Event:
+        def record(self):
+            waits.append("recorded")
+
+        def synchronize(self):
+            waits.append("event")
+
+    def tolist(tensor):
+        waits.append(f"tolist on {tensor.device.type}")
+        return [[1.0] * size for size in tensor.shape[1:]] * len(tensor) if tensor.dim() > 1 else [1.0, 0.0]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    with FakeTensorMode():  # which refuses every other way to a value
+        yield waits
+
+
+def test_a_loss_is_read_a_step_late(fake):
+    """A step starts the copy of its own loss, and only then waits for that of the step before."""
+    meter = engine.LossMeter(RANKS)
+    for _ in range(3):
+        meter.update(torch.zeros((), device="cuda"), False)
+    assert fake == ["recorded", *["recorded", "event", "tolist on cpu"] * 2]
+    meter.flush()
+    assert fake[-2:] == ["event", "tolist on cpu"] and (meter.steps, meter.mean) == (3, 1.0)
+
+
+def test_a_test_waits_once(fake):
+    model = torch.nn.Linear(4, 10, device="cuda")
+    batches = [(torch.zeros(5, 4, device="cuda"), torch.zeros(5, dtype=torch.long, device="cuda"))] * 3
+    engine.evaluate(model, batches, RANKS, lambda: torch.autocast("cuda", enabled=False))
+    assert fake == ["tolist on cuda"]
+
+
+def test_adamw_is_fused_on_a_gpu(fake):
+    """Then the scaler hands its flag to the kernel and does not read it; on a CPU nothing changes."""
+    for folder in (cifar10, imagenet, load("dvs128-gesture")):
+        options = folder.options
+        for device in ("cpu", "cuda"):
+            cfg, *_ = folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [])
+            model = torch.nn.ModuleDict({"stage3": torch.nn.Linear(2, 2, device=device)})
+            build = (folder.optim if folder is imagenet else folder.train).build_optimizer
+            optimizer = build(cfg, model)
+            optimizer = optimizer[0] if isinstance(optimizer, tuple) else optimizer
+            on_gpu = device == "cuda"
+            assert getattr(optimizer, "_step_supports_amp_scaling", False) == on_gpu
+            assert all(bool(group["fused"]) == on_gpu for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("there", [None, True])
+def test_optimizer_states_go_between_devices(there):
+    """A state of the fused kernel goes on without it, and the other way round; the steps are the same."""
+    weights = []
+    for here in (there, None if there else True):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 12))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=there)
+        for step in range(6):
+            if step == 3:
+                state = optimizer.state_dict()
+                optimizer = torch.optim.AdamW([weight], lr=0.1, fused=here)
+                engine.load_optimizer(optimizer, state)
+                assert optimizer.param_groups[0]["fused"] == here
+            weight.grad = weight.detach().sin() + step
+            optimizer.step()
+        assert optimizer.state[weight]["step"] == 6
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(cifar10.fused.host_error() is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["cifar10", "dvs128-gesture", "imagenet"])
+def test_gradients_lie_as_their_parameters(name, memory_format):
+    """As backward() hands them over, before autograd or DistributedDataParallel would copy them."""
+    models = load(name).model
+    sizes = {
+        "T": 2,
+        "embed_dims": 32,
+        "num_heads": 2,
+        "depths": {"dvs128-gesture": 2, "cifar10": 3, "imagenet": 4}[name],
+    }
+    model = (models.QKFormer_10_384 if name == "imagenet" else models.QKFormer)(**sizes)
+    model = model.to(memory_format=memory_format)
+    strides = {}
+    for key, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, key=key: strides.update({key: grad.stride()}))
+    model(torch.rand(2, 2, 2, 32, 32) if name == "dvs128-gesture" else torch.rand(2, 3, 32, 32)).sum().backward()
+    want = {key: parameter.stride() for key, parameter in model.named_parameters()}
+    assert len(strides) == len(want)
+    assert strides == want, {key: (strides[key], want[key]) for key in want if strides[key] != want[key]}
+
+
+def test_weight_gradients_are_summed_in_float32():
+    """50,000 rows of spikes in bfloat16, where a sum of 256 would swallow another 1; exact but for its own rounding."""
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.rand(50_000, 8, generator=generator).bfloat16()
+    spikes = (torch.rand(50_000, 16, generator=generator) < 0.2).bfloat16()
+    want = grad.double().t() @ spikes.double()
+    error = (layer.sum_over_rows(grad, spikes).double() - want).abs()
+    assert (error <= 2**-8 * want).all() and want.min() > 4000
+
+
+def test_weight_gradients_on_a_gpu(fake):
+    """The sum leaves the product in float32, so that it is rounded once at most."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        rows, pixels = (torch.empty(64, size, dtype=dtype, device="cuda") for size in (8, 16))
+        product = layer.sum_over_rows(rows, pixels)
+        assert product.dtype == torch.float32 and product.shape == (8, 16)
+
+
+@pytest.mark.parametrize("name", ["QKFormer_10_384", "cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs"])
+def test_cudnn_is_timed_as_it_is_used(name):
+    """tools/bench.py and test.py set cuDNN as train.py of the folder does."""
+    folder = ROOT / (name if name in bench.FOLDERS else "imagenet")
+    said = [re.findall(r"cudnn\.(\w+) = True", (folder / script).read_text()) for script in ("train.py", "test.py")]
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    try:
+        bench.set_up(name)
+        timed = [setting for setting in ("benchmark", "deterministic") if getattr(torch.backends.cudnn, setting)]
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
+    assert timed == said[0] == said[1] and len(timed) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_rows_on_gpu(dtype):
+    torch.manual_seed(0)
+    grad = torch.randn(401_408, 96, device="cuda").to(dtype)
+    spikes = (torch.rand(401_408, 192, device="cuda") < 0.2).to(dtype)
+    want = grad.double().t() @ spikes.double()
+    error = (layer.sum_over_rows(grad, spikes).double() - want).norm() / want.norm()
+    assert error < 1e-5 and math.isfinite(error)
