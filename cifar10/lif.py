@@ -247,7 +247,10 @@ def cupy_error():
             lif_backward(lif_forward(x, 2.0, 1.0), x, 2.0, 1.0)
         torch.cuda.synchronize()
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, ImportError):
+            reason += f"; pip install cupy-cuda{(torch.version.cuda or '13')[:2]}x"
+        return reason
     return None
 
 

@@ -6,9 +6,11 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,8 +34,10 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.note = None  # for the log
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.note = unused_gpu() if device == "cpu" else None
         try:
             self.device = torch.device(device)
         except RuntimeError:
@@ -89,6 +93,18 @@ class Ranks:
         return box[0]
 
 
+def unused_gpu():
+    """A line on an NVIDIA card that PyTorch can't use, or None."""
+    there = Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")
+    if not there or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden on purpose
+        return None
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"device: auto takes the CPU. There is an NVIDIA card, but PyTorch {torch.__version__}, built {built}, "
+        "can't use it: pip install -r requirements.txt (CUDA 13) or requirements-cu12.txt (older drivers and cards)"
+    )
+
+
 def started_by_srun(env):
     """Whether this is a task of srun; a plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too."""
     named = "SLURM_STEP_NUM_TASKS" in env or (
@@ -118,6 +134,8 @@ def set_up_log(ranks):
     """Lines of rank 0 to standard output; warnings of every rank."""
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
+    if ranks.note:
+        logger.info(ranks.note)
 
 
 class StopSignal:

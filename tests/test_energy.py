@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load
+from conftest import load, on_cpu
 from spikingjelly.activation_based import op_counter
 from torch import nn
 
@@ -216,14 +216,14 @@ def test_test_py_counts_and_draws(trained_on_digits, tmp_path, capsys):
     args = ["--checkpoint", str(path), "--workers", "0", "--fused", "false"]
     results = []
     for flags in ([], ["--energy"]):
-        assert cifar10.test.main([*args, *flags]) == 0
+        assert cifar10.test.main(on_cpu([*args, *flags])) == 0
         results.append(json.loads((tmp_path / "test-best.json").read_text()))
         results[-1].pop("images_per_second")
     assert results[0] == results[1]
     energy = json.loads((tmp_path / "energy-best.json").read_text())
     assert energy["images"] == 360 and energy["T"] == 2 and energy["energy"] > 0
-    assert cifar10.test.main([*args, "--attend", "5"]) == 0
+    assert cifar10.test.main(on_cpu([*args, "--attend", "5"])) == 0
     assert (tmp_path / "attention" / "test-5.png").stat().st_size > 10_000
     with pytest.raises(cifar10.config.UserError, match="attend is 360; the test set ends with sample 359"):
-        cifar10.test.main([*args, "--attend", "360"])
+        cifar10.test.main(on_cpu([*args, "--attend", "360"]))
     capsys.readouterr()

@@ -153,3 +153,44 @@ def test_many_rows_on_gpu(dtype):
     want = grad.double().t() @ spikes.double()
     error = (layer.sum_over_rows(grad, spikes).double() - want).norm() / want.norm()
     assert error < 1e-5 and math.isfinite(error)
+
+
+# What to install --------------------------------------------------------------------------------------------------
+
+
+def test_a_card_that_is_not_used(monkeypatch, tmp_path):
+    runtime = cifar10.runtime
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for there in (True, False):
+        monkeypatch.setattr(runtime, "Path", lambda path, there=there: tmp_path if there else tmp_path / "none")
+        monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+        note = runtime.Ranks("auto").note
+        assert (note is not None) == there
+        if there:
+            assert "built for CUDA 13.0" in note and "requirements-cu12.txt" in note and "\n" not in note
+            assert runtime.Ranks("cpu").note is None  # as it was asked for
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+            assert runtime.Ranks("auto").note is None
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_missing_cupy_is_named(monkeypatch):
+    def ones(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'cupy'")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    reason = cifar10.lif.cupy_error.__wrapped__()
+    assert reason == "ModuleNotFoundError: No module named 'cupy'; pip install cupy-cuda12x"
+
+
+def test_requirements_for_cuda_12():
+    """The same versions, of other builds."""
+    pins = [
+        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith(("#", "--"))]
+        for name in ("requirements.txt", "requirements-cu12.txt")
+    ]
+    assert pins[0] == [line.replace("+cu126", "").replace("cuda12x", "cuda13x") for line in pins[1]]
+    assert pins[0] != pins[1]

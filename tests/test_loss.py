@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load, log_of
+from conftest import load, log_of, on_cpu
 from on_digits import SMALL, cifar10
 from spikingjelly.activation_based.functional import temporal_efficient_training_cross_entropy
 from timm.loss import SoftTargetCrossEntropy
@@ -63,6 +63,6 @@ def test_run(tmp_path, monkeypatch, capsys):
     flags = (*SMALL, "--workers", 0, "--epochs", 1, "--cooldown-epochs", 0, "--output", tmp_path)
     losses = []
     for loss in ("ce", "tet"):
-        cifar10.train.main([*map(str, flags), "--loss", loss, "--experiment", loss])
+        cifar10.train.main(on_cpu([*flags, "--loss", loss, "--experiment", loss]))
         losses.append(log_of(tmp_path / loss)[0]["train_loss"])
     assert losses[0] != losses[1] and all(1.5 < loss < 2.5 for loss in losses)  # chance is 2.3
