@@ -35,7 +35,10 @@ def build_dataset(cfg, train, ranks):
     root = cfg.data_path
     if cfg.dataset == "shapes":
         root = ranks.from_main(lambda: shapes.prepare(root))
-    frames = ranks.from_main(lambda: prepare(root, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE))
+    frames = ranks.from_main(
+        lambda: prepare(root, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE),
+        f"makes frames in {root} where there are none",
+    )
     dataset = open_frames(cfg, frames, train)
     classes = dataset.classes
     dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))

@@ -1,15 +1,24 @@
 """A run's folder: its name, its args.yaml, its log and its curves."""
 
+import atexit
 import contextlib
+import errno
+import fcntl
+import itertools
 import json
 import logging
 import os
 import re
+import socket
+import time
 from pathlib import Path
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from checkpoint import progress_of
 from config import HERE, UserError
 
 logger = logging.getLogger("qkformer")
@@ -35,8 +44,11 @@ def shown(path):
 
 
 def newest(paths):
-    """The path that was written last, or None."""
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    """The checkpoint of the most epochs and steps, of equal ones that written last; None of none."""
+    paths = list(paths)
+    if len(paths) < 2:
+        return paths[0] if paths else None
+    return max(paths, key=lambda path: (progress_of(path), path.stat().st_mtime))
 
 
 def find_checkpoint(cfg, output):
@@ -57,11 +69,8 @@ def write_result(path, result):
         logger.warning(f"warning: {file} can't be written: {error.strerror}")
 
 
-def open_run(cfg, output):
-    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
-
-    A folder that holds a run is written to only by going on from its last.pth: any other run's name gets a number.
-    """
+def find_run(cfg, output):
+    """(folder to go on in or None, checkpoint to resume or None, folder of all runs, those of this name)."""
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", cfg.experiment):
         raise UserError(f"experiment is {cfg.experiment!r}; it names a folder, so letters, digits and -_.+=, only")
     root = Path(output) if output else HERE / "output"
@@ -72,13 +81,73 @@ def open_run(cfg, output):
         runs_of_it = [folder for folder in runs if experiment_of(folder) == cfg.experiment]
         resume = newest(folder / "last.pth" for folder in runs_of_it if (folder / "last.pth").is_file())
         if resume is None and runs_of_it == [root / cfg.experiment]:
-            return runs_of_it[0], None  # it ended before its first checkpoint
+            return runs_of_it[0], None, root, runs  # it ended before its first checkpoint
     elif cfg.resume:
         resume = Path(cfg.resume)
     if resume and resume.name == "last.pth" and (resume.parent / "args.yaml").is_file():
-        return resume.parent, resume
-    names = [cfg.experiment, *(f"{cfg.experiment}-{number}" for number in range(2, len(runs) + 3))]
-    return next(root / name for name in names if root / name not in runs), resume
+        return resume.parent, resume, root, runs
+    return None, resume, root, runs
+
+
+def open_run(cfg, output):
+    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
+
+    A folder that holds a run is written to only by going on from its last.pth: any other run's name gets a number.
+    The folder is this process's until it ends: a run that would go on there meanwhile ends with an error.
+    """
+    folder, resume, root, runs = find_run(cfg, output)
+    if folder is None and cfg.resume == "auto" and root / cfg.experiment not in runs:
+        folder = root / cfg.experiment
+    if folder is not None:
+        if (user := claim(folder)) is not None:
+            raise UserError(
+                f"{folder} is in use by another run ({user}): wait for its end, or stop it, or set another experiment"
+            )
+        return folder, resume
+    for number in itertools.count(1):
+        folder = root / (cfg.experiment if number == 1 else f"{cfg.experiment}-{number}")
+        # Its args.yaml may have come, and its user gone, since the runs were listed.
+        if folder not in runs and claim(folder) is None and not (folder / "args.yaml").exists():
+            return folder, resume
+
+
+CLAIMED = []  # files that are open, and so locked, until this process ends
+
+
+def claim(folder):
+    """Make a folder and lock it for this process; returns None, or who has it in words.
+
+    The lock is the system's, so it ends with the process, whatever ends it. Loader workers have no part in it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            return file.read().strip() or "which starts"
+        return None  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    CLAIMED.append(file)
+    there = folder / ".lock"
+    if there.exists() and os.path.samestat(there.stat(), os.fstat(file.fileno())):
+        return None
+    return claim(folder)  # its last user removed the file meanwhile
+
+
+@atexit.register
+def leave():
+    """Remove folders that were claimed for a run that did not come to be."""
+    for file in CLAIMED:
+        folder = Path(file.name).parent
+        with contextlib.suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                os.remove(file.name)
+                folder.rmdir()
 
 
 def experiment_of(folder):
@@ -90,12 +159,12 @@ def experiment_of(folder):
 
 
 def make_folder(folder, cfg, classes=()):
-    """Make a run's folder, with the configuration in args.yaml and the classes' names, a line each, in classes.txt."""
+    """Put the configuration in a run's args.yaml and the classes' names, a line each, in its classes.txt."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.yaml").write_text(yaml.safe_dump(vars(cfg), sort_keys=False))
         if classes:
-            (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+            lines = "".join(f"{name}\n" for name in classes)
+            (folder / "classes.txt").write_bytes(os.fsencode(lines))
 
 
 @contextlib.contextmanager
@@ -125,13 +194,13 @@ class RunLog:
             temporary = folder / "log.txt.tmp"
             temporary.write_text("".join(line + "\n" for line in lines if epoch_of(line) < epoch))
             os.replace(temporary, self.path)
-            self.epochs = SummaryWriter(str(folder), purge_step=epoch)
-            self.steps = SummaryWriter(str(folder / "steps"), purge_step=step)
+            self.epochs = Curves(folder, epoch)
+            self.steps = Curves(folder / "steps", step)
 
     def point(self, name, value, step):
         """A point of a curve over the steps of all epochs, counted from 0."""
         with writing(self.folder):
-            self.steps.add_scalar(f"step/{name}", value, step)
+            self.steps.point(f"step/{name}", value, step)
 
     def epoch(self, record):
         """An epoch's line and points."""
@@ -140,16 +209,32 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
             for name, curve in CURVES.items():
                 if name in record:
-                    self.epochs.add_scalar(curve, record[name], record["epoch"])
+                    self.epochs.point(curve, record[name], record["epoch"])
             for stage, rate in record.get("firing_rate", {}).items():
-                self.epochs.add_scalar(f"firing_rate/{stage}", rate, record["epoch"])
-            self.flush()
+                self.epochs.point(f"firing_rate/{stage}", rate, record["epoch"])
 
-    def flush(self):
-        """Put all points on the disk: before a checkpoint is saved, so that a killed run loses none."""
-        with writing(self.folder):
-            self.epochs.flush()
-            self.steps.flush()
+
+class Curves:
+    """A file of TensorBoard's in a folder. Points of older files from x = `first` on do not count any more.
+
+    PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names files by the clock, which
+    TensorBoard then reads in a wrong order where that was set back. Here each point is written at once.
+    """
+
+    def __init__(self, folder, first):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
+        number = 1 + max((int(name[1]) for name in names if name), default=0)
+        file = open(folder / f"events.out.tfevents.{number:010}", "wb", buffering=0)
+        self.records = RecordWriter(file)
+        self.write(file_version="brain.Event:2", step=first)
+        self.write(session_log=SessionLog(status=SessionLog.START), step=first)
+
+    def write(self, **what):
+        self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
+
+    def point(self, name, value, x):
+        self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)
 
 
 def epoch_of(line):

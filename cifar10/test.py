@@ -24,7 +24,7 @@ def main(argv=None):
     cfg, notes, given = load_config(
         options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on CIFAR."
     )
-    ranks = Ranks(cfg.device)
+    ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)

@@ -124,7 +124,8 @@ def build_dataset(cfg, train, ranks, fixed=False):
             said = f"num_classes is {cfg.num_classes}"
             raise UserError(f"{said}, but {cfg.data_dir} has {found} classes")
     else:
-        ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root)
+        task = f"checks or downloads {cfg.dataset}"
+        ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, task)
         dataset = open_cifar(cfg, train, transform)
     if len(dataset.classes) > cfg.num_classes:
         found = len(dataset.classes)

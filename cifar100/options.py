@@ -184,6 +184,10 @@ OPTIMISATION = {
 
 RUN = {
     "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "timeout_minutes": Key(float, 10, "minutes that a rank waits for another one", low=0.01,
+        high=10_000),
+    "deterministic": TrainKey(bool, False,
+        "kernels that give the same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 42, "seed of all random numbers; each rank adds its number to it",
         low=0, high=2**31),
     "output": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,

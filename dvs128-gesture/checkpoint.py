@@ -80,6 +80,9 @@ def load_checkpoint(path, use_ema=False):
     extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
+    given = extra.get("given", {"yml": {}})
+    if not (isinstance(given, dict) and isinstance(given.get("yml"), dict)):
+        raise UserError(f"{path}: damaged: its given is {str(given)[:50]!r}")
     return {**extra, "model": own_names(chosen, path)}
 
 
@@ -140,6 +143,19 @@ def fault_of(name, value):
     return None
 
 
+def progress_of(path):
+    """(epochs, steps of the next) that a checkpoint of ours has behind it, read without its tensors.
+
+    Of a file that can't be read, more than any: to be taken, so that an error names it.
+    """
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return int(content["epoch"]) + 1, int(content["step"])
+    except Exception:  # damaged bytes can make the reader fail in any way
+        return math.inf, 0
+
+
 def load_weights(model, checkpoint, path):
     """Load checkpoint["model"]; UserError that names keys and shapes where it is of another architecture."""
     have, want = dict(checkpoint["model"]), model.state_dict()
@@ -166,12 +182,30 @@ def load_weights(model, checkpoint, path):
     model.load_state_dict(have)
 
 
-def number(checkpoint, name, default, path):
-    """A number of the default's type in a checkpoint; the default where it is not recorded."""
+def number(checkpoint, name, default, path, low=-1):
+    """A number of the default's type, from `low` on, in a checkpoint; the default where it lacks."""
     value = checkpoint.get(name, default)
-    if type(value) is not type(default) or not math.isfinite(value):
+    if type(value) is not type(default) or not low <= value < math.inf:
         raise UserError(f"{path}: can't be resumed: its {name} is {value!r}; finetune only takes its weights")
     return value
+
+
+def check_optimizer(optimizer, scaler):
+    """ValueError where what was loaded into an optimizer, or a scaler's state, can't be gone on with."""
+    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
+    for parameter, state in optimizer.state.items():
+        if lacking := needed - set(state):
+            raise ValueError(f"no {min(lacking)}")
+        for name, value in state.items():
+            values = value if torch.is_tensor(value) else torch.tensor(value or 0.0)
+            if not values.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+            shape = parameter.shape if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") else ()
+            if shape and values.shape != shape:
+                raise ValueError(f"{name} is of another shape than its parameter")
+    for name, value in (scaler or {}).items():
+        if not math.isfinite(value):
+            raise ValueError(f"the scaler's {name} is {value}")
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):

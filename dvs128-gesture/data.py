@@ -44,7 +44,10 @@ def build_dataset(cfg, train, ranks):
     root = cfg.data_path
     if cfg.dataset == "shapes":
         root = ranks.from_main(lambda: shapes.prepare(root))
-    frames = ranks.from_main(lambda: prepare(root, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE))
+    frames = ranks.from_main(
+        lambda: prepare(root, cfg.T, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE),
+        f"makes frames in {root} where there are none",
+    )
     dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
     if cfg.dataset != "shapes":
         dataset.classes = [GESTURES[int(name)] for name in dataset.classes]

@@ -1,6 +1,9 @@
 """Training and testing whatever the data set: batches, their share for each rank, mixed precision, loss, metrics."""
 
+import atexit
 import math
+import multiprocessing
+import signal
 import sys
 import time
 from collections import namedtuple
@@ -9,12 +12,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from config import UserError
-from runtime import logger, peak_memory_mb, seeded
+from runtime import deaf, logger, peak_memory_mb, seeded
 
+SKIPPED = 50  # steps in a row: the scale is 1e15 times smaller then
 Metrics = namedtuple("Metrics", "loss top1 top5 images_per_second")
 
 
@@ -33,13 +38,27 @@ class Batches(Dataset):
         indices, seed = key
         try:
             with seeded(seed):
-                return self.collate([self.dataset[index] for index in indices])
+                batch = self.collate([self.dataset[index] for index in indices])
+            if get_worker_info():  # now: in the thread that sends it, a failure would be lost
+                batch = tree_map_only(torch.Tensor, torch.Tensor.share_memory_, batch)
+            return batch
         except UserError as error:
             return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
+        except (OSError, RuntimeError) as error:
+            if get_worker_info() and "shm" in str(error):
+                return LostWorker(str(error))
+            raise
+
+
+class LostWorker(str):
+    """What a worker says that can't hand over its batch."""
 
 
 class BatchLoader(DataLoader):
-    """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError."""
+    """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError.
+
+    Where a worker is lost, `fault` says how, and this process makes what is left.
+    """
 
     def __init__(self, dataset, collate, batches, workers, pin_memory):
         super().__init__(
@@ -50,12 +69,54 @@ class BatchLoader(DataLoader):
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that it leaves PyTorch's own alone
         )
+        self.fault = None
 
     def __iter__(self):
-        for batch in super().__iter__():
+        done = 0
+        for batch in self.from_workers():
+            if isinstance(batch, LostWorker):
+                self.fault = batch
+                break
             if isinstance(batch, str):
                 raise UserError(batch)
+            done += 1
             yield batch
+        if self.fault:
+            logger.warning(
+                f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for lack of "
+                "memory, or /dev/shm is full (docker run --shm-size=8g, or workers: 0)"
+            )
+            for key in self.sampler[done:]:
+                batch = self.dataset[key]
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield batch
+
+    def from_workers(self):
+        """The batches up to the last, or to the loss of a worker."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        with deaf():
+            batches = super().__iter__()
+        if signal.getsignal(signal.SIGCHLD) != handler:
+            # PyTorch's handler raises anywhere, even within a step; a lost worker is seen without.
+            signal.signal(signal.SIGCHLD, handler)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                self.fault = str(error).splitlines()[0]
+                return
+            yield batch
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers that are deaf
+def end_workers():
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
@@ -161,6 +222,24 @@ def evaluate(model, loader, ranks, autocast, stop=False):
     loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
+
+
+class Skips:
+    """Counts the steps in a row that the scaler left out; FloatingPointError if they are many."""
+
+    def __init__(self, optimizer):
+        self.count = 0
+        optimizer.register_step_post_hook(self.reset)  # costs nothing; the scale is on the GPU
+
+    def reset(self, *_):
+        self.count = 0
+
+    def step(self, scaler, optimizer):
+        """scaler.step(optimizer)."""
+        self.count += 1
+        scaler.step(optimizer)
+        if self.count >= SKIPPED:
+            raise FloatingPointError(f"gradients are not finite in {self.count} steps in a row")
 
 
 def check_weights(model, step):

@@ -134,6 +134,10 @@ OPTIMISATION = {
 
 RUN = {
     "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "timeout_minutes": Key(float, 10, "minutes that a rank waits for another one", low=0.01,
+        high=10_000),
+    "deterministic": TrainKey(bool, False,
+        "kernels that give the same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 2021, "seed of all random numbers, the same on every rank",
         low=0, high=2**31),
     "output_dir": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,

@@ -20,13 +20,31 @@ from timm.utils import ModelEmaV3, distribute_bn, random_seed
 import data
 import options
 from build import load_model, measure, settle
-from checkpoint import load_checkpoint, number, save_checkpoint
+from checkpoint import check_optimizer, load_checkpoint, load_weights, number, save_checkpoint
 from config import UserError, load_config
-from engine import LossMeter, Progress, check_weights, evaluate, load_optimizer, make_autocast
+from engine import (
+    LossMeter,
+    Progress,
+    Skips,
+    check_weights,
+    evaluate,
+    load_optimizer,
+    make_autocast,
+)
 from firing import Peek
 from loss import TET
-from runs import RunLog, find_checkpoint, make_folder, open_run, shown
-from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
+from runs import RunLog, find_checkpoint, find_run, make_folder, open_run, shown
+from runtime import (
+    Ranks,
+    StopSignal,
+    get_rng_state,
+    logger,
+    peak_memory_mb,
+    run,
+    set_deterministic,
+    set_rng_state,
+    set_up_log,
+)
 
 
 # Copied from cifar10/train.py
@@ -49,13 +67,14 @@ class Trainer:
 
     Args:
         cfg, given: the configuration, and what of it was set where.
-        ranks, stop, folder: of this run.
+        ranks, folder: of this run.
         checkpoint, path: weights to start from, or None.
         finetune: whether their head may be of other classes.
     """
 
-    def __init__(self, cfg, given, ranks, stop, folder, checkpoint, path, finetune):
-        self.cfg, self.given, self.ranks, self.stop, self.folder = cfg, given, ranks, stop, folder
+    def __init__(self, cfg, given, ranks, folder, checkpoint, path, finetune):
+        self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
+        self.stop, self.fault = False, None  # a StopSignal in training; what the loader died of
         self.model, self.cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=finetune)
         self.train_set = data.build_dataset(cfg, True, ranks)  # last: to convert recordings can take hours
         self.test_set = data.build_dataset(cfg, False, ranks)
@@ -75,6 +94,7 @@ class Trainer:
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
+        self.skips = Skips(self.optimizer)
         self.global_batch = cfg.batch_size * ranks.world_size
         self.steps = len(self.train_set) // self.global_batch  # of an epoch
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
@@ -131,13 +151,15 @@ class Trainer:
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
         theirs = checkpoint.get("metric", checkpoint.get("max_test_acc1"))  # timm's name, the event scripts' name
         self.best = number({"best": theirs if isinstance(theirs, float) else -1.0, **checkpoint}, "best", -1.0, path)
-        had, steps = (number(checkpoint, name, 0, path) for name in ("global_batch", "step"))
+        had, steps = (number(checkpoint, name, 0, path, low=0) for name in ("global_batch", "step"))
         if cfg.start_epoch is not None and cfg.start_epoch != self.epoch:
             self.epoch = cfg.start_epoch
         elif steps > 0:
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            if self.meter.steps > self.steps:
+                raise UserError(f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here")
             if had != self.global_batch:
                 logger.info(f"warning: {self.global_batch} samples a step, but {path} had {had}")
         if not cfg.no_resume_opt:
@@ -148,6 +170,7 @@ class Trainer:
                 load_optimizer(self.optimizer, checkpoint["optimizer"])
                 if checkpoint.get("scaler"):  # empty where the run was not in float16
                     self.scaler.load_state_dict(checkpoint["scaler"])
+                check_optimizer(self.optimizer, checkpoint.get("scaler"))
             except Exception as error:  # whatever the file has there
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
                 raise UserError(f"{path}: no fitting optimizer state ({reason}); no_resume_opt does without") from None
@@ -156,12 +179,10 @@ class Trainer:
         self.scheduler.step(self.epoch)
         if self.ema:
             if "model_ema" in checkpoint:
-                self.ema.module.load_state_dict(checkpoint["model_ema"])
+                load_weights(self.ema.module, {"model": checkpoint["model_ema"]}, path)
             else:
                 logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
-        rng = checkpoint.get("rng", [])
-        if len(rng) == self.ranks.world_size:
-            set_rng_state(rng[self.ranks.rank], self.ranks.device)
+        set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 
     # Copied from cifar10/train.py
@@ -169,7 +190,6 @@ class Trainer:
         state = self.state()
 
         def write():
-            self.log.flush()  # first, so that a run that goes on from here lacks no point
             for name in names:
                 save_checkpoint(state, self.folder / name)
 
@@ -189,16 +209,17 @@ class Trainer:
                 loss = self.criterion(self.ddp(frames), targets)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
-            self.scaler.step(optimizer)
+            self.skips.step(self.scaler, optimizer)
             self.scaler.update()
             if self.ema:
                 self.ema.update(self.model)
-            meter.update(loss, self.stop)
+            meter.update(loss, self.stop or loader.loader.fault)
             bar.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
         check_weights(self.model, meter.steps)
+        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     # Copied from cifar10/train.py
@@ -253,10 +274,12 @@ class Trainer:
             tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
             if tested is None:
                 self.save("last.pth")
-                number = self.stop.number or signal.SIGTERM
-                where = f"in epoch {self.epoch} after step {self.meter.steps}"
-                logger.info(f"{signal.Signals(number).name}: stopped {where}; resume: auto goes on from there")
-                return 128 + number
+                where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
+                if self.fault:
+                    raise UserError(f"a worker of the loader was lost: {where}; resume: auto goes on")
+                why = signal.Signals(self.stop.number).name if self.stop else "another rank"
+                logger.info(f"{why}: {where}; resume: auto goes on from there")
+                return 128 + (self.stop.number or signal.SIGTERM)
 
             test, *averaged = tested
             record = {
@@ -299,32 +322,34 @@ def main(argv=None):
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
     if cfg.T_train is not None and cfg.T_train > cfg.T:
         raise UserError(f"T_train is {cfg.T_train}; a sample has only T = {cfg.T} frames to draw from")
-    ranks = Ranks(cfg.device)
+    ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
     if cfg.test_only:
-        _, resume = open_run(cfg, cfg.output_dir)
+        _, resume, *_ = find_run(cfg, cfg.output_dir)
         if cfg.resume and resume is None:
             raise UserError(f"resume is auto, but {cfg.experiment} has no last.pth to test")
         measure(cfg, given, ranks, resume or find_checkpoint(cfg, cfg.output_dir))
         return 0
-    stop = StopSignal()
     folder, resume = ranks.from_main(lambda: open_run(cfg, cfg.output_dir))
     path = resume or cfg.finetune
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:
         settle(cfg, given, checkpoint, path, purpose="resume" if resume else "finetune")
+    if cfg.deterministic:
+        set_deterministic()
     random_seed(cfg.seed, 0)  # the same on every rank, as in the release; a batch has a seed of its own
     torch.backends.cudnn.deterministic = True
-    trainer = Trainer(cfg, given, ranks, stop, folder, checkpoint, path, finetune=not resume)
+    trainer = Trainer(cfg, given, ranks, folder, checkpoint, path, finetune=not resume)
     if resume:
         trainer.resume(checkpoint, resume)
         trainer.best = ranks.from_main(lambda: trainer.keep_best(resume))
     elif cfg.start_epoch:
         trainer.epoch = cfg.start_epoch
         trainer.scheduler.step(cfg.start_epoch)
-    return trainer.fit()
+    with StopSignal() as trainer.stop:
+        return trainer.fit()
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def write_predictions(path, rows, column):
 def main(argv=None):
     description = "Test QKFormer on ImageNet."
     cfg, notes, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
-    ranks = Ranks(cfg.device)
+    ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)

@@ -22,13 +22,23 @@ import data
 import optim
 import options
 from build import load_model, measure, settle
-from checkpoint import load_checkpoint, number, save_checkpoint
+from checkpoint import check_optimizer, load_checkpoint, load_weights, number, save_checkpoint
 from config import UserError, load_config
-from engine import LossMeter, Progress, check_weights, evaluate, make_autocast
+from engine import LossMeter, Progress, Skips, check_weights, evaluate, make_autocast
 from firing import Peek
 from loss import TET
 from runs import RunLog, make_folder, open_run, shown
-from runtime import Ranks, StopSignal, get_rng_state, logger, peak_memory_mb, run, set_rng_state, set_up_log
+from runtime import (
+    Ranks,
+    StopSignal,
+    get_rng_state,
+    logger,
+    peak_memory_mb,
+    run,
+    set_deterministic,
+    set_rng_state,
+    set_up_log,
+)
 
 
 class Trainer:
@@ -36,12 +46,13 @@ class Trainer:
 
     Args:
         cfg, given: the configuration, and what of it was set where.
-        ranks, stop, folder: of this run.
+        ranks, folder: of this run.
         model, cross_sample_lif: what load_model gives.
     """
 
-    def __init__(self, cfg, given, ranks, stop, folder, model, cross_sample_lif):
-        self.cfg, self.given, self.ranks, self.stop, self.folder = cfg, given, ranks, stop, folder
+    def __init__(self, cfg, given, ranks, folder, model, cross_sample_lif):
+        self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
+        self.stop, self.fault = False, None  # a StopSignal in training; what the loader died of
         self.model, self.cross_sample_lif = model, cross_sample_lif
         self.train_set = data.build_dataset(cfg, True, ranks)
         self.test_set = data.build_dataset(cfg, False, ranks)
@@ -70,6 +81,7 @@ class Trainer:
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
+        self.skips = Skips(self.optimizer)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.num_epochs = cfg.epochs
         self.epoch, self.best, self.meter = cfg.start_epoch, -1.0, self.new_meter()
@@ -122,29 +134,30 @@ class Trainer:
         """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
         self.best = number(checkpoint, "best", -1.0, path)
-        had = number(checkpoint, "global_batch", self.global_batch, path)
+        had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         if had != self.global_batch:
             keep = f"; accum_iter: {had // self.micro_batch} would keep that" if had % self.micro_batch == 0 else ""
             logger.info(f"warning: {self.global_batch} images a step, but {path} had {had}{keep}")
-        if steps := number(checkpoint, "step", 0, path):
+        if steps := number(checkpoint, "step", 0, path, low=0):
             # The epoch's order of images is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            if self.meter.steps > self.steps:
+                raise UserError(f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here")
         try:
             optim.load_optimizer(self.optimizer, checkpoint["optimizer"])
             if checkpoint.get("scaler"):  # empty where the run was not in float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
+            check_optimizer(self.optimizer, checkpoint.get("scaler"))
         except Exception as error:  # whatever the file has there
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
             raise UserError(f"{path}: no fitting optimizer state ({reason}); finetune does without") from None
         if self.ema:
             if "model_ema" in checkpoint:
-                self.ema.module.load_state_dict(checkpoint["model_ema"])
+                load_weights(self.ema.module, {"model": checkpoint["model_ema"]}, path)
             else:
                 logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
-        rng = checkpoint.get("rng") or []
-        if len(rng) == self.ranks.world_size:
-            set_rng_state(rng[self.ranks.rank], self.ranks.device)
+        set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 
     # Copied from cifar10/train.py
@@ -152,7 +165,6 @@ class Trainer:
         state = self.state()
 
         def write():
-            self.log.flush()  # first, so that a run that goes on from here lacks no point
             for name in names:
                 save_checkpoint(state, self.folder / name)
 
@@ -180,7 +192,7 @@ class Trainer:
         if self.cfg.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_grad)
-        self.scaler.step(self.optimizer)
+        self.skips.step(self.scaler, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema:
@@ -190,7 +202,8 @@ class Trainer:
     def train_epoch(self):
         """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a signal."""
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
-        batches = iter(data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks))
+        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks)
+        batches = iter(loader)
         autocast = make_autocast(cfg, self.ranks)
         self.ddp.train()
         self.optimizer.zero_grad()
@@ -199,13 +212,15 @@ class Trainer:
             lr = optim.learning_rate(cfg, self.lr, self.epoch, step * cfg.accum_iter, self.micro_steps)
             optim.set_lr(self.optimizer, lr)
             self.point("lr", lr, step)
-            meter.update(self.train_step(batches, autocast), self.stop)
+            loss = self.train_step(batches, autocast)
+            meter.update(loss, self.stop or loader.loader.fault)
             if bar.show(step + 1, lr) and step + 1 < self.steps:
                 self.save_within_epoch()
             if meter.stop:
                 break
         meter.flush()
         check_weights(self.model, meter.steps)
+        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     def open_files(self):
@@ -258,10 +273,12 @@ class Trainer:
             tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
             if tested is None:
                 self.save("last.pth")
-                number = self.stop.number or signal.SIGTERM
-                where = f"in epoch {self.epoch} after step {self.meter.steps}"
-                logger.info(f"{signal.Signals(number).name}: stopped {where}; resume: auto goes on from there")
-                return 128 + number
+                where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
+                if self.fault:
+                    raise UserError(f"a worker of the loader was lost: {where}; resume: auto goes on")
+                why = signal.Signals(self.stop.number).name if self.stop else "another rank"
+                logger.info(f"{why}: {where}; resume: auto goes on from there")
+                return 128 + (self.stop.number or signal.SIGTERM)
 
             test, *averaged = tested
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
@@ -302,7 +319,7 @@ def main(argv=None):
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
-    ranks = Ranks(cfg.device)
+    ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:
         logger.info(note)
@@ -312,9 +329,10 @@ def main(argv=None):
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
         measure(cfg, given, ranks, Path(path))
         return 0
-    stop = StopSignal()
+    if cfg.deterministic:
+        set_deterministic()
     random_seed(cfg.seed, ranks.rank)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not cfg.deterministic
     folder, resume = ranks.from_main(lambda: open_run(cfg, cfg.output_dir))
     path = resume or (Path(cfg.finetune) if cfg.finetune else None)
     if cfg.start_epoch and not path:
@@ -325,11 +343,12 @@ def main(argv=None):
     if checkpoint:
         settle(cfg, given, checkpoint, path, "resume" if resume else "finetune")
     model, cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=not resume)
-    trainer = Trainer(cfg, given, ranks, stop, folder, model, cross_sample_lif)
+    trainer = Trainer(cfg, given, ranks, folder, model, cross_sample_lif)
     if resume:
         trainer.resume(checkpoint, resume)
         trainer.best = ranks.from_main(lambda: trainer.keep_best(resume))
-    return trainer.fit()
+    with StopSignal() as trainer.stop:
+        return trainer.fit()
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-    trainer = imagenet.train.Trainer(cfg, imagenet.config.Given("", False, {}, {}), CPU, False, tmp_path, model, False)
+    trainer = imagenet.train.Trainer(cfg, imagenet.config.Given("", False, {}, {}), CPU, tmp_path, model, False)
     plain = imagenet.data.build_transform(cfg, train=False)
     trainer.train_set.transform = lambda image: plain(image).double()
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
