@@ -192,17 +192,20 @@ def number(checkpoint, name, default, path, low=-1):
 
 def check_optimizer(optimizer, scaler):
     """ValueError where what was loaded into an optimizer, or a scaler's state, can't be gone on with."""
-    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else set()
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    needed = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     for parameter, state in optimizer.state.items():
-        if lacking := needed - set(state):
+        if state and (lacking := needed - set(state)):
             raise ValueError(f"no {min(lacking)}")
         for name, value in state.items():
-            values = value if torch.is_tensor(value) else torch.tensor(value or 0.0)
-            if not values.isfinite().all():
-                raise ValueError(f"{name} is not finite")
-            shape = parameter.shape if name in ("exp_avg", "exp_avg_sq", "momentum_buffer") else ()
-            if shape and values.shape != shape:
-                raise ValueError(f"{name} is of another shape than its parameter")
+            if torch.is_tensor(value):
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
+                whole = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+                if whole and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of another shape than its parameter")
+            elif name == "step" and not 0 <= value < math.inf:
+                raise ValueError(f"step is {value}")
     for name, value in (scaler or {}).items():
         if not math.isfinite(value):
             raise ValueError(f"the scaler's {name} is {value}")

@@ -9,6 +9,7 @@ import time
 from collections import namedtuple
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,12 @@ class BatchLoader(DataLoader):
     def from_workers(self):
         """The batches up to the last, or to the loss of a worker."""
         handler = signal.getsignal(signal.SIGCHLD)
+        context = self.multiprocessing_context or multiprocessing
         with deaf():
-            batches = super().__iter__()
+            if self.num_workers and context.get_start_method() != "fork":
+                resource_tracker.ensure_running()  # which hears some of the signals again
+            with deaf():
+                batches = super().__iter__()
         if signal.getsignal(signal.SIGCHLD) != handler:
             # PyTorch's handler raises anywhere, even within a step; a lost worker is seen without.
             signal.signal(signal.SIGCHLD, handler)
@@ -106,7 +111,7 @@ class BatchLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not str(error).startswith("DataLoader worker"):
                     raise
                 self.fault = str(error).splitlines()[0]
                 return

@@ -145,7 +145,7 @@ def can_fuse(x, convs, bns, lifs):
     for bn in bns:  # the kernels' arithmetic
         if any(t.dtype != real for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
             return False
-    return fused.available(x.device.type, dtype, lifs[0].backend)
+    return fused.available(x.device.type, dtype, lifs[0].backend, len(x))
 
 
 def changed(module):

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import socket
 import time
 from pathlib import Path
 
@@ -99,15 +98,15 @@ def open_run(cfg, output):
     if folder is None and cfg.resume == "auto" and root / cfg.experiment not in runs:
         folder = root / cfg.experiment
     if folder is not None:
-        if (user := claim(folder)) is not None:
+        if not claim(folder):
             raise UserError(
-                f"{folder} is in use by another run ({user}): wait for its end, or stop it, or set another experiment"
+                f"{folder} is in use by another run: wait for its end, or stop it, or set another experiment"
             )
         return folder, resume
     for number in itertools.count(1):
         folder = root / (cfg.experiment if number == 1 else f"{cfg.experiment}-{number}")
         # Its args.yaml may have come, and its user gone, since the runs were listed.
-        if folder not in runs and claim(folder) is None and not (folder / "args.yaml").exists():
+        if folder not in runs and claim(folder) and not (folder / "args.yaml").exists():
             return folder, resume
 
 
@@ -115,27 +114,22 @@ CLAIMED = []  # files that are open, and so locked, until this process ends
 
 
 def claim(folder):
-    """Make a folder and lock it for this process; returns None, or who has it in words.
+    """Make a folder and lock it for this process; False if another one has it.
 
-    The lock is the system's, so it ends with the process, whatever ends it. Loader workers have no part in it.
+    The lock is the system's, so it ends with the process, whatever ends it. Loader workers have no
+    part in it.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
+        file = open(folder / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            file.seek(0)
-            return file.read().strip() or "which starts"
-        return None  # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    except OSError as error:  # but for these, the file system has no locks: go on
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
     CLAIMED.append(file)
     there = folder / ".lock"
     if there.exists() and os.path.samestat(there.stat(), os.fstat(file.fileno())):
-        return None
+        return True
     return claim(folder)  # its last user removed the file meanwhile
 
 

@@ -26,7 +26,7 @@ def can_fire(x, lif):
         return False
     if layer.observed() is not None or layer.changed(lif) is not None:
         return False
-    return fused.available(x.device.type, x.dtype, lif.backend)
+    return fused.available(x.device.type, x.dtype, lif.backend, len(x))
 
 
 class Fire(torch.autograd.Function):

@@ -319,7 +319,7 @@ def explain(error):
         return f"not enough GPU memory; make batch_size smaller ({text.split('. ')[0]})"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
-    if "Too many open files" in text:
+    if "Too many open files" in str(error):
         return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"
     if isinstance(error, OSError) and error.errno in MACHINE:
         return f"{error.filename or type(error).__name__}: {error.strerror}"

@@ -61,10 +61,10 @@ def keep_memory():
 
 
 @functools.cache
-def host_error():
+def host_error(dtype=torch.float32, T=4):
     """None where the system's C++ compiler builds the kernels, else the reason in one line."""
     try:
-        host_library(torch.float32, 4)
+        host_library(dtype, T)
         keep_memory()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
@@ -79,15 +79,25 @@ def cuda_module(dtype, T):
     return cupy.RawModule(code=SOURCE, options=(*NVRTC_OPTIONS, *defines(dtype, T, CTYPES)))
 
 
+@functools.cache
+def cuda_error(dtype, T):
+    """None where NVRTC builds the kernels, else the reason in one line."""
+    try:
+        cuda_module(dtype, T).compile()
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
 @torch.compiler.assume_constant_result
-def available(device_type, dtype, backend):
-    """Whether layers of such tensors, with neurons of this backend, can run fused; logged once."""
+def available(device_type, dtype, backend, T=4):
+    """Whether layers of such tensors, of T steps and with neurons of this backend, can run fused; logged once."""
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:
-        error = cupy_error()
+        error = cupy_error() or cuda_error(dtype, T)
     elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        error = host_error()
+        error = host_error(dtype, T)
     else:
         return False
     how = "fused" if error is None else "unfused"
