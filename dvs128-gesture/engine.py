@@ -21,6 +21,7 @@ from config import UserError
 from runtime import deaf, logger, peak_memory_mb, seeded
 
 SKIPPED = 50  # steps in a row: the scale is 1e15 times smaller then
+LOST = "lost: "  # begins what a worker says that can't hand over its batch
 Metrics = namedtuple("Metrics", "loss top1 top5 images_per_second")
 
 
@@ -47,12 +48,8 @@ class Batches(Dataset):
             return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
         except (OSError, RuntimeError) as error:
             if get_worker_info() and "shm" in str(error):
-                return LostWorker(str(error))
+                return LOST + str(error)
             raise
-
-
-class LostWorker(str):
-    """What a worker says that can't hand over its batch."""
 
 
 class BatchLoader(DataLoader):
@@ -75,8 +72,8 @@ class BatchLoader(DataLoader):
     def __iter__(self):
         done = 0
         for batch in self.from_workers():
-            if isinstance(batch, LostWorker):
-                self.fault = batch
+            if isinstance(batch, str) and batch.startswith(LOST):
+                self.fault = batch.removeprefix(LOST)
                 break
             if isinstance(batch, str):
                 raise UserError(batch)
@@ -234,7 +231,8 @@ class Skips:
 
     def __init__(self, optimizer):
         self.count = 0
-        optimizer.register_step_post_hook(self.reset)  # costs nothing; the scale is on the GPU
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        inner.register_step_post_hook(self.reset)  # costs nothing; the scale is on the GPU
 
     def reset(self, *_):
         self.count = 0
