@@ -1,5 +1,5 @@
 # Copied from dvs128-gesture/convert.py
-"""From recordings to frames, once: spikingjelly reads and integrates, and a kill damages nothing.
+"""Makes frames of recordings, once, with spikingjelly; a killed run leaves no half-made data.
 
     data_path/download/                          archives or the folders in them    (yours)
     data_path/events_np/                         events of each sample, .npz        (made here)
@@ -38,7 +38,7 @@ logger = logging.getLogger("qkformer")
 if sys.version_info < (3, 12, 2):  # np.load uses Python's parser, which fails in several threads
     configure.max_threads_number_for_datasets_preprocess = 1
 
-# The place is at fault, not a file.
+# Errors of the disk or its permissions: no recording is to blame.
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 # The file system has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -126,7 +126,7 @@ def files(folder):
 
 def move(made, place):
     """Put a finished folder in its place, with the file that proves it whole."""
-    os.sync()  # before its name says so
+    os.sync()  # all of it must be on the disk before the name says that it is whole
     unfinished = proof(place).exists() or mark(place).exists()
     proof(place).unlink(missing_ok=True)
     if unfinished and not place.is_symlink():
@@ -186,7 +186,7 @@ def make_events(found, work, reader, suffixes):
     origins = {path.stem: known for path, known in shown.items() if path.suffix == ".aedat"}
 
     def unread():
-        """The first recording that has not become a sample: the reader goes on after a bad one."""
+        """The first recording without a sample, since the reader goes on after a bad one."""
         made = {origin(path, origins) for path in files(events)}
         missing = (known for known in origins.values() if known not in made)
         return next(missing, f"a file of {source.parent}")
@@ -250,7 +250,13 @@ def make_frames(events, work, T, reader):
 
 @contextlib.contextmanager
 def stage(title, source, target, blame, total=None):
-    """Show how many files `target` has. The reader's error becomes a line that names blame()."""
+    """A context for one long step: progress, and a UserError in place of the reader's error.
+
+    Args:
+        title, source: what is done, and with what, for the log.
+        target: folder whose files are counted as progress, up to `total`.
+        blame: called after an error; returns the file that is at fault.
+    """
     done = threading.Event()
 
     def watch():
@@ -310,7 +316,10 @@ def scratch(folder):
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C and SIGTERM end the process at once. spikingjelly's threads would finish all files."""
+    """A context in which Ctrl-C and SIGTERM kill at once.
+
+    With our handler spikingjelly's threads would finish all files first.
+    """
     numbers = signal.SIGINT, signal.SIGTERM
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:

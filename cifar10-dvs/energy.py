@@ -33,7 +33,8 @@ from runs import shown
 from runtime import logger
 
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
-# The paper's firing rates of HST-10-768 at 224 x 224 with T = 4, stages 1 and 2; those of outputs.
+# The paper's firing rates, of the outputs of neurons: HST-10-768 at 224 x 224 with T = 4, stages 1
+# and 2. It has none for v_lif, which is here for its place in the table.
 PAPER = {
     "q_lif": (0.0432, 0.0231),
     "k_lif": (0.1784, 0.0847),

@@ -1,8 +1,8 @@
 """BatchNorm's affine map and the LIF neuron in one pass over memory, forward and backward.
 
-Tensors are [T, B, C, H, W] in channels_last, in memory rows of C channels. One source, fused.cu,
-serves two compilers: NVRTC, through CuPy, for GPUs, and the system's C++ compiler for CPUs. T and
-the types are constants in it, so that loops over T unroll and membranes stay in registers. The
+Tensors are [T, B, C, H, W] in channels_last: memory holds rows of C channels. One source, fused.cu,
+serves two compilers: NVRTC, through CuPy, for GPUs, and the system's C++ compiler for CPUs. It is
+compiled for each T and type, so that loops over T unroll and membranes stay in registers. The
 formulas are those of lif.py; the arithmetic is float32 (float64 for float64). The backward pass
 computes the membranes again.
 """
@@ -19,7 +19,7 @@ import torch
 
 from lif import ALPHA, CTYPES, NAMESPACE, NVRTC_OPTIONS, cupy_error, say
 
-# Steps held in registers. Longer sequences, as the release's neuron over T*B, take plain layers.
+# Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
 MAX_T = 64
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 # Partial sums of a channel: a fixed number, so that sums do not depend on the number of threads.
@@ -50,10 +50,10 @@ def host_library(dtype, T):
 
 
 def keep_memory():
-    """Let glibc keep large blocks that are freed, for the next layer and step (mallopt(3)).
+    """Let glibc keep large freed blocks for the next layer and step (mallopt(3)).
 
-    It would return them to the system, which hands them out again page by page. That takes longer
-    than the arithmetic in them.
+    By default it returns them to the system and asks for them again. The page faults of that take
+    longer than the arithmetic.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
     mallopt(M_MMAP_MAX, 0)
@@ -157,7 +157,7 @@ def empty(T, like):
 
 
 def step_of(y, T):
-    """Distance in memory from a step of y to the next, 0 for a y of one step that stands for T."""
+    """Distance in memory between steps of y; 0 where y has one step, which is read T times."""
     return y[0].numel() if len(y) == T else 0
 
 
@@ -177,7 +177,7 @@ def fire(
 
 @torch.library.custom_op(f"{NAMESPACE}::fire_", mutates_args=("y",))
 def fire_(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, tau: float, v_threshold: float) -> None:
-    """The same in the memory of y, which is in channels_last and has all T steps."""
+    """As `fire`, but the spikes overwrite y, which is in channels_last and has all T steps."""
     launch("fire", len(y), y, y[0].numel(), y, y, scale, shift, tau, v_threshold)
 
 
@@ -212,13 +212,19 @@ def normalise_backward_(
     gamma: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:
-    """From BatchNorm's output gradient, [N, C, H, W] channels_last, and its sums to that of y."""
+    """Overwrites grad, the gradient of BatchNorm's output, with that of its input y.
+
+    Both are [N, C, H, W] in channels_last; `sums` are those of fire_backward.
+    """
     launch("normalise_backward", 1, y.unsqueeze(0), y, grad, *coefficients(y, mean, invstd, gamma, sums))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::pool", mutates_args=())
 def pool(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """3x3 max-pool, stride 2, of [N, C, H, W] channels_last; which of nine it was, as bytes."""
+    """3x3 max-pool of stride 2 of [N, C, H, W] in channels_last.
+
+    Returns the maxima, and for each of them which of the nine places it came from, as a byte.
+    """
     pooled, taps = empty_pooled(y)
     launch("pool", 1, pooled.unsqueeze(0), *y.shape[2:], y, pooled, taps)
     return pooled, taps
@@ -234,7 +240,7 @@ def pool_backward(
     gamma: torch.Tensor,
     sums: torch.Tensor,
 ) -> torch.Tensor:
-    """normalise_backward_ through max-pooling: from the pooled gradient and sums to that of y."""
+    """The gradient of y where a max-pool comes before BatchNorm; `grad` is of pooled values."""
     grad_y = torch.empty_like(y)
     factors = coefficients(y, mean, invstd, gamma, sums)
     launch("pool_backward", 1, y.unsqueeze(0), *y.shape[2:], y, grad, taps, grad_y, *factors)
@@ -261,7 +267,8 @@ def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     real = torch.float64 if y.dtype == torch.float64 else torch.float32
     if y.device.type == "cpu":
         n, C = y.numel() // y.shape[1], y.shape[1]
-        # Sums of differences to one value of each channel, so that few digits cancel.
+        # Sums of differences from one value of each channel: a variance from the values themselves
+        # would lose its digits where the mean is large.
         pivot = y[0, :, 0, 0].to(real).contiguous()
         partial = pivot.new_empty(PARTS, 2, C)
         launch("statistics", 1, y.unsqueeze(0), y, pivot, partial)

@@ -1,4 +1,4 @@
-"""From Python, from any working directory, and several folders in one process:
+"""Loads a model from any working directory; several folders work in one process:
 
     import torch
     model, transform, classes = torch.hub.load("QKFormer/cifar10", "load", "best.pth", source="local")
@@ -17,9 +17,9 @@ dependencies = ["torch", "timm", "spikingjelly"]
 
 
 def import_here(name):
-    """A module of this folder, though one of that name may be loaded already, of another folder.
+    """Import a module of this folder even if another folder's of the same name is loaded.
 
-    The first folder's modules stay importable by their names, as pickle needs it.
+    Afterwards the names import the first folder's modules again, since pickle looks them up.
     """
     own = [path.stem for path in HERE.glob("*.py")]
     hidden = {stem: sys.modules.pop(stem) for stem in own if of_another_folder(sys.modules.get(stem))}

@@ -5,8 +5,8 @@ function of autograd. That works in channels_last, shows a static image once ins
 normalises, integrates and fires in one pass over memory (fused.py). For the backward pass it saves
 the convolution's output and the layer's input, spikes as bytes (spikes.py).
 
-Both paths compute the same function, to rounding. `changed` says which modules the fused path may
-stand for: those whose type and methods are exactly the known ones.
+Both paths compute the same function, to rounding. The fused path does not call the modules, so it
+is taken only where each module has exactly the type and the methods that it knows (`changed`).
 """
 
 from contextlib import nullcontext
@@ -35,8 +35,8 @@ def conv_bn_lif(x, conv, bn, lif, pool=False):
 
     Args:
         x: images or spikes.
-        conv, bn, lif: the layer's modules; to a Conv1d the H*W tokens are a line.
-        pool: 3x3 max-pool of stride 2 between BatchNorm and neuron.
+        conv, bn, lif: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
+        pool: whether a 3x3 max-pool of stride 2 comes between BatchNorm and neuron.
     """
     if can_fuse(x, [conv], [bn], [lif]):
         return fused_layers(x, [conv], [bn], lif, pool)
@@ -54,7 +54,7 @@ def plain_conv_bn(x, conv, bn, pool=False):
 
 
 def conv_bn_lif_each(x, *layers):
-    """Spikes of layers (conv, bn, lif) that read one x, as q, k and v do; one product if fused."""
+    """[spikes of each (conv, bn, lif)] for one x, as q, k, v do; fused, one convolution."""
     convs, bns, lifs = zip(*layers, strict=True)
     if can_fuse(x, convs, bns, lifs):
         # With channels last in the split too, the gradients are joined without a copy.
@@ -64,7 +64,7 @@ def conv_bn_lif_each(x, *layers):
 
 
 def checkpointed(module, x):
-    """module(x), of which the backward pass keeps x alone and computes the rest again."""
+    """module(x); only x is kept for the backward pass, which computes the rest again."""
     known = largest(x)  # x comes back from autograd without its mark
 
     def run(x):
@@ -99,7 +99,7 @@ class Recomputation:
 
 
 class Options(NamedTuple):
-    """What ConvBNLIF needs besides tensors."""
+    """What ConvBNLIF, and ConvBN in preact.py, need besides tensors."""
 
     T: int
     stride: tuple
@@ -110,7 +110,7 @@ class Options(NamedTuple):
     pool: bool
 
 
-# The methods that the fused path stands for. A module that has others is called.
+# The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
     nn.Conv1d: ("forward", "_conv_forward"),
     nn.Conv2d: ("forward", "_conv_forward"),
@@ -123,7 +123,7 @@ KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in 
 
 
 def can_fuse(x, convs, bns, lifs):
-    """Whether the fused path computes what these modules do, which read the same x."""
+    """Whether the fused path computes what these layers, which all read x, compute."""
     if not all(getattr(lif, "fused", True) for lif in lifs) or x.device.type not in ("cpu", "cuda"):
         return False
     for reason in (observed(), *map(changed, (*convs, *bns, *lifs))):
@@ -138,18 +138,18 @@ def can_fuse(x, convs, bns, lifs):
     if bns[0].training and isinstance(bns[0], nn.SyncBatchNorm):
         fused.say_once("SyncBatchNorm: layers run unfused")
         return False
-    if not bns[0].training and torch.is_grad_enabled():  # frozen statistics in a backward pass
+    if not bns[0].training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
         return False
     dtype = autocast(x[:0]).dtype
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    for bn in bns:  # the kernels' arithmetic
+    for bn in bns:  # the kernels read BatchNorm's tensors in the type that they compute in
         if any(t.dtype != real for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
             return False
     return fused.available(x.device.type, dtype, lifs[0].backend, len(x))
 
 
 def changed(module):
-    """Why the fused path may not stand for a module; "": without words. None: it may."""
+    """None where the fused path may replace a module, else the reason; "" is one not to log."""
     kind, own = type(module), module.__dict__
     if kind not in KNOWN:
         return f"it has a {kind.__name__}, which is called as it is"
@@ -165,7 +165,7 @@ def changed(module):
 
 
 def observed():
-    """Why all modules are to be called: something looks at their operations. None: nothing does."""
+    """Why all modules must be called, since something watches operations; None: nothing does."""
     if traced():
         return ""
     if torch.compiler.is_compiling():
@@ -199,7 +199,7 @@ def settings(conv, bn, lif):
 
 
 def fused_layers(x, convs, bns, lif, pool=False):
-    """The layers' channels side by side in one tensor; parameters stay the modules' own."""
+    """Spikes of all layers, joined along the channels; parameters stay in their modules."""
     bn, T = bns[0], len(x)
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
@@ -298,9 +298,9 @@ class ConvBNLIF(torch.autograd.Function):
             fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
         grad_x, grad_weight = convolution_backward(grad, x, weight, options, ctx.needs_input_grad[0])
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
-        # BatchNorm takes the bias out again, so its gradient is 0; in the plain path it is noise.
+        # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
         grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
-        # In the parameter's own layout, which DistributedDataParallel wants; a view of it has it too.
+        # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
         return grad_x, grad_weight, grad_bias, sums[1] * invstd, sums[0], None
 
@@ -321,7 +321,7 @@ def convolution_backward(grad, x, weight, options, wants_x):
 
 
 def sum_over_rows(a, b):
-    """a.t() @ b. cuBLAS may add parts of float16 in float16, but the rows are hundreds of thousands."""
+    """a.t() @ b, on a GPU in float32 sums: those in float16 are too coarse for so many rows."""
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and MM_TO_FLOAT32:
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return a.t() @ b
@@ -329,7 +329,7 @@ def sum_over_rows(a, b):
 
 @torch.no_grad()
 def update_statistics(convs, bns, mean, var):
-    """What BatchNorm does with a batch's statistics; its mean has the bias that was left out."""
+    """Update running statistics as BatchNorm does; the mean lacks the bias, which is added."""
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
         part = slice(start, start := start + bn.num_features)

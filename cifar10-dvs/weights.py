@@ -10,7 +10,7 @@ from typing import NamedTuple
 from config import UserError
 from runtime import logger
 
-FAMILIES = (  # data sets, model, a name that no family above it has
+FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts
     ("event data", "QKFormer", "patch_embed1.proj3_conv.weight"),
     ("ImageNet", "QKFormer", "patch_embed1.proj2_conv.weight"),
     ("ImageNet", "MSQKFormer", "patch_embed1.rpe_conv.weight"),
@@ -84,7 +84,7 @@ def difference(weights, model):
 
 
 def steps_of(checkpoint, path):
-    """T of a file that records no configuration of ours: as its args have it, or its name; None where they do not."""
+    """T of a file without our configuration, from its args or its name; None if neither has it."""
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
@@ -93,5 +93,5 @@ def steps_of(checkpoint, path):
     for steps, origin in found:
         logger.info(f"{path}: T is {steps}, from {origin}")
         return steps
-    logger.info(f"{path}: does not tell T; it is the configuration's")
+    logger.info(f"{path}: does not tell T; the T of the configuration is used")
     return None

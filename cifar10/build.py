@@ -19,9 +19,11 @@ from runs import shown, write_result
 from runtime import Ranks, logger
 from weights import architecture, steps_of
 
-MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}  # those registered with timm
-# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
-# those of the split, in which a difference would test on samples of the training.
+# @register_model of timm puts a model's name into its file's __all__.
+MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}
+# Keys whose values come from the checkpoint unless the user sets them: those that the shapes of
+# weights tell, other keys of the network, those of its input, and those of the split (CIFAR has
+# none), where another value would test on training samples.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
 NETWORK = ("time_step", "num_heads", "attention")
 INPUT = ("dataset", "img_size", "input_size", "mean", "std", "crop_pct", "interpolation", "val_batch_size")
@@ -29,11 +31,11 @@ SPLIT = []
 
 
 def settle(cfg, given, checkpoint, path, purpose="test"):
-    """Take from a checkpoint what defines its network and, but to "finetune" it, its input and its split.
+    """Set in cfg what a checkpoint tells: its network and, except to "finetune", input and split.
 
-    A flag, or a yml that was named or edited since, goes over it, with a line that has both values. UserError where
-    that can't be what is meant, since weights would not fit or training samples be tested. To "resume" or "finetune",
-    a line names what the yml has otherwise.
+    A flag, or a yml that -c names or that was edited since, overrides it; a line names both values.
+    UserError where this must be a mistake: weights would not fit, or training samples would be
+    tested. To "resume" or "finetune", a line also names values of the yml that are not used.
     """
     recorded, finetune = read_config(checkpoint, path), purpose == "finetune"
     for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):
@@ -57,8 +59,8 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
 def what_was_said(name, given, checkpoint):
     """(value, origin) of a key that was set for this call; (None, None) if it was not.
 
-    A yml counts where -c named it, or where the run was trained with it; a value that it had then already does not,
-    because a flag may have gone over it.
+    A yml counts if -c named it, or if the run was trained with it. A value that the yml already had
+    in training does not count, because a flag may have overridden it then.
     """
     then = checkpoint.get("given") if isinstance(checkpoint.get("given"), dict) else {}
     if name in given.flags:
@@ -71,7 +73,7 @@ def what_was_said(name, given, checkpoint):
 
 
 def read_config(checkpoint, path):
-    """{key: value} that a checkpoint tells of its network, input and split: what it records and what shapes tell."""
+    """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
     recorded = {}
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():
@@ -90,7 +92,7 @@ def read_config(checkpoint, path):
 
 
 def read_shapes(weights, path, recorded):
-    """{key: value} of what the shapes of weights tell, and what is recorded where both agree."""
+    """{key: value} that the shapes of weights tell; a recorded value where it fits these shapes."""
     net = architecture(weights, path, "CIFAR", models.QKFormer)
     ratio = recorded.get("mlp_ratio", net.mlp_ratio)
     if int(net.dim * ratio) != int(net.dim * net.mlp_ratio):
@@ -143,7 +145,8 @@ def build_model(cfg, cross_sample_lif, ranks):
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(ranks.device, memory_format=layout)
     if cfg.compile:
-        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+        # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
+        model.compile(dynamic=False)
     return model
 
 

@@ -26,7 +26,7 @@ CIFAR = {
 
 
 def posterize(image, bits_to_keep, **_):
-    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow raises."""
+    """timm's operation; 0 bits (magnitude 10) give black, as in the release; Pillow would raise."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -107,8 +107,8 @@ def build_transform(cfg, train):
 def build_dataset(cfg, train, ranks, fixed=False):
     """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
 
-    Downloads CIFAR where it is missing. In training, num_classes becomes the number that a folder
-    of images has, unless it is `fixed` (a flag) or another than the recipe's.
+    Downloads CIFAR where it is missing. For training on a folder of images, cfg.num_classes becomes
+    the number of its classes, unless a flag (`fixed`) or the yml has chosen another one.
     """
     transform = build_transform(cfg, train)
     if cfg.dataset == "digits":
@@ -121,7 +121,8 @@ def build_dataset(cfg, train, ranks, fixed=False):
             cfg.num_classes = found
         if cfg.num_classes != found:
             said = f"num_classes is {cfg.num_classes}"
-            raise UserError(f"{said}, but {cfg.data_dir} has {found} classes")
+            has = f"{cfg.data_dir} has {found} classes"
+            raise UserError(f"{said}, but {has}: --num_classes {found} takes them")
     else:
         task = f"checks or downloads {cfg.dataset}"
         ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, task)
@@ -188,8 +189,8 @@ def make_loader(cfg, dataset, collate, batches, ranks):
 def train_loader(cfg, dataset, epoch, first_step, ranks):
     """Normalised images and targets of an epoch from step `first_step` on.
 
-    Where the recipe mixes, targets are soft, and stay smoothed when mixup is off. The workers start
-    anew each epoch, so that they know when that is.
+    With mixup or cutmix in the recipe, targets are soft, and stay smoothed from mixup_off_epoch on.
+    Workers are started again each epoch, since a running one would not learn that mixup is off.
     """
     collate = fast_collate
     if mixes(cfg):

@@ -1,4 +1,4 @@
-"""Training and testing whatever the data set: batches, their share for each rank, mixed precision, loss, metrics."""
+"""What training and testing share for all data sets: batches for each rank, progress, metrics."""
 
 import atexit
 import math
@@ -122,7 +122,10 @@ def end_workers():
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
-    """[(indices, seed)] of this rank in an epoch: a permutation in whole batches of all ranks, the rest dropped."""
+    """[(indices, seed)], this rank's batches of an epoch, in the random order of seed + epoch.
+
+    Samples at the end that do not fill a batch on every rank are dropped.
+    """
     generator = torch.Generator().manual_seed(seed + epoch)
     steps = size // (batch_size * ranks.world_size)
     if steps == 0:
@@ -246,22 +249,29 @@ class Skips:
 
 
 def check_weights(model, step):
-    """FloatingPointError if a weight is not finite: the loss shows only the next step, and this one may be saved."""
+    """FloatingPointError if a weight is not finite.
+
+    The loss would show it one step later, but these weights are about to be saved.
+    """
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise FloatingPointError(f"weights are not finite after step {step}")
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer's state, of a CPU on a GPU or the other way round: which of its kernels run stays its own."""
+    """Load an optimizer's state, also that of a run on another kind of device.
+
+    `foreach` and `fused`, which choose its kernels, stay as they were made for this device.
+    """
     own = {name: optimizer.defaults[name] for name in ("foreach", "fused") if name in optimizer.defaults}
     optimizer.load_state_dict({**state, "param_groups": [{**group, **own} for group in state["param_groups"]]})
 
 
 class LossMeter:
-    """Mean loss over the steps of an epoch and over ranks, read one step late so that a GPU is not waited for.
+    """Mean loss over ranks and the steps of an epoch.
 
-    What is summed over ranks with the loss tells all of them at the same step that one was asked to stop.
-    `show`, where given, is called with each step's number in the epoch, from 0, and its loss.
+    A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
+    summed with the loss, so that all ranks set `stop` at the same step. `show(step, loss)`, where
+    given, is called for each step, counted from 0 in the epoch.
     """
 
     def __init__(self, ranks, show=None):
@@ -303,7 +313,10 @@ class LossMeter:
 
 
 def to_host(values):
-    """(values on the CPU, event): a copy from a GPU is under way, behind which no kernel waits, until the event."""
+    """(values on the CPU, event): they are there once the event has happened; None: already.
+
+    The CPU does not wait for the copy, but goes on launching kernels.
+    """
     if not values.is_cuda:
         return values, None
     copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory

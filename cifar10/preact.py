@@ -1,9 +1,9 @@
 """Layers with membrane shortcuts: a neuron alone, and convolution and BatchNorm of its spikes.
 
-Where no shortcut ends between a convolution and the next neuron, conv_bn_lif of layer.py serves.
-Here is what is left, both ends of such a chain. They run fused where layer.py's layers do, and keep
-for the backward pass as little: the neuron its input, the convolution its output and the spikes it
-reads, as bytes.
+A shortcut ends between BatchNorm and the next neuron, so there the two can't be one layer as in
+conv_bn_lif of layer.py: each has a function here. Both run fused where layer.py's layers do. For
+the backward pass the neuron saves its input, and the convolution its output and, as bytes, the
+spikes that it reads.
 """
 
 import torch
@@ -59,9 +59,9 @@ def conv_bn(x, conv, bn, lif, pool=False):
     """Spikes or images [T, B, C, H, W] -> membrane inputs [T, B, C', H', W'].
 
     Args:
-        conv, bn: the layer's modules; to a Conv1d the H*W tokens are a line.
-        lif: a neuron in front; the layer runs fused where this neuron may, too.
-        pool: 3x3 max-pool of stride 2 after BatchNorm.
+        conv, bn: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
+        lif: the neuron before them; the layer runs fused only where this neuron may, too.
+        pool: whether a 3x3 max-pool of stride 2 follows BatchNorm.
     """
     if not layer.can_fuse(x, [conv], [bn], [lif]):
         return layer.plain_conv_bn(x, conv, bn, pool)
@@ -72,7 +72,7 @@ def conv_bn(x, conv, bn, lif, pool=False):
     if weight.dim() == 3:  # of a Conv1d
         weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
     gamma, sign = bn.weight, torch.ones_like(bn.weight)
-    if pool:  # before BatchNorm: with gamma >= 0, whose sign moves to the weight, they commute
+    if pool:  # comes before BatchNorm here, with gamma >= 0: see layer.fused_layers
         sign = torch.where(gamma < 0, -sign, sign)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     options = layer.Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
@@ -123,6 +123,6 @@ class ConvBN(torch.autograd.Function):
         wants_x = ctx.needs_input_grad[0]
         grad_x, grad_weight = layer.convolution_backward(grad_y, x, weight, options, wants_x)
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
-        # BatchNorm takes a bias before it out again: its gradient is 0.
+        # BatchNorm subtracts the bias with the mean, so its gradient is 0.
         grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
         return grad_x, grad_weight.to(weight.dtype), grad_bias, grad_gamma, grad_beta, None

@@ -2,7 +2,7 @@
 
 Usage:
     python train.py                                            # the published run, cifar10.yml
-    python train.py -c quickstart.yml                          # on a CPU, with a data set that is already there
+    python train.py -c quickstart.yml                          # minutes on a CPU, no download
     python -m torch.distributed.launch --nproc_per_node=8 train.py
 """
 
@@ -49,8 +49,12 @@ from runtime import (
 
 
 def build_optimizer(cfg, model):
-    """(timm's optimizer, its schedule per epoch, number of epochs with the cooldown); 1-D parameters do not decay."""
-    # On a GPU its kernel leaves out a step that has overflowed; otherwise the scaler waits for the GPU to ask.
+    """(timm's optimizer, its schedule per epoch, number of epochs including the cooldown).
+
+    timm gives 1-D parameters no weight decay. UserError for settings that it does not take.
+    """
+    # The fused kernel sees on the GPU that float16 has overflowed, and skips the step. Without it
+    # the scaler has to wait for the GPU at every step to know.
     fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)
@@ -172,7 +176,8 @@ class Trainer:
                 check_optimizer(self.optimizer, checkpoint.get("scaler"))
             except Exception as error:  # whatever the file has there
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-                raise UserError(f"{path}: no fitting optimizer state ({reason}); no_resume_opt does without") from None
+                why = f"no fitting optimizer state ({reason}); set no_resume_opt to do without it"
+                raise UserError(f"{path}: {why}") from None
             for group, values in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update({**values, "params": group["params"]})  # the configuration may have changed
         self.scheduler.step(self.epoch)
@@ -194,7 +199,10 @@ class Trainer:
         self.ranks.from_main(write)
 
     def train_epoch(self):
-        """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a signal."""
+        """Train to the end of this epoch, or to a signal, which sets meter.stop.
+
+        Returns images per second.
+        """
         cfg, meter, optimizer = self.cfg, self.meter, self.optimizer
         loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, self.ranks)
         autocast = make_autocast(cfg, self.ranks)
@@ -232,7 +240,7 @@ class Trainer:
         self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
 
     def keep_best(self, path):
-        """Take best.pth along where a run goes on in a new folder; without one, the best starts anew. For rank 0."""
+        """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
         old, new = path.parent / "best.pth", self.folder / "best.pth"
         if self.best >= 0 and not new.is_file():
             if not old.is_file():
@@ -270,7 +278,8 @@ class Trainer:
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
-                raise UserError(f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}") from None
+                said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
+                raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
             tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
             if tested is None:
                 self.save("last.pth")

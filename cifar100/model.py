@@ -5,8 +5,8 @@ Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", N
 Parameter names are those of the authors' release, whose checkpoints load as they are. Tensors are
 [T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; all else merges T and B.
 
-Four functions are short for what is written here at the right. They compute the same in less
-memory: a fused layer passes over it once (layer.py), and spikes are saved as bytes (spikes.py).
+Four functions stand for the expressions at their right. They compute the same with less memory:
+a fused layer reads its data once (layer.py), and spikes are saved as bytes (spikes.py).
     conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); with pool=True lif(max_pool(bn(conv(x))))
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
     add(x, y)                       x + y
@@ -34,12 +34,12 @@ class DropPath(timm.layers.DropPath):
 
 
 class Attention(nn.Module):
-    """Convolution, BatchNorm and neuron for each of Q, K (and V) and for the projection.
+    """The layers of Q, K (and V) and of the projection; a subclass has `attend` between them.
 
     Args:
         dim: channels of input and output.
         num_heads: heads of dim / num_heads channels.
-        lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
+        lif: called to make a neuron: `lif()`, or `lif(v_threshold=0.5)` for `attn_lif`.
     """
 
     inputs = "qk"
@@ -75,7 +75,7 @@ class TokenQKAttention(Attention):
 
     def attend(self, x):
         q, k = self.heads(x)
-        # autocast would sum in float32; large counts need not be exact, the neuron fires anyway
+        # in q's type, not autocast's float32: large counts are rounded, but fire the neuron anyway
         mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
         return product(torch.mul, k, mask, self.attn_lif).flatten(2, 3)
 
@@ -97,7 +97,7 @@ class SpikingSelfAttention(Attention):
     """
 
     inputs = "qkv"
-    scale = 0.125
+    scale = 0.125  # as in the release, whatever the width of a head
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF, cross_sample_lif=False):
         super().__init__(dim, num_heads, lif)
@@ -207,8 +207,8 @@ class HST(Classifier):
 
     Args:
         T: time steps for which an image is shown.
-        img_size_h, img_size_w, patch_size: as in the release; any H and W that 4 divides work.
-        in_channels, num_classes: 0 classes: no head, features [B, embed_dims].
+        img_size_h, img_size_w, patch_size: not used; every H and W that are multiples of 4 work.
+        in_channels, num_classes: with num_classes=0 no head, but features [B, embed_dims].
         embed_dims: D, a multiple of 8.
         num_heads: heads of every attention; must divide D/4.
         mlp_ratios: hidden channels of an MLP over its input's.
@@ -280,7 +280,7 @@ class HST(Classifier):
         return x
 
     def frames(self, x):
-        """Images [B, C, H, W] -> [T, B, C, H, W], T times the same memory."""
+        """Images [B, C, H, W] -> [T, B, C, H, W]: a view that shows the same memory T times."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % 4 or x.shape[3] % 4:
             want = f"[B, {self.in_channels}, H, W] with H and W multiples of 4"
             raise ValueError(f"input of shape {list(x.shape)}; this model takes {want}")

@@ -1,10 +1,10 @@
 # Copied from cifar10/ms.py
 """MS-QKFormer for CIFAR: QKFormer with membrane shortcuts, the pre-activation variant.
 
-It is the paper's ablation of the shortcut. Every layer is neuron, convolution, BatchNorm, and
-shortcuts add membrane inputs in place of spikes. The authors of MaxFormer ("Spiking Transformers
-Need High Frequency Information", NeurIPS 2025) trained it and published it as MS-QKFormer, whose
-parameter names these are. What the two models have in common is model.py's.
+The paper has it as its ablation of the shortcut. A layer is neuron, convolution, BatchNorm, in
+this order, and shortcuts add membrane inputs, not spikes. The authors of MaxFormer ("Spiking
+Transformers Need High Frequency Information", NeurIPS 2025) trained it and published it as
+MS-QKFormer; parameter names are those of their weights. What both models share is in model.py.
 """
 
 from timm.models import register_model
@@ -72,13 +72,16 @@ class MSMLP(nn.Module):
 
 
 class MSBlock(nn.Module):
-    """x + attention(x), then x + mlp(x): membrane inputs add up. `attention`: see model.Block."""
+    """x + attention(x), then x + mlp(x): membrane inputs add up.
+
+    `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; no hidden channel is left of {dim}")
         self.mlp = MSMLP(dim, int(dim * mlp_ratio), lif)
         self.drop_path = DropPath(drop_path)
 
@@ -134,9 +137,9 @@ class MSEmbedding(nn.Module):
 
 
 class MSHST(HST):
-    """HST with membrane shortcuts: a last neuron before the head. Keywords: see HST.
+    """HST with membrane shortcuts, and one more neuron before the head. Keywords: see HST.
 
-    No layer of it runs over T*B: ValueError for a cross_sample_lif of True.
+    No neuron of it runs over T*B, so cross_sample_lif=True raises ValueError.
     """
 
     first_embedding, embedding, block = MSEmbeddingInit, MSEmbedding, MSBlock
@@ -149,7 +152,7 @@ class MSHST(HST):
         self.head_lif = MultiStepLIF(backend=backend, fused=fused)
 
     def forward_features(self, x):
-        """[T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
+        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
         return self.head_lif(super().forward_features(x))
 
 

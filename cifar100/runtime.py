@@ -147,7 +147,10 @@ def waiting(line):
 
 
 def started_by_srun(env):
-    """Whether this is a task of srun; a plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too."""
+    """Whether srun started this process.
+
+    SLURM_PROCID and SLURM_NTASKS do not tell: plain python in a batch script has them too.
+    """
     named = "SLURM_STEP_NUM_TASKS" in env or (
         "SLURM_NTASKS" in env and ("SLURM_STEP_ID" in env or "MASTER_ADDR" in env)
     )

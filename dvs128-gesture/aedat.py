@@ -16,19 +16,20 @@ GESTURES = range(1, 12)
 
 
 def check_raw(folder, shown):
-    """UserError for a damaged file in folder/DvsGesture. What may be missing is a warning.
+    """UserError for a damaged file in folder/DvsGesture; a warning for what may be left out.
 
     Args:
-        shown: {path: what the user knows it by}.
+        folder: links to all files, as make_events collects them.
+        shown: {link in it: name of the file for messages}.
     """
     folder = folder / "DvsGesture"
     listed = {}
     for split in ("train", "test"):
         path = folder / f"trials_to_{split}.txt"
         if not path.exists():
-            raise UserError(f"{path.name} is missing beside the recordings; get them again")
+            raise UserError(f"DvsGesture/{path.name} is missing; get the data set again")
         for name in filter(None, map(str.strip, path.read_text(errors="replace").splitlines())):
-            # Checked against what is there, since a name such as ../x would be written elsewhere.
+            # A name must be a file that is there: one such as ../x would be written elsewhere.
             if folder / name not in shown or "/" in name:
                 raise UserError(f"{shown[path]} has {name!r}, but there is no such recording")
             if name in listed:
@@ -90,12 +91,14 @@ def check_labels(path, shown):
         if label not in GESTURES:
             raise UserError(f"{shown}, line {number}: class is {label}; it must be from 1 to 11")
         if not start < end < 2**32:
-            raise UserError(f"{shown}, line {number}: a trial from {start} to {end}")
+            wrong = f"a trial from {start} to {end}; it must end after its start, before 2**32"
+            raise UserError(f"{shown}, line {number}: {wrong}")
         if start in trials:
             raise UserError(f"{shown}, line {number}: the trial of line {trials[start][0]} again")
         trials[start] = number, label, end
     if len(trials) < 2:
-        raise UserError(f"{shown} has {len(trials)} trials; get it again")  # spikingjelly needs two
+        # spikingjelly reads no table of a single row.
+        raise UserError(f"{shown} has {len(trials)} trials, at least 2 are needed; get it again")
     if missing := sorted(set(GESTURES) - {label for _, label, _ in trials.values()}):
         logger.info(f"warning: {shown} has no trial of class {', '.join(map(str, missing))}")
     return max(end for *_, end in trials.values())

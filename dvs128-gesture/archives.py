@@ -9,7 +9,11 @@ from config import UserError
 
 
 def unpack(archive, folder):
-    """Unpack a .tar.gz or .zip. UserError for what could write elsewhere; damage raises too."""
+    """Unpack a .tar.gz or .zip into `folder`.
+
+    UserError for a member that could write elsewhere. Damage raises the errors of gzip, tarfile and
+    zipfile.
+    """
     if not archive.is_file():  # a pipe would never end
         raise UserError(f"{archive} is not a file")
     (unpack_zip if archive.suffix == ".zip" else unpack_tar)(archive, folder)
@@ -21,7 +25,7 @@ def unpack_tar(archive, folder):
             for member in tar:
                 check(archive, member.name, member.isreg() or member.isdir())
                 tar.extract(member, folder, filter="data")
-        while file.read(2**20):  # gzip's checksum is at its end, behind that of the tar
+        while file.read(2**20):  # gzip's checksum comes after the end of the tar: read up to it
             pass
 
 

@@ -40,7 +40,10 @@ class Files(Dataset):
 
 
 class Numbered(Dataset):
-    """The samples of a data set with their numbers in place of labels; `label` is that of all."""
+    """Samples with their numbers in place of labels.
+
+    `names` are those of the pictures; `label` is the sample's own where there is one, else -1.
+    """
 
     def __init__(self, dataset, names, label=-1):
         self.dataset, self.names, self.label = dataset, names, label
@@ -156,7 +159,7 @@ def mosaic(frames, weights, mark=None):
 
 
 def looked_at(q, k):
-    """((y, x) of the token with the largest weights, its q k^T with all, [T, heads, H, W])."""
+    """((y, x) of the token with the largest weights, these weights q k^T as [T, heads, H, W])."""
     T, heads, _, H, W = q.shape
     q, k = q.reshape(T, heads, -1, H * W), k.reshape(T, heads, -1, H * W)
     token = int((q * k.sum(-1, keepdims=True)).sum(axis=(0, 1, 2)).argmax())

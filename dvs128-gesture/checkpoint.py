@@ -41,7 +41,10 @@ logger = logging.getLogger("qkformer")
 
 
 def save_checkpoint(state, path):
-    """Write to a temporary file, flush it to the disk and rename it: `path` is the old file or the whole new one."""
+    """Write to a temporary file, flush it to the disk, rename it to `path`.
+
+    So after a crash `path` is either the old file or the whole new one.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -52,7 +55,8 @@ def save_checkpoint(state, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written ({error}); the file of before is untouched") from None
+        said = f"can't be written ({error}); an older file there is untouched"
+        raise UserError(f"{path}: {said}") from None
 
 
 def load_checkpoint(path, use_ema=False):
@@ -186,7 +190,8 @@ def number(checkpoint, name, default, path, low=-1):
     """A number of the default's type, from `low` on, in a checkpoint; the default where it lacks."""
     value = checkpoint.get(name, default)
     if type(value) is not type(default) or not low <= value < math.inf:
-        raise UserError(f"{path}: can't be resumed: its {name} is {value!r}; finetune only takes its weights")
+        said = f"{path}: can't be resumed: its {name} is {value!r}"
+        raise UserError(f"{said}; --finetune takes its weights alone")
     return value
 
 
@@ -212,7 +217,13 @@ def check_optimizer(optimizer, scaler):
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
-    """(cross_sample_lif, line that says why) for the key's setting and the checkpoint, None for a run without one."""
+    """(cross_sample_lif, a line that says why).
+
+    Args:
+        setting: the key's value, "true", "false" or "auto".
+        checkpoint, path: whose record counts for auto; None for a run that starts from scratch.
+        model: the key's value; an MS model has no such neuron.
+    """
     if model.startswith("MS"):
         if setting == "true":
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}: leave it out")

@@ -59,7 +59,7 @@ class UserError(Exception):
 
 
 class Given(NamedTuple):
-    """What was said: the yml's name, whether -c named it, what it and its bases set, the flags."""
+    """Where values come from: the yml, whether -c named it, what it and its bases set, flags."""
 
     file: str
     named: bool

@@ -106,10 +106,10 @@ def report(samples, train, published=True):
 
 
 class Collate:
-    """Samples to a batch: ([B, T, 2, H, W], targets).
+    """Makes a batch of samples: ([B, T, 2, H, W], targets).
 
-    For training, mixup, then a draw of T_train of the T frames.
-    Targets of training are soft and smoothed, mixed or not; those of testing are labels.
+    In training, mixup comes first, then T_train of the T frames are drawn, the same for the batch.
+    Targets are soft and smoothed in training, mixed or not, and labels in testing.
     """
 
     def __init__(self, cfg, train, epoch=0):
@@ -165,7 +165,7 @@ class Loader:
 def train_loader(cfg, dataset, epoch, first_step, ranks):
     """The batches of an epoch from step `first_step` on.
 
-    The workers start anew each epoch, so that they know when mixup goes off.
+    Workers are started again each epoch, since a running one would not learn that mixup is off.
     """
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
     return Loader(cfg, dataset, Collate(cfg, True, epoch), batches[first_step:], ranks)

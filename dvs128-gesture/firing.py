@@ -16,7 +16,7 @@ class Tally:
         self.values = 0  # how many there were
         self.macs = 0  # multiply-accumulates for them
         self.passes = 0  # samples x time steps
-        self.real = False  # whether they are no whole numbers, and so no spikes
+        self.real = False  # whether the values are real numbers, not spikes or sums of spikes
         self.sums = torch.zeros(2, dtype=torch.float64)  # of the values; of those that are not 0
 
     def add(self, x, macs=0, passes=0):
@@ -81,7 +81,8 @@ class Counter:
     def _layer(self, name):
         def hook(module, args, output):
             (x,) = args
-            image = self.static and name == next(iter(self.layers), name)  # which is called first
+            # The layer that is called first reads the images.
+            image = self.static and name == next(iter(self.layers), name)
             linear = isinstance(module, nn.Linear)
             tally = self.layers.setdefault(name, Tally())
             tally.real = image or (linear and x.dim() == 2)  # [B, D]: a mean over T
@@ -97,7 +98,7 @@ class Counter:
         return hook
 
     def gather(self, ranks):
-        """One Counter of all ranks, on each of them; exact, whoever had which batch."""
+        """A Counter with the sums of all ranks, on each of them; exact for any share of batches."""
         for tally in (*self.layers.values(), *self.neurons.values()):
             tally.sums = tally.sums.cpu()
         whole = Counter(self.model)
@@ -148,7 +149,7 @@ class Peek:
 
     @torch.inference_mode()
     def rates(self, model, autocast):
-        """{stage: firing rate of its neurons}; a line names silent neurons when they are others.
+        """{stage: firing rate of its neurons}; logs which neurons are silent if that has changed.
 
         One more pass of a few samples, in evaluation mode, which changes nothing in the model.
         """

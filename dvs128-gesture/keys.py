@@ -71,7 +71,7 @@ class Key:
             value = str(value).lower()
         if not isinstance(value, str):
             raise ValueError(self.wanted())
-        if "true" in self.choices and value.lower() in TRUTH:
+        if "true" in self.choices and value.lower() in TRUTH:  # cross_sample_lif: yes, or True
             value = str(TRUTH[value.lower()]).lower()
         if self.choices:
             value = value if value in self.choices else None

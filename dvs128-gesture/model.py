@@ -35,12 +35,12 @@ class DropPath(timm.layers.DropPath):
 
 # Copied from cifar10/model.py
 class Attention(nn.Module):
-    """Convolution, BatchNorm and neuron for each of Q, K (and V) and for the projection.
+    """The layers of Q, K (and V) and of the projection; a subclass has `attend` between them.
 
     Args:
         dim: channels of input and output.
         num_heads: heads of dim / num_heads channels.
-        lif: makes a neuron, as `lif()` or `lif(v_threshold=0.5)`.
+        lif: called to make a neuron: `lif()`, or `lif(v_threshold=0.5)` for `attn_lif`.
     """
 
     inputs = "qk"
@@ -77,7 +77,7 @@ class TokenQKAttention(Attention):
 
     def attend(self, x):
         q, k = self.heads(x)
-        # autocast would sum in float32; large counts need not be exact, the neuron fires anyway
+        # in q's type, not autocast's float32: large counts are rounded, but fire the neuron anyway
         mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
         return product(torch.mul, k, mask, self.attn_lif).flatten(2, 3)
 
@@ -101,7 +101,7 @@ class SpikingSelfAttention(Attention):
     """
 
     inputs = "qkv"
-    scale = 0.125
+    scale = 0.125  # as in the release, whatever the width of a head
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF, cross_sample_lif=False):
         super().__init__(dim, num_heads, lif)

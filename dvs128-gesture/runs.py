@@ -21,7 +21,7 @@ from checkpoint import progress_of
 from config import HERE, UserError
 
 logger = logging.getLogger("qkformer")
-CURVES = {  # in TensorBoard, of what a line of log.txt has
+CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
     "train_loss": "loss/train",
     "test_loss": "loss/test",
     "test_acc1": "accuracy/top1",
@@ -91,7 +91,8 @@ def find_run(cfg, output):
 def open_run(cfg, output):
     """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
 
-    A folder that holds a run is written to only by going on from its last.pth: any other run's name gets a number.
+    Only a run that resumes its last.pth writes to a folder that holds a run or, with resume: auto,
+    one that finds no checkpoint there. Any other run gets a folder with a number behind its name.
     The folder is this process's until it ends: a run that would go on there meanwhile ends with an error.
     """
     folder, resume, root, runs = find_run(cfg, output)
@@ -145,7 +146,10 @@ def leave():
 
 
 def experiment_of(folder):
-    """The experiment that a run's folder belongs to: of run-2 it is run, or another experiment of that name."""
+    """The experiment of a run's folder, as its args.yaml has it.
+
+    The name does not tell: run-2 is the second run of `run`, or the first of `run-2`.
+    """
     try:
         return str(yaml.safe_load((folder / "args.yaml").read_text())["experiment"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
@@ -173,12 +177,13 @@ def writing(folder):
 class RunLog:
     """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over steps.
 
-    What an earlier run wrote of this epoch and the later ones is dropped. The curves over steps have a folder of
-    their own, because TensorBoard drops all points from one x on, and x is an epoch in one and a step in the other.
+    A resumed run drops what was written from its first epoch and step on, since it does them again.
+    TensorBoard drops all points of a folder from one x on. So curves over steps have a folder of
+    their own.
 
     Args:
         folder: the run's.
-        epoch, step: what is done first; `step` counts the steps of all epochs.
+        epoch, step: the first ones that this run does; `step` counts over all epochs.
     """
 
     def __init__(self, folder, epoch, step):
@@ -232,7 +237,7 @@ class Curves:
 
 
 def epoch_of(line):
-    """Epoch of a line of log.txt; of one that a crash has cut short, none that comes before another."""
+    """Epoch of a line of log.txt; infinity for a line that a crash has cut short, to drop it."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):

@@ -104,7 +104,7 @@ def write_aedat(path, events, packet=1000):
 
 
 def make(download, train=3, test=1, trials=2, archive=True, seed=0):
-    """Write DvsGesture.tar.gz, or the folder that is in it, the same for the same arguments.
+    """Write DvsGesture.tar.gz or, without `archive`, its folder; equal arguments, equal events.
 
     Args:
         download: folder to write to.

@@ -44,11 +44,11 @@ RELEASED = {  # MD5 of the release's files
 
 # Copied from cifar10/build.py with num_classes->nb_classes, data_dir->data_path
 def settle(cfg, given, checkpoint, path, purpose="test"):
-    """Take from a checkpoint what defines its network and, but to "finetune" it, its input and its split.
+    """Set in cfg what a checkpoint tells: its network and, except to "finetune", input and split.
 
-    A flag, or a yml that was named or edited since, goes over it, with a line that has both values. UserError where
-    that can't be what is meant, since weights would not fit or training samples be tested. To "resume" or "finetune",
-    a line names what the yml has otherwise.
+    A flag, or a yml that -c names or that was edited since, overrides it; a line names both values.
+    UserError where this must be a mistake: weights would not fit, or training samples would be
+    tested. To "resume" or "finetune", a line also names values of the yml that are not used.
     """
     recorded, finetune = read_config(checkpoint, path), purpose == "finetune"
     for name in (*SHAPES, *NETWORK) if finetune else (*SHAPES, *NETWORK, *INPUT, *SPLIT):
@@ -73,8 +73,8 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
 def what_was_said(name, given, checkpoint):
     """(value, origin) of a key that was set for this call; (None, None) if it was not.
 
-    A yml counts where -c named it, or where the run was trained with it; a value that it had then already does not,
-    because a flag may have gone over it.
+    A yml counts if -c named it, or if the run was trained with it. A value that the yml already had
+    in training does not count, because a flag may have overridden it then.
     """
     then = checkpoint.get("given") if isinstance(checkpoint.get("given"), dict) else {}
     if name in given.flags:
@@ -88,7 +88,7 @@ def what_was_said(name, given, checkpoint):
 
 # Copied from cifar10/build.py with data_dir->data_path
 def read_config(checkpoint, path):
-    """{key: value} that a checkpoint tells of its network, input and split: what it records and what shapes tell."""
+    """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
     recorded = {}
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():

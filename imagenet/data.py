@@ -31,7 +31,7 @@ from runtime import logger
 
 # Copied from cifar10/data.py
 def posterize(image, bits_to_keep, **_):
-    """timm's operation. 0 bits (magnitude 10) give black, as in the release; Pillow raises."""
+    """timm's operation; 0 bits (magnitude 10) give black, as in the release; Pillow would raise."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
@@ -47,9 +47,9 @@ class Images(Dataset):
     Args:
         samples: [(path, number)].
         transform: PIL image -> tensor.
-        skip: whether a bad file is left out, with a line that names it. In training the next good
-            one takes its place, in evaluation its place stays empty (the item is None).
-        replace: whether this is training.
+        skip: whether a bad file is left out, with a line that names it; else it is a UserError.
+        replace: whether the next good image takes the place of one left out, as in training; else
+            its item is None.
         classes: their names.
     """
 
@@ -81,6 +81,7 @@ def build_transform(cfg, train):
     """
     size = cfg.input_size
     if not train:
+        # As in the release: a margin up to 224, none above.
         resized = int(size / 0.875) if size <= 224 else size
         return transforms.Compose(
             [

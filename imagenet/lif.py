@@ -27,8 +27,8 @@ logger = logging.getLogger("qkformer")
 class MultiStepLIF(neuron.LIFNode):
     """LIF neuron over the first dimension of [T, ...]: spikes of the input's shape and type.
 
-    Nothing is carried from one call to the next, so there is nothing to reset. It is a LIFNode of
-    spikingjelly: its monitors, its operation counters and `reset_net` work on it.
+    Every call starts anew, so there is nothing to reset. It is a LIFNode of spikingjelly, so
+    that library's monitors, operation counters and `reset_net` work on it.
 
     Args:
         tau: membrane time constant in steps, > 1. Default 2.0.
@@ -81,7 +81,7 @@ class MultiStepLIF(neuron.LIFNode):
             backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
             return mark(IMPLEMENTATIONS[backend](x_seq, self.tau, self.v_threshold))
         if type(self.v) is not float or self.v not in (0.0, self.v_reset):
-            raise ValueError("the neuron's v is set; it starts from v_reset in every call, so leave v alone")
+            raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
         spikes, self.v_seq = spikingjelly_lif(x_seq, self.tau, self.v_threshold, self)
         return spikes
 
@@ -123,7 +123,7 @@ class TorchLIF(torch.autograd.Function):
     def forward(ctx, x, tau, v_threshold):
         h = torch.empty_like(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         v = torch.zeros_like(h[0])
-        # A tensor: CUDA would multiply by the reciprocal of a Python number, with other last bits.
+        # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
         divisor = h.new_full((), tau)
         for t in range(len(x)):
             torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
@@ -161,7 +161,7 @@ def traced_lif(x, tau, v_threshold):
 
 
 def spikingjelly_lif(x, tau, v_threshold, node=None):
-    """spikes; of a `node`, whose attributes count: spikes and, with store_v_seq, its membranes."""
+    """Spikes of the usual neuron; with a `node`, (spikes, membranes or None) by its attributes."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     options = (0.0, surrogate.Sigmoid(alpha=ALPHA), True, False)
     if node is not None:
@@ -195,8 +195,8 @@ __global__ void lif_forward(long long n, long long T, long long x_step, const sc
 }
 
 // h is computed again from x, CHUNK steps at a time so that it stays in registers. The last chunk
-// comes first. Each chunk starts by integrating the steps before it; where T <= CHUNK, as in every
-// published recipe, there are none.
+// comes first. Each chunk starts by integrating the steps before it. There are none where
+// T <= CHUNK, as for every neuron over T of a published recipe; over T*B there are many.
 template <typename scalar_t>
 __global__ void lif_backward(long long n, long long T, long long x_step, const scalar_t* x,
                              const scalar_t* grad_spikes, scalar_t* grad_x,
@@ -291,7 +291,7 @@ def _empty_like(x):
     return torch.empty_strided(x.shape, (x[0].numel(), *x.stride()[1:]), dtype=x.dtype, device=x.device)
 
 
-# Operators of torch, so that torch.compile keeps them whole. Each data set folder has its own pair.
+# Operators of torch, so that torch.compile keeps them whole; named by folder, see hubconf.py.
 NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.name)
 
 

@@ -78,13 +78,16 @@ class MSMLP(nn.Module):
 
 # Copied from cifar10/ms.py
 class MSBlock(nn.Module):
-    """x + attention(x), then x + mlp(x): membrane inputs add up. `attention`: see model.Block."""
+    """x + attention(x), then x + mlp(x): membrane inputs add up.
+
+    `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratios is {mlp_ratio}; it leaves no hidden channels at a width of {dim}")
+            raise ValueError(f"mlp_ratios is {mlp_ratio}; no hidden channel is left of {dim}")
         self.mlp = MSMLP(dim, int(dim * mlp_ratio), lif)
         self.drop_path = DropPath(drop_path)
 
@@ -158,7 +161,7 @@ class MSHST(HST):
 
     # Copied from cifar10/ms.py
     def forward_features(self, x):
-        """[T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
+        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
         return self.head_lif(super().forward_features(x))
 
 

@@ -1,4 +1,4 @@
-"""The ImageNet recipe's step: its images, learning rate and groups of parameters, and those of the published runs."""
+"""AdamW of the ImageNet recipe: images of a step, learning rate, groups of parameters."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 import engine
 
-# (model, input size): images a step, peak learning rate. The run at 288 is not known.
+# {(model, input size): (images a step, peak learning rate)}; those of the run at 288 are not known.
 PUBLISHED = {
     ("QKFormer_10_384", 224): (512, 1.2e-3),
     ("QKFormer_10_512", 224): (512, 1.2e-3),
@@ -41,8 +41,8 @@ def learning_rate(cfg, peak, epoch, micro_step, micro_steps):
 def parameter_groups(model, weight_decay, layer_decay):
     """Groups for an optimizer: 1-D parameters do not decay; those before stage 3 learn slower.
 
-    A group's `lr_scale` is what its learning rate, with floor and warm-up, is multiplied with: 1 for stage 3 and
-    the head, layer_decay ** (blocks of stage 3 + 1) before.
+    A group's `lr_scale` multiplies its whole schedule, with warm-up and min_lr. It is 1 for stage 3
+    and the head, and layer_decay ** (blocks of stage 3 + 1) for all before.
     """
     groups = {}  # four, in the order in which the parameters first need them, as in the release's checkpoints
     for name, parameter in model.named_parameters():
@@ -57,7 +57,8 @@ def parameter_groups(model, weight_decay, layer_decay):
 def build_optimizer(cfg, model):
     """AdamW; its learning rate is set before every step, by set_lr."""
     groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay)
-    # On a GPU its kernel leaves out a step that has overflowed; otherwise the scaler waits for the GPU to ask.
+    # The fused kernel sees on the GPU that float16 has overflowed, and skips the step. Without it
+    # the scaler has to wait for the GPU at every step to know. None: PyTorch's default on a CPU.
     fused = next(model.parameters()).is_cuda or None
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 

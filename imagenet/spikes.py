@@ -1,9 +1,9 @@
 """Spikes wait for the backward pass as bytes, a half or a quarter of the memory of floats.
 
-Only what is known to be whole numbers from 0 to 255 may be saved so. A neuron marks the spikes that
-it makes; `add` and `product` mark what they make of marked tensors; a view has the mark of the
-tensor it shows. Every other operation returns a tensor without a mark, which is saved as it is, and
-a write in place ends the mark. So `x + 0.5 * y` costs memory, but its gradients are right.
+Only a tensor that is marked, as holding whole numbers from 0 to 255, is saved so. A neuron marks
+its spikes, `add` and `product` mark what they make of marked tensors, and a view shares the mark of
+its tensor. All other operations return unmarked tensors, saved as they are, and a write in
+place ends a mark. So `x + 0.5 * y` takes more memory, but its gradients are right.
 """
 
 import torch
@@ -19,7 +19,7 @@ def traced():
 
 
 def mark(x, largest=1):
-    """x, from here on known to hold whole numbers from 0 to `largest`; None: nothing is known."""
+    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x."""
     # torch.compile does not see every write in place, so nothing is marked there.
     if largest is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         x.spikes = largest, x._version
@@ -27,7 +27,7 @@ def mark(x, largest=1):
 
 
 def largest(x):
-    """The largest value that x may hold, if it is known to hold whole numbers from 0; else None."""
+    """The largest value that a marked x may hold; None if x is not marked."""
     for known in (x, x._base):
         value, version = getattr(known, "spikes", (None, None))
         if value is not None and version == known._version and known.dtype == x.dtype:
@@ -71,7 +71,7 @@ class Product(torch.autograd.Function):
 
 
 def product(operator, a, b, lif):
-    """torch.matmul of matrices or torch.mul; where `lif` is fused, spikes are saved as bytes."""
+    """operator(a, b), torch.matmul or torch.mul; spikes are saved as bytes if lif.fused is set."""
     if not getattr(lif, "fused", False) or operator not in (torch.matmul, torch.mul) or traced():
         return operator(a, b)
     known = largest(a), largest(b)

@@ -46,7 +46,10 @@ def predict(cfg, ranks, model, names):
 
 
 def class_names(cfg, recorded):
-    """(column, names of the classes): of the label file, of the checkpoint, of ImageNet's 1,000, or ("", None)."""
+    """(title of the csv's columns, names of the classes); ("", None) where no names are known.
+
+    They are those of the label file, else of the checkpoint, else of ImageNet's 1,000 classes.
+    """
     if cfg.labels is not None:
         return "wnid", read_wnids(cfg)
     if isinstance(recorded, list) and len(recorded) == cfg.nb_classes:
@@ -70,7 +73,8 @@ def check_predictions(path):
     if path.exists():
         raise UserError(f"predictions: {path} is there already; name another file")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"predictions: {path} can't be written: {path.parent} is no folder that allows it")
+        wrong = f"{path.parent} is not a folder, or is write-protected"
+        raise UserError(f"predictions: {path} can't be written: {wrong}")
 
 
 def write_predictions(path, rows, column):

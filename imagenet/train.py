@@ -151,7 +151,8 @@ class Trainer:
             check_optimizer(self.optimizer, checkpoint.get("scaler"))
         except Exception as error:  # whatever the file has there
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
-            raise UserError(f"{path}: no fitting optimizer state ({reason}); finetune does without") from None
+            why = f"no fitting optimizer state ({reason}); --finetune takes its weights alone"
+            raise UserError(f"{path}: {why}") from None
         if self.ema:
             if "model_ema" in checkpoint:
                 load_weights(self.ema.module, {"model": checkpoint["model_ema"]}, path)
@@ -171,7 +172,7 @@ class Trainer:
         self.ranks.from_main(write)
 
     def save_within_epoch(self):
-        """Write last.pth where that was save_minutes ago. Rank 0's clock counts, since all ranks have to take part."""
+        """Write last.pth every save_minutes, by rank 0's clock, since all ranks must take part."""
         minutes = self.cfg.save_minutes
         if minutes and self.ranks.from_main(lambda: time.monotonic() - self.saved >= 60 * minutes):
             check_weights(self.model, self.meter.steps)
@@ -183,7 +184,7 @@ class Trainer:
         total = 0.0
         for left in reversed(range(self.cfg.accum_iter)):
             images, targets = next(batches)
-            # Only with the last one do ranks exchange gradients.
+            # Ranks exchange gradients only in the backward pass of the last batch.
             with self.ddp.no_sync() if left and self.ranks.world_size > 1 else contextlib.nullcontext():
                 with autocast():
                     loss = self.criterion(self.ddp(images), targets)
@@ -230,7 +231,7 @@ class Trainer:
 
     # Copied from cifar10/train.py
     def keep_best(self, path):
-        """Take best.pth along where a run goes on in a new folder; without one, the best starts anew. For rank 0."""
+        """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
         old, new = path.parent / "best.pth", self.folder / "best.pth"
         if self.best >= 0 and not new.is_file():
             if not old.is_file():
