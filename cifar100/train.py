@@ -7,41 +7,34 @@ Usage:
     python -m torch.distributed.launch --nproc_per_node=8 train.py
 """
 
-import shutil
-import signal
-import time
-
 import torch
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 
 import data
 import options
 from build import load_model, settle
-from checkpoint import check_optimizer, load_checkpoint, load_weights, number, save_checkpoint
+from checkpoint import check_optimizer, load_checkpoint, load_weights, number
 from config import UserError, load_config
 from engine import (
-    LossMeter,
     Progress,
     Skips,
     check_weights,
-    evaluate,
     load_optimizer,
     make_autocast,
 )
-from firing import Peek
+from loop import Run
 from loss import TET
-from runs import RunLog, make_folder, open_run, shown
+from runs import open_run, shown
 from runtime import (
     Ranks,
     StopSignal,
     get_rng_state,
     logger,
-    peak_memory_mb,
     run,
     set_deterministic,
     set_rng_state,
@@ -67,7 +60,7 @@ def build_optimizer(cfg, model):
     return optimizer, scheduler, num_epochs
 
 
-class Trainer:
+class Trainer(Run):
     """Model, data, optimizer and schedule of one run, and where the run stands.
 
     Args:
@@ -79,7 +72,6 @@ class Trainer:
 
     def __init__(self, cfg, given, ranks, folder, checkpoint, path, finetune):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
-        self.stop, self.fault = False, None  # a StopSignal in training; what the loader died of
         self.train_set = data.build_dataset(cfg, True, ranks, fixed="num_classes" in given.flags)
         self.test_set = data.build_dataset(cfg, False, ranks)
         self.model, self.cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=finetune)
@@ -93,6 +85,7 @@ class Trainer:
         if ranks.world_size > 1:
             # Running statistics are each rank's own in training; fit() makes them rank 0's before a test.
             self.ddp = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.reduce_bn = cfg.dist_bn == "reduce"
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
         self.criterion = SoftTargetCrossEntropy() if data.mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
         self.erase = RandomErasing(
@@ -106,7 +99,6 @@ class Trainer:
         self.global_batch = cfg.batch_size * ranks.world_size
         self.steps = len(self.train_set) // self.global_batch  # of an epoch
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
-        self.log = None  # rank 0 has one
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(
@@ -120,15 +112,6 @@ class Trainer:
             logger.info("amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a CPU)")
         if cfg.sync_bn and ranks.device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
-
-    def new_meter(self):
-        """The loss of an epoch, each step of which is a point of a curve."""
-        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
-
-    def point(self, name, value, step):
-        """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
-        if self.log:
-            self.log.point(name, value, self.epoch * self.steps + step)
 
     def state(self):
         return {
@@ -190,15 +173,6 @@ class Trainer:
         set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 
-    def save(self, *names):
-        state = self.state()
-
-        def write():
-            for name in names:
-                save_checkpoint(state, self.folder / name)
-
-        self.ranks.from_main(write)
-
     def train_epoch(self):
         """Train to the end of this epoch, or to a signal, which sets meter.stop.
 
@@ -235,91 +209,11 @@ class Trainer:
         self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
-    def open_files(self):
-        """The run's folder with its log, and the best checkpoint so far; for rank 0."""
-        make_folder(self.folder, self.cfg, self.test_set.classes)
-        self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
+    def own_record(self):
+        return {"lr": self.optimizer.param_groups[0]["lr"]}
 
-    def keep_best(self, path):
-        """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
-        old, new = path.parent / "best.pth", self.folder / "best.pth"
-        if self.best >= 0 and not new.is_file():
-            if not old.is_file():
-                logger.info(f"{old} is missing: best.pth will be the best from here on")
-                return -1.0
-            new.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(old, new)
-        return self.best
-
-    def test(self, loader, autocast):
-        """[Metrics of the model, those of its averaged weights where it has some]; None on a signal."""
-        tested = []
-        averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
-        for model in (self.model, *averaged):
-            if self.ranks.world_size > 1:
-                distribute_bn(model, self.ranks.world_size, reduce=self.cfg.dist_bn == "reduce")
-            tested.append(evaluate(model, loader, self.ranks, autocast, self.stop))
-            if tested[-1] is None:
-                return None
-        return tested
-
-    def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
-        cfg = self.cfg
-        test_loader = Peek(data.test_loader(cfg, self.test_set, self.ranks))
-        eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
-        if self.epoch >= self.num_epochs:
-            logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
-        self.ranks.from_main(self.open_files)
-        while self.epoch < self.num_epochs:
-            start = time.perf_counter()
-            lr = self.optimizer.param_groups[0]["lr"]
-            try:
-                speed = self.train_epoch()
-            except FloatingPointError as error:
-                last = self.folder / "last.pth"
-                kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
-                said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
-                raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
-            tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
-            if tested is None:
-                self.save("last.pth")
-                where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
-                if self.fault:
-                    raise UserError(f"a worker of the loader was lost: {where}; resume: auto goes on")
-                why = signal.Signals(self.stop.number).name if self.stop else "another rank"
-                logger.info(f"{why}: {where}; resume: auto goes on from there")
-                return 128 + (self.stop.number or signal.SIGTERM)
-
-            test, *averaged = tested
-            record = {
-                "epoch": self.epoch,
-                "lr": lr,
-                "train_loss": self.meter.mean,
-                "test_loss": test.loss,
-                "test_acc1": test.top1,
-                "test_acc5": test.top5,
-                **({"ema_acc1": averaged[0].top1} if averaged else {}),
-                "seconds": round(time.perf_counter() - start, 2),
-                "images_per_second": round(speed, 1),
-                "peak_memory_mb": peak_memory_mb(self.ranks.device),
-                "firing_rate": test_loader.rates(self.model, eval_autocast) if self.ranks.main else {},
-            }
-            is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
-            self.ranks.from_main(lambda record=record: self.log.epoch(record))
-            logger.info(
-                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
-                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
-                + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
-                + f", {record['seconds']:.0f} s"
-            )
-            self.scheduler.step(self.epoch + 1, test.top1)
-            self.meter = self.new_meter()
-            self.epoch += 1
-            self.save(*(["best.pth"] if is_best else []), "last.pth")
-        if self.best >= 0:
-            logger.info(f"best top-1 {self.best:.2f} %: {shown(self.folder / 'best.pth')}")
-        return 0
+    def epoch_done(self):
+        self.scheduler.step(self.epoch)
 
 
 def main(argv=None):

@@ -9,31 +9,28 @@ python -m torch.distributed.launch and srun (one task a GPU) work as torchrun do
 """
 
 import contextlib
-import shutil
-import signal
 import time
 from pathlib import Path
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3, distribute_bn, random_seed
+from timm.utils import ModelEmaV3, random_seed
 
 import data
 import optim
 import options
 from build import load_model, measure, settle
-from checkpoint import check_optimizer, load_checkpoint, load_weights, number, save_checkpoint
+from checkpoint import check_optimizer, load_checkpoint, load_weights, number
 from config import UserError, load_config
-from engine import LossMeter, Progress, Skips, check_weights, evaluate, make_autocast
-from firing import Peek
+from engine import Progress, Skips, check_weights, make_autocast
+from loop import Run
 from loss import TET
-from runs import RunLog, make_folder, open_run, shown
+from runs import open_run, shown
 from runtime import (
     Ranks,
     StopSignal,
     get_rng_state,
     logger,
-    peak_memory_mb,
     run,
     set_deterministic,
     set_rng_state,
@@ -41,7 +38,7 @@ from runtime import (
 )
 
 
-class Trainer:
+class Trainer(Run):
     """Model, data and optimizer of one run, and where the run stands.
 
     Args:
@@ -52,7 +49,6 @@ class Trainer:
 
     def __init__(self, cfg, given, ranks, folder, model, cross_sample_lif):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
-        self.stop, self.fault = False, None  # a StopSignal in training; what the loader died of
         self.model, self.cross_sample_lif = model, cross_sample_lif
         self.train_set = data.build_dataset(cfg, True, ranks)
         self.test_set = data.build_dataset(cfg, False, ranks)
@@ -86,7 +82,6 @@ class Trainer:
         self.num_epochs = cfg.epochs
         self.epoch, self.best, self.meter = cfg.start_epoch, -1.0, self.new_meter()
         self.saved = time.monotonic()
-        self.log = None  # rank 0 has one
 
         logger.info(
             f"{cfg.model}, T = {cfg.time_step}: {self.parameters:,} parameters; {ranks.device}, "
@@ -100,17 +95,6 @@ class Trainer:
             logger.info(note)
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
             logger.info("amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a CPU)")
-
-    # Copied from cifar10/train.py
-    def new_meter(self):
-        """The loss of an epoch, each step of which is a point of a curve."""
-        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
-
-    # Copied from cifar10/train.py
-    def point(self, name, value, step):
-        """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
-        if self.log:
-            self.log.point(name, value, self.epoch * self.steps + step)
 
     def state(self):
         return {
@@ -160,16 +144,6 @@ class Trainer:
                 logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
         set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
-
-    # Copied from cifar10/train.py
-    def save(self, *names):
-        state = self.state()
-
-        def write():
-            for name in names:
-                save_checkpoint(state, self.folder / name)
-
-        self.ranks.from_main(write)
 
     def save_within_epoch(self):
         """Write last.pth every save_minutes, by rank 0's clock, since all ranks must take part."""
@@ -224,93 +198,12 @@ class Trainer:
         self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
-    def open_files(self):
-        """The run's folder with its log; for rank 0."""
-        make_folder(self.folder, self.cfg, self.classes)
-        self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
+    def own_record(self):
+        lr = optim.mean_lr(self.cfg, self.lr, self.epoch, self.micro_steps)
+        return {"train_lr": lr, "n_parameters": self.parameters}
 
-    # Copied from cifar10/train.py
-    def keep_best(self, path):
-        """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
-        old, new = path.parent / "best.pth", self.folder / "best.pth"
-        if self.best >= 0 and not new.is_file():
-            if not old.is_file():
-                logger.info(f"{old} is missing: best.pth will be the best from here on")
-                return -1.0
-            new.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(old, new)
-        return self.best
-
-    # Copied from cifar10/train.py with self.cfg.dist_bn == "reduce"->False
-    def test(self, loader, autocast):
-        """[Metrics of the model, those of its averaged weights where it has some]; None on a signal."""
-        tested = []
-        averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
-        for model in (self.model, *averaged):
-            if self.ranks.world_size > 1:
-                distribute_bn(model, self.ranks.world_size, reduce=False)
-            tested.append(evaluate(model, loader, self.ranks, autocast, self.stop))
-            if tested[-1] is None:
-                return None
-        return tested
-
-    def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
-        cfg = self.cfg
-        test_loader = Peek(data.test_loader(cfg, self.test_set, self.ranks))
-        eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
-        if self.epoch >= cfg.epochs:
-            logger.info(f"nothing to do: all {cfg.epochs} epochs are done")
-        self.ranks.from_main(self.open_files)
-        while self.epoch < cfg.epochs:
-            start = time.perf_counter()
-            try:
-                speed = self.train_epoch()
-            except FloatingPointError as error:
-                last = self.folder / "last.pth"
-                kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
-                lr = self.optimizer.param_groups[-1]["lr"]
-                raise UserError(f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}") from None
-            tested = None if self.meter.stop else self.test(test_loader, eval_autocast)
-            if tested is None:
-                self.save("last.pth")
-                where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
-                if self.fault:
-                    raise UserError(f"a worker of the loader was lost: {where}; resume: auto goes on")
-                why = signal.Signals(self.stop.number).name if self.stop else "another rank"
-                logger.info(f"{why}: {where}; resume: auto goes on from there")
-                return 128 + (self.stop.number or signal.SIGTERM)
-
-            test, *averaged = tested
-            is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
-            record = {
-                "train_lr": optim.mean_lr(cfg, self.lr, self.epoch, self.micro_steps),
-                "train_loss": self.meter.mean,
-                "test_loss": test.loss,
-                "test_acc1": test.top1,
-                "test_acc5": test.top5,
-                **({"ema_acc1": averaged[0].top1} if averaged else {}),
-                "epoch": self.epoch,
-                "n_parameters": self.parameters,
-                "seconds": round(time.perf_counter() - start, 2),
-                "images_per_second": round(speed, 1),
-                "peak_memory_mb": peak_memory_mb(self.ranks.device),
-                "firing_rate": test_loader.rates(self.model, eval_autocast) if self.ranks.main else {},
-            }
-            self.ranks.from_main(lambda record=record: self.log.epoch(record))
-            logger.info(
-                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
-                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
-                + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
-                + f", {record['seconds']:.0f} s"
-            )
-            self.meter = self.new_meter()
-            self.epoch += 1
-            self.save(*(["best.pth"] if is_best else []), "last.pth")
-            self.saved = time.monotonic()
-        if self.best >= 0:
-            logger.info(f"best top-1 {self.best:.2f} %: {shown(self.folder / 'best.pth')}")
-        return 0
+    def epoch_done(self):
+        self.saved = time.monotonic()
 
 
 def main(argv=None):

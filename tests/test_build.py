@@ -302,7 +302,7 @@ def test_finetune(trained_on_digits, tmp_path, train):
 
 def test_averaged_weights(tmp_path, train, monkeypatch):
     """Kept, tested and saved; a run that goes on in a new folder ends with the same ones, and takes its best along."""
-    save, first = cifar10.train.save_checkpoint, tmp_path / "first" / "last.pth"
+    save, first = cifar10.loop.save_checkpoint, tmp_path / "first" / "last.pth"
     first.parent.mkdir()
 
     def saves(state, path):
@@ -310,7 +310,7 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
         if state["epoch"] == 0:
             save(state, first.with_name(path.name))
 
-    monkeypatch.setattr(cifar10.train, "save_checkpoint", saves)
+    monkeypatch.setattr(cifar10.loop, "save_checkpoint", saves)
     flags = (*RANDOM[len(SMALL) :], "--workers", 0, "--output", tmp_path, "--epochs", 2, "--cooldown-epochs", 0)
     flags = (*flags, "--model-ema", "--model-ema-decay", 0.9, "--experiment", "run")
     assert "averaged weights" in train(*flags)

@@ -35,6 +35,7 @@ SAME = (
     "weights.py",
     "runs.py",
     "hubconf.py",
+    "loop.py",
     "loss.py",
     "firing.py",
     "energy.py",
