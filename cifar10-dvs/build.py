@@ -19,8 +19,8 @@ from runtime import Ranks, logger
 from weights import architecture, steps_of
 
 MODELS = {name: getattr(models, name) for name in models.__all__}  # those registered with timm
-# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
-# those of the split, in which a difference would test on samples of the training.
+# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others,
+# its input's, and those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
 NETWORK = ("T", "num_heads", "attention")
 INPUT = ("dataset", "val_batch_size")
@@ -40,17 +40,32 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         if name not in recorded or (finetune and name == "num_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
-        fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
+        fixed = name in (*SHAPES, *SPLIT) or (
+            name == "attention" and said and not same_shapes(said, value)
+        )
         if origin is None or said == value:
             if purpose != "test" and given.yml.get(name, value) not in (value, None):
-                logger.info(f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is used")
+                logger.info(
+                    f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is "
+                    f"used"
+                )
             setattr(cfg, name, value)
         elif fixed:
-            raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")
+            raise UserError(
+                f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use "
+                f"that"
+            )
         else:
-            logger.info(f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used")
+            logger.info(
+                f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used"
+            )
     place = recorded.get("data_path")
-    if not finetune and place and what_was_said("data_path", given, checkpoint)[1] is None and Path(place).is_dir():
+    if (
+        not finetune
+        and place
+        and what_was_said("data_path", given, checkpoint)[1] is None
+        and Path(place).is_dir()
+    ):
         cfg.data_path = place
 
 
@@ -81,9 +96,13 @@ def read_config(checkpoint, path):
                 try:
                     recorded[name] = options.KEYS[name].convert(value)
                 except ValueError as wanted:
-                    raise UserError(f"{path}: damaged: its {name} is {value!r}; it must be {wanted}") from None
+                    raise UserError(
+                        f"{path}: damaged: its {name} is {value!r}; it must be {wanted}"
+                    ) from None
         if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
-            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get("batch_size")
+            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get(
+                "batch_size"
+            )
         else:
             recorded.pop("val_batch_size", None)
     elif (steps := steps_of(checkpoint, path)) is not None:
@@ -102,12 +121,21 @@ def read_shapes(weights, path, recorded):
     if not same_shapes(kinds, net.attention):
         kinds = net.attention
     classes = {} if net.classes is None else {"num_classes": net.classes}
-    return {"model": net.family, "layer": net.layer, "dim": net.dim, "mlp_ratio": ratio, "attention": kinds, **classes}
+    return {
+        "model": net.family,
+        "layer": net.layer,
+        "dim": net.dim,
+        "mlp_ratio": ratio,
+        "attention": kinds,
+        **classes,
+    }
 
 
 # Copied from cifar10/build.py
 def same_shapes(one, other):
-    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel" are alike."""
+    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel"
+    are alike.
+    """
     return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
 
 
@@ -141,7 +169,9 @@ def build_model(cfg, cross_sample_lif, ranks):
         raise UserError(str(error)) from None
     model = model.to(ranks.device)
     if cfg.compile:
-        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+        model.compile(
+            dynamic=False
+        )  # T*B is a number of steps where the release's neuron runs over both
     return model
 
 
@@ -149,9 +179,12 @@ def build_model(cfg, cross_sample_lif, ranks):
 def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
 
-    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a line says so.
+    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
+    line says so.
     """
-    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    cross_sample_lif, semantics = resolve_semantics(
+        cfg.cross_sample_lif, checkpoint, path, cfg.model
+    )
     logger.info(semantics)
     model = build_model(cfg, cross_sample_lif, ranks)
     if checkpoint and new_head:
@@ -160,9 +193,14 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
         if classes == (cfg.num_classes,):
             head = "its head fits and is kept"
         else:
-            had = "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            had = (
+                "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            )
             head = f"has {had}, but num_classes is {cfg.num_classes}; a new one is initialised"
-            checkpoint = {**checkpoint, "model": {**weights, **model.head.state_dict(prefix="head.")}}
+            checkpoint = {
+                **checkpoint,
+                "model": {**weights, **model.head.state_dict(prefix="head.")},
+            }
         load_weights(model, checkpoint, path)
         logger.info(f"{path}: {head}")
     elif checkpoint:
@@ -186,7 +224,8 @@ def measure(cfg, given, ranks, path):
     with counting(cfg.energy, model, ranks, path):
         metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
-        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
+        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
+        f"{metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} samples/s"
     )
     result = {"checkpoint": str(path), **metrics._asdict(), "cross_sample_lif": cross_sample_lif}
@@ -197,10 +236,12 @@ def measure(cfg, given, ranks, path):
 def load(path, device="cpu"):
     """What a checkpoint holds, for use from Python.
 
-    Returns (model in eval mode, transform of a sample's frames [T, 2, H, W] to the model's input, names of the
-    classes or None). Raises UserError as test.py does.
+    Returns (model in eval mode, transform of a sample's frames [T, 2, H, W] to the model's input,
+    names of the classes or None). Raises UserError as test.py does.
     """
-    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    cfg, _, given = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device]
+    )
     checkpoint = load_checkpoint(path)
     settle(cfg, given, checkpoint, path)
     model, _ = load_model(cfg, Ranks(cfg.device), checkpoint, path)

@@ -1,8 +1,9 @@
 """Checkpoints: written so that a crash can't damage them, read so that they can't run code.
 
-Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next epoch) with the
-sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config, given (the yml behind it),
-cross_sample_lif, classes (their names) and, with model_ema, the averaged weights under that name. Files of others
+Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next
+epoch) with the sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config,
+given (the yml behind it), cross_sample_lif, classes (their names) and, with model_ema, the averaged
+weights under that name. Files of others
 are read too: the release's, timm's, DeepSpeed's, Lightning's, safetensors and bare state dicts.
 """
 
@@ -21,7 +22,8 @@ import torch
 
 from config import UserError
 
-# Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's numbers.
+# Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
+# numbers.
 HARMLESS = [
     argparse.Namespace,
     *(getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath")),
@@ -34,8 +36,10 @@ WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where 
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 SEMANTICS = {
-    False: "cross_sample_lif: false (the paper's semantics: an image's logits do not depend on its batch)",
-    True: "cross_sample_lif: true (the release's semantics: logits depend on the other images of the batch)",
+    False: "cross_sample_lif: false (the paper's semantics: an image's logits do not depend on "
+    "its batch)",
+    True: "cross_sample_lif: true (the release's semantics: logits depend on the other images of "
+    "the batch)",
 }
 logger = logging.getLogger("qkformer")
 
@@ -60,16 +64,21 @@ def save_checkpoint(state, path):
 
 
 def load_checkpoint(path, use_ema=False):
-    """Read a checkpoint on the CPU: a dict with the weights under `model`, averaged ones under `model_ema`.
+    """Read a checkpoint on the CPU: a dict with the weights under `model`, averaged ones under
+    `model_ema`.
 
-    With `use_ema`, the averaged weights are under `model`. UserError if the file can't be read safely, is damaged,
-    or does not hold weights that are finite numbers.
+    With `use_ema`, the averaged weights are under `model`. UserError if the file can't be read
+    safely, is damaged, or does not hold weights that are finite numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
     checkpoint = read_file(path)
-    held = {name: checkpoint[name] for name in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(name), dict)}
+    held = {
+        name: checkpoint[name]
+        for name in (*WEIGHTS, *EMA)
+        if isinstance(checkpoint.get(name), dict)
+    }
     plain = next((held[name] for name in WEIGHTS if name in held), None)
     averaged = next((held[name] for name in EMA if name in held), None)
     if plain is None and averaged is None:
@@ -77,7 +86,10 @@ def load_checkpoint(path, use_ema=False):
     if use_ema and averaged is None:
         raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
     if plain is not None and averaged is not None and not use_ema:
-        logger.info(f"{path}: holds plain and averaged weights; these are the plain ones (use_ema takes the others)")
+        logger.info(
+            f"{path}: holds plain and averaged weights; these are the plain ones (use_ema takes "
+            f"the others)"
+        )
     elif plain is None and not use_ema:
         logger.info(f"{path}: holds averaged weights only, which are taken")
     chosen = averaged if use_ema or plain is None else plain
@@ -98,7 +110,10 @@ def read_file(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 if damaged := archive.testzip():
-                    raise UserError(f"{path}: damaged: the checksum of its {damaged} differs; get or make it again")
+                    raise UserError(
+                        f"{path}: damaged: the checksum of its {damaged} differs; get or make it "
+                        f"again"
+                    )
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -107,8 +122,16 @@ def read_file(path):
         raise UserError(f"{path}: not enough memory to read it") from None
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
-            what = str(error).split("WeightsUnpickler error:")[-1].split(". ")[0].strip().splitlines()[0]
-            raise UserError(f"{path}: not loaded, since doing so could run code in it: {what}") from None
+            what = (
+                str(error)
+                .split("WeightsUnpickler error:")[-1]
+                .split(". ")[0]
+                .strip()
+                .splitlines()[0]
+            )
+            raise UserError(
+                f"{path}: not loaded, since doing so could run code in it: {what}"
+            ) from None
         raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
     except Exception:  # damaged bytes can make the reader fail in any way
         raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
@@ -122,10 +145,14 @@ def own_names(weights, path):
     weights = {name: value for name, value in weights.items() if isinstance(name, str)}
     for name in [name for name in weights if name.endswith(("total_ops", "total_params"))]:
         del weights[name]  # left by a counter of operations
-    while prefix := next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+    while prefix := next(
+        (p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None
+    ):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     if not weights or not any(map(torch.is_tensor, weights.values())):
-        raise UserError(f"{path}: holds no weights, neither by themselves nor under {', '.join(WEIGHTS + EMA)}")
+        raise UserError(
+            f"{path}: holds no weights, neither by themselves nor under {', '.join(WEIGHTS + EMA)}"
+        )
     for name, value in weights.items():
         if fault := fault_of(name, value):
             raise UserError(f"{path}: {name} {fault}; get or make the file again")
@@ -139,7 +166,11 @@ def fault_of(name, value):
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
     if name.endswith("num_batches_tracked"):
-        return None if not (value.is_floating_point() or value.is_complex()) else f"is of type {value.dtype}"
+        return (
+            None
+            if not (value.is_floating_point() or value.is_complex())
+            else f"is of type {value.dtype}"
+        )
     if not value.is_floating_point():
         return f"is of type {value.dtype}, which weights are not"
     if not value.isfinite().all():
@@ -148,7 +179,8 @@ def fault_of(name, value):
 
 
 def progress_of(path):
-    """(epochs, steps of the next) that a checkpoint of ours has behind it, read without its tensors.
+    """(epochs, steps of the next) that a checkpoint of ours has behind it, read without its
+    tensors.
 
     Of a file that can't be read, more than any: to be taken, so that an error names it.
     """
@@ -161,10 +193,14 @@ def progress_of(path):
 
 
 def load_weights(model, checkpoint, path):
-    """Load checkpoint["model"]; UserError that names keys and shapes where it is of another architecture."""
+    """Load checkpoint["model"]; UserError that names keys and shapes where it is of another
+    architecture.
+    """
     have, want = dict(checkpoint["model"]), model.state_dict()
     for name in want:
-        if name.endswith("num_batches_tracked"):  # counts that old files lack; nothing here depends on them
+        if name.endswith(
+            "num_batches_tracked"
+        ):  # counts that old files lack; nothing here depends on them
             have.setdefault(name, want[name])
     problems = []
     for title, names in (
@@ -180,14 +216,20 @@ def load_weights(model, checkpoint, path):
         ),
     ):
         if names:
-            problems.append(f"{len(names)} {title} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+            problems.append(
+                f"{len(names)} {title} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            )
     if problems:
-        raise UserError(f"{path}: of another architecture than the configuration's: {'; '.join(problems)}")
+        raise UserError(
+            f"{path}: of another architecture than the configuration's: {'; '.join(problems)}"
+        )
     model.load_state_dict(have)
 
 
 def number(checkpoint, name, default, path, low=-1):
-    """A number of the default's type, from `low` on, in a checkpoint; the default where it lacks."""
+    """A number of the default's type, from `low` on, in a checkpoint; the default where
+    it lacks.
+    """
     value = checkpoint.get(name, default)
     if type(value) is not type(default) or not low <= value < math.inf:
         said = f"{path}: can't be resumed: its {name} is {value!r}"
@@ -196,7 +238,9 @@ def number(checkpoint, name, default, path, low=-1):
 
 
 def check_optimizer(optimizer, scaler):
-    """ValueError where what was loaded into an optimizer, or a scaler's state, can't be gone on with."""
+    """ValueError where what was loaded into an optimizer, or a scaler's state, can't be gone on
+    with.
+    """
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     needed = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     for parameter, state in optimizer.state.items():
@@ -226,21 +270,31 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
     """
     if model.startswith("MS"):
         if setting == "true":
-            raise UserError(f"cross_sample_lif is true, which has no meaning for {model}: leave it out")
-        return False, f"{model}: an image's logits do not depend on its batch; cross_sample_lif has no meaning here"
+            raise UserError(
+                f"cross_sample_lif is true, which has no meaning for {model}: leave it out"
+            )
+        return (
+            False,
+            f"{model}: an image's logits do not depend on its batch; cross_sample_lif has no "
+            f"meaning here",
+        )
     recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
     if not isinstance(recorded, (bool, type(None))):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting != "auto":
         value = setting == "true"
         if recorded is not None and recorded != value:
-            return value, f"warning: {SEMANTICS[value]}, as set, but {path} was trained with {recorded}"
+            return (
+                value,
+                f"warning: {SEMANTICS[value]}, as set, but {path} was trained with {recorded}",
+            )
         return value, SEMANTICS[value]
     if checkpoint is None:
         return False, SEMANTICS[False]
     if recorded is not None:
         return recorded, f"{SEMANTICS[recorded]}, as {path} records"
     return True, (
-        f"warning: {path} does not record its semantics, so it is taken for one of the release's: {SEMANTICS[True]}; "
+        f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
+        f"{SEMANTICS[True]}; "
         "set cross_sample_lif: false if it was trained with the paper's"
     )

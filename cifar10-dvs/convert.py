@@ -68,7 +68,9 @@ def prepare(root, T, reader, archives, suffixes, page):
         if not proven(events):
             fits = holds(frames) and (not holds(events) or files(frames) == files(events))
             if fits and (missing or not os.access(root, os.W_OK)):
-                logger.info(f"warning: {frames} may not be whole, and can't be made again; it is used")
+                logger.info(
+                    f"warning: {frames} may not be whole, and can't be made again; it is used"
+                )
                 return frames
             if missing and not holds(events):
                 raise UserError(

@@ -29,7 +29,8 @@ class Batches(Dataset):
     """One item is one whole batch, made from (indices, seed).
 
     All randomness of a batch comes from its seed. So it is the same whatever process makes it and
-    whatever came before, and a run that is resumed within an epoch goes on with the very next batch.
+    whatever came before, and a run that is resumed within an epoch goes on with the very next
+    batch.
     """
 
     def __init__(self, dataset, collate):
@@ -81,7 +82,8 @@ class BatchLoader(DataLoader):
             yield batch
         if self.fault:
             logger.warning(
-                f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for lack of "
+                f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
+                f"lack of "
                 "memory, or /dev/shm is full (docker run --shm-size=8g, or workers: 0)"
             )
             for key in self.sampler[done:]:
@@ -129,25 +131,35 @@ def train_batches(size, batch_size, seed, epoch, ranks):
     generator = torch.Generator().manual_seed(seed + epoch)
     steps = size // (batch_size * ranks.world_size)
     if steps == 0:
-        whole = f"batch_size {batch_size}" + (f" x {ranks.world_size} ranks" if ranks.world_size > 1 else "")
-        raise UserError(f"{whole} is more than the {size} training samples; make batch_size smaller")
+        whole = f"batch_size {batch_size}" + (
+            f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        )
+        raise UserError(
+            f"{whole} is more than the {size} training samples; make batch_size smaller"
+        )
     order = torch.randperm(size, generator=generator)[: steps * batch_size * ranks.world_size]
     order = order.view(steps, batch_size, ranks.world_size)[:, :, ranks.rank].tolist()
-    seeds = torch.randint(2**31, (steps, ranks.world_size), generator=generator)[:, ranks.rank].tolist()
+    seeds = torch.randint(2**31, (steps, ranks.world_size), generator=generator)[
+        :, ranks.rank
+    ].tolist()
     return list(zip(order, seeds, strict=True))
 
 
 def test_batches(size, batch_size, ranks):
-    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order, the last one may be short.
+    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order, the last
+    one may be short.
 
-    Batches are whole and in order because under cross_sample_lif an image's logits depend on its batch.
+    Batches are whole and in order because under cross_sample_lif an image's logits depend on its
+    batch.
     """
     starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
     return [(range(start, min(start + batch_size, size)), 0) for start in starts]
 
 
 def make_autocast(cfg, ranks, enabled=True):
-    """Maker of the mixed-precision context of a step. float16 needs a GPU; on a CPU it means float32."""
+    """Maker of the mixed-precision context of a step. float16 needs a GPU; on a CPU it means
+    float32.
+    """
     dtype = getattr(torch, cfg.amp_dtype)
     enabled = enabled and cfg.amp and (ranks.device.type == "cuda" or dtype == torch.bfloat16)
     return partial(torch.autocast, ranks.device.type, dtype=dtype, enabled=enabled)
@@ -155,7 +167,13 @@ def make_autocast(cfg, ranks, enabled=True):
 
 def progress(steps, title, ranks):
     """A progress bar where rank 0 has a terminal."""
-    return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=not (ranks.main and sys.stderr.isatty()))
+    return tqdm(
+        steps,
+        title,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not (ranks.main and sys.stderr.isatty()),
+    )
 
 
 class Progress:
@@ -201,7 +219,8 @@ class Progress:
 
 @torch.inference_mode()
 def evaluate(model, loader, ranks, autocast, stop=False):
-    """Metrics over the batches of all ranks, each sample once: plain cross-entropy, top-1 and top-5 in %.
+    """Metrics over the batches of all ranks, each sample once: plain cross-entropy, top-1 and top-5
+    in %.
 
     Returns None if `stop` turned true on some rank on the way.
     """
@@ -213,7 +232,9 @@ def evaluate(model, loader, ranks, autocast, stop=False):
             logits = model(images)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits.double(), targets, reduction="sum")
-        rows.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(images))]))
+        rows.append(
+            torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(images))])
+        )
         if stop:
             break
     rows = torch.stack(rows).tolist() if rows else []
@@ -262,8 +283,14 @@ def load_optimizer(optimizer, state):
 
     `foreach` and `fused`, which choose its kernels, stay as they were made for this device.
     """
-    own = {name: optimizer.defaults[name] for name in ("foreach", "fused") if name in optimizer.defaults}
-    optimizer.load_state_dict({**state, "param_groups": [{**group, **own} for group in state["param_groups"]]})
+    own = {
+        name: optimizer.defaults[name]
+        for name in ("foreach", "fused")
+        if name in optimizer.defaults
+    }
+    optimizer.load_state_dict(
+        {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
+    )
 
 
 class LossMeter:
@@ -281,7 +308,9 @@ class LossMeter:
 
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
-        status = torch.stack([loss.detach().float(), torch.full_like(loss, bool(stop), dtype=torch.float32)])
+        status = torch.stack(
+            [loss.detach().float(), torch.full_like(loss, bool(stop), dtype=torch.float32)]
+        )
         pending, self.pending = self.pending, to_host(self.ranks.sum(status))
         self._read(pending)
         if self.ranks.world_size == 1:

@@ -1,4 +1,6 @@
-"""What a run needs around the model: ranks, log, signals, random states, and a main that fails in one line."""
+"""What a run needs around the model: ranks, log, signals, random states, and a main that fails in
+one line.
+"""
 
 import contextlib
 import errno
@@ -59,11 +61,16 @@ class Ranks:
             raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
         if self.device.type == "cuda":
             if self.device.index is not None and self.world_size > 1:
-                raise UserError(f"device is {device!r}; with several ranks say cuda, and each takes its own")
+                raise UserError(
+                    f"device is {device!r}; with several ranks say cuda, and each takes its own"
+                )
             if self.device.index is None:
                 self.device = torch.device("cuda", local_rank)
             if self.device.index >= torch.cuda.device_count():
-                raise UserError(f"device {self.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+                raise UserError(
+                    f"device {self.device}: this machine has {torch.cuda.device_count()} CUDA "
+                    f"devices"
+                )
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -122,8 +129,10 @@ def unused_gpu():
         return None
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
-        f"device: auto takes the CPU. There is an NVIDIA card, but PyTorch {torch.__version__}, built {built}, "
-        "can't use it: pip install -r requirements.txt (CUDA 13) or requirements-cu12.txt (older drivers and cards)"
+        f"device: auto takes the CPU. There is an NVIDIA card, but PyTorch {torch.__version__}, "
+        f"built {built}, "
+        "can't use it: pip install -r requirements.txt (CUDA 13) or requirements-cu12.txt (older "
+        "drivers and cards)"
     )
 
 
@@ -158,9 +167,11 @@ def started_by_srun(env):
 
 
 def slurm_ranks(env):
-    """The variables of torchrun for a task that srun started; MASTER_ADDR and MASTER_PORT stay where they are set.
+    """The variables of torchrun for a task that srun started; MASTER_ADDR and MASTER_PORT stay
+    where they are set.
 
-    With one GPU bound to each task (--gpus-per-task=1), that is the only one it sees, so its local rank is 0.
+    With one GPU bound to each task (--gpus-per-task=1), that is the only one it sees, so its local
+    rank is 0.
     """
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "localhost"
     return {
@@ -168,12 +179,15 @@ def slurm_ranks(env):
         "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
         "LOCAL_RANK": str(int(env.get("SLURM_LOCALID", 0)) % max(torch.cuda.device_count(), 1)),
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(hosts),
-        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000),
+        "MASTER_PORT": env.get("MASTER_PORT")
+        or str(15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000),
     }
 
 
 def first_host(hosts):
-    """The first of SLURM's list of hosts, such as a1,b2 or n[01-04,07] or r[1-2]i0n[0-3].cluster."""
+    """The first of SLURM's list of hosts, such as a1,b2 or n[01-04,07] or
+    r[1-2]i0n[0-3].cluster.
+    """
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
@@ -189,7 +203,8 @@ def set_up_log(ranks):
 
 
 class StopSignal:
-    """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number` theirs.
+    """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number`
+    theirs.
 
     A second one ends the process at once. A thread reads them, because Python's own handlers do not
     run while the main thread is within a call of C, such as one that waits for a lost rank.
@@ -238,7 +253,9 @@ def deaf():
 
 
 def get_rng_state(device):
-    """The state of Python's, NumPy's and PyTorch's generators, of types that torch.load(weights_only=True) takes."""
+    """The state of Python's, NumPy's and PyTorch's generators, of types that
+    torch.load(weights_only=True) takes.
+    """
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -251,7 +268,9 @@ def get_rng_state(device):
 
 
 def set_rng_state(states, ranks, path):
-    """Set the random state of this rank, of a checkpoint's; of another number of ranks, none fits."""
+    """Set the random state of this rank, of a checkpoint's; of another number of ranks,
+    none fits.
+    """
     try:
         if len(states) != ranks.world_size:
             return
@@ -268,7 +287,9 @@ def set_rng_state(states, ranks, path):
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Python's, NumPy's and PyTorch's CPU generators start from `seed` within, and go on as before after."""
+    """Python's, NumPy's and PyTorch's CPU generators start from `seed` within, and go on as before
+    after.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -290,14 +311,18 @@ def peak_memory_mb(device):
 
 
 def set_deterministic():
-    """Let PyTorch choose kernels that give the same bits each time; it warns of operations that have none."""
+    """Let PyTorch choose kernels that give the same bits each time; it warns of operations that
+    have none.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
 
 
 def run(main):
-    """Call main() and exit with what it returns; a fault of user or machine is a line and code 1."""
+    """Call main() and exit with what it returns; a fault of user or machine is a line
+    and code 1.
+    """
     try:
         code = main()
         if torch.distributed.is_initialized():

@@ -1,7 +1,8 @@
-"""Recordings without a download, in the data set's own format: shapes that move, as an event camera sees them.
+"""Recordings without a download, in the data set's own format: shapes that move, as an event camera
+sees them.
 
-`dataset: shapes` makes them on first use, in data_path/shapes/download/. The class is the motion; shapes, their sizes
-and places are drawn. To make others: python shapes.py FOLDER
+`dataset: shapes` makes them on first use, in data_path/shapes/download/. The class is the motion;
+shapes, their sizes and places are drawn. To make others: python shapes.py FOLDER
 """
 
 import os
@@ -22,12 +23,25 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each
 SHAPES = ("square", "bar", "cross")
-MOTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right", "grow", "shrink")
+MOTIONS = (
+    "right",
+    "down right",
+    "down",
+    "down left",
+    "left",
+    "up left",
+    "up",
+    "up right",
+    "grow",
+    "shrink",
+)
 
 
 # Copied from dvs128-gesture/shapes.py
 def prepare(data_path):
-    """data_path/shapes, with recordings under download/ there: whole or, when that is interrupted, not at all."""
+    """data_path/shapes, with recordings under download/ there: whole or, when that is interrupted,
+    not at all.
+    """
     root = Path(data_path) / "shapes"
     download = root / "download"
     if download.is_dir():
@@ -41,7 +55,9 @@ def prepare(data_path):
                 os.sync()  # before its name says that it is whole
                 os.rename(work, download)
     except OSError as error:
-        raise UserError(f"{root}: recordings can't be written there: {error.strerror or error}") from None
+        raise UserError(
+            f"{root}: recordings can't be written there: {error.strerror or error}"
+        ) from None
     return root
 
 
@@ -58,9 +74,11 @@ def inside(shape, x, y, radius):
 
 # Copied from dvs128-gesture/shapes.py
 def draw(motion, generator):
-    """Events [n, 4] (t in microseconds, x, y, polarity), in the order of t, of shapes in one of MOTIONS.
+    """Events [n, 4] (t in microseconds, x, y, polarity), in the order of t, of shapes in one of
+    MOTIONS.
 
-    A pixel that a shape reaches sends an ON event (polarity 1), one that it leaves an OFF event (0).
+    A pixel that a shape reaches sends an ON event (polarity 1), one that it leaves an OFF event
+    (0).
     """
     angle = np.pi / 4 * MOTIONS.index(motion)  # y points down
     way = generator.uniform(12, 24) * np.array([np.cos(angle), np.sin(angle)])
@@ -80,7 +98,9 @@ def draw(motion, generator):
             elif motion == "turn":
                 sine, cosine = np.sin(done * np.pi / 2), np.cos(done * np.pi / 2)
                 across, down = x - place[0], y - place[1]
-                now |= inside(shape, across * cosine + down * sine, down * cosine - across * sine, radius)
+                now |= inside(
+                    shape, across * cosine + down * sine, down * cosine - across * sine, radius
+                )
             else:
                 place = place + done * way
                 now |= inside(shape, x - place[0], y - place[1], radius)
@@ -95,11 +115,16 @@ def draw(motion, generator):
 
 
 def write_aedat(path, events):
-    """Write events as AEDAT 2.0: address and time, big-endian; bit 0 set is OFF, the axes run backwards."""
+    """Write events as AEDAT 2.0: address and time, big-endian; bit 0 set is OFF, the axes run
+    backwards.
+    """
     t, x, y, p = events.T
     address = ((SIZE - 1 - x) << 8) | ((SIZE - 1 - y) << 1) | (1 - p)
     with open(path, "wb") as file:
-        file.write(b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n# Creation time: none\r\n")
+        file.write(
+            b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n# Creation time: "
+            b"none\r\n"
+        )
         file.write(np.stack([address, t], 1).astype(">u4").tobytes())
 
 
@@ -113,7 +138,12 @@ def make(download, samples=10, archive=True, seed=0):
     Returns {(class, number): events}.
     """
     generator, written = np.random.default_rng(seed), {}
-    bar = tqdm(desc="recordings", total=samples * len(CLASSES), leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        desc="recordings",
+        total=samples * len(CLASSES),
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
     for name, motion in zip(CLASSES, MOTIONS, strict=True):
         folder = Path(download) / name
         folder.mkdir(parents=True)

@@ -1,13 +1,15 @@
 # Copied from dvs128-gesture/test.py with output/dvs128-gesture->output/cifar10-dvs
-"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside the checkpoint.
+"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
+the checkpoint.
 
 Network, input and data set are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
     python test.py --data-path ./data                          # the newest best.pth under output/
     python test.py --data-path ./data --checkpoint output/cifar10-dvs/best.pth
-    python test.py --data-path ./data --energy                 # firing rates and energy too: energy-best.csv, .json
-    python test.py --data-path ./data --attend 8               # draws attention/test-8.png beside the checkpoint
+    python test.py --data-path ./data --energy                 # firing rates and energy too:
+    energy-best.csv, .json python test.py --data-path ./data --attend 8               # draws
+    attention/test-8.png beside the checkpoint
 """
 
 import torch

@@ -245,7 +245,10 @@ def rasters(places, spikes):
 def show(cfg, ranks, model, path, open_test_set):
     """Draw what `cfg.attend` names, in attention/ beside the checkpoint at `path`."""
     samples = find(cfg.attend, open_test_set, *data.file_reader(cfg))
-    loader, autocast = data.test_loader(cfg, samples, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
+    loader, autocast = (
+        data.test_loader(cfg, samples, ranks),
+        make_autocast(cfg, ranks, cfg.eval_amp),
+    )
     picture(model, loader, samples, path.parent / "attention", ranks, autocast)
 
 

@@ -26,7 +26,16 @@ MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__
 # none), where another value would test on training samples.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
 NETWORK = ("time_step", "num_heads", "attention")
-INPUT = ("dataset", "img_size", "input_size", "mean", "std", "crop_pct", "interpolation", "val_batch_size")
+INPUT = (
+    "dataset",
+    "img_size",
+    "input_size",
+    "mean",
+    "std",
+    "crop_pct",
+    "interpolation",
+    "val_batch_size",
+)
 SPLIT = []
 
 
@@ -42,17 +51,32 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         if name not in recorded or (finetune and name == "num_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
-        fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
+        fixed = name in (*SHAPES, *SPLIT) or (
+            name == "attention" and said and not same_shapes(said, value)
+        )
         if origin is None or said == value:
             if purpose != "test" and given.yml.get(name, value) not in (value, None):
-                logger.info(f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is used")
+                logger.info(
+                    f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is "
+                    f"used"
+                )
             setattr(cfg, name, value)
         elif fixed:
-            raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")
+            raise UserError(
+                f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use "
+                f"that"
+            )
         else:
-            logger.info(f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used")
+            logger.info(
+                f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used"
+            )
     place = recorded.get("data_dir")
-    if not finetune and place and what_was_said("data_dir", given, checkpoint)[1] is None and Path(place).is_dir():
+    if (
+        not finetune
+        and place
+        and what_was_said("data_dir", given, checkpoint)[1] is None
+        and Path(place).is_dir()
+    ):
         cfg.data_dir = place
 
 
@@ -81,9 +105,13 @@ def read_config(checkpoint, path):
                 try:
                     recorded[name] = options.KEYS[name].convert(value)
                 except ValueError as wanted:
-                    raise UserError(f"{path}: damaged: its {name} is {value!r}; it must be {wanted}") from None
+                    raise UserError(
+                        f"{path}: damaged: its {name} is {value!r}; it must be {wanted}"
+                    ) from None
         if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
-            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get("batch_size")
+            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get(
+                "batch_size"
+            )
         else:
             recorded.pop("val_batch_size", None)
     elif (steps := steps_of(checkpoint, path)) is not None:
@@ -101,11 +129,20 @@ def read_shapes(weights, path, recorded):
     if not same_shapes(kinds, net.attention):
         kinds = net.attention
     classes = {} if net.classes is None else {"num_classes": net.classes}
-    return {"model": net.family, "layer": net.layer, "dim": net.dim, "mlp_ratio": ratio, "attention": kinds, **classes}
+    return {
+        "model": net.family,
+        "layer": net.layer,
+        "dim": net.dim,
+        "mlp_ratio": ratio,
+        "attention": kinds,
+        **classes,
+    }
 
 
 def same_shapes(one, other):
-    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel" are alike."""
+    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel"
+    are alike.
+    """
     return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
 
 
@@ -117,7 +154,9 @@ def build_model(cfg, cross_sample_lif, ranks):
         raise UserError(f"model is {cfg.model!r}; there are {', '.join(MODELS)}")
     channels, height, width = data.image_size(cfg)
     if height % 4 or width % 4:
-        raise UserError(f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4")
+        raise UserError(
+            f"images of {height} x {width}: img_size (or input_size) must be a multiple of 4"
+        )
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
@@ -153,9 +192,12 @@ def build_model(cfg, cross_sample_lif, ranks):
 def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
 
-    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a line says so.
+    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
+    line says so.
     """
-    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    cross_sample_lif, semantics = resolve_semantics(
+        cfg.cross_sample_lif, checkpoint, path, cfg.model
+    )
     logger.info(semantics)
     model = build_model(cfg, cross_sample_lif, ranks)
     if checkpoint and new_head:
@@ -164,9 +206,14 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
         if classes == (cfg.num_classes,):
             head = "its head fits and is kept"
         else:
-            had = "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            had = (
+                "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            )
             head = f"has {had}, but num_classes is {cfg.num_classes}; a new one is initialised"
-            checkpoint = {**checkpoint, "model": {**weights, **model.head.state_dict(prefix="head.")}}
+            checkpoint = {
+                **checkpoint,
+                "model": {**weights, **model.head.state_dict(prefix="head.")},
+            }
         load_weights(model, checkpoint, path)
         logger.info(f"{path}: {head}")
     elif checkpoint:
@@ -188,7 +235,8 @@ def measure(cfg, given, ranks, path):
     with counting(cfg.energy, model, ranks, path):
         metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
-        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
+        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
+        f"{metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} images/s"
     )
     result = {"checkpoint": str(path), **metrics._asdict(), "cross_sample_lif": cross_sample_lif}
@@ -199,14 +247,20 @@ def measure(cfg, given, ranks, path):
 def load(path, device="cpu"):
     """What a checkpoint holds, for use from Python.
 
-    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of the classes or
-    None). Raises UserError as test.py does.
+    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of
+    the classes or None). Raises UserError as test.py does.
     """
-    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    cfg, _, given = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device]
+    )
     checkpoint = load_checkpoint(path)
     settle(cfg, given, checkpoint, path)
     model, _ = load_model(cfg, Ranks(cfg.device), checkpoint, path)
     transform = create_transform(
-        data.image_size(cfg), interpolation=cfg.interpolation, mean=cfg.mean, std=cfg.std, crop_pct=cfg.crop_pct
+        data.image_size(cfg),
+        interpolation=cfg.interpolation,
+        mean=cfg.mean,
+        std=cfg.std,
+        crop_pct=cfg.crop_pct,
     )
     return model.eval(), transform, checkpoint.get("classes")

@@ -59,7 +59,9 @@ def conv_bn_lif_each(x, *layers):
     if can_fuse(x, convs, bns, lifs):
         # With channels last in the split too, the gradients are joined without a copy.
         spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)
-        return [part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)]
+        return [
+            part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)
+        ]
     return [conv_bn_lif(x, *layer) for layer in layers]
 
 
@@ -82,7 +84,9 @@ class Recomputation:
     """Context in which BatchNorms see a batch again without counting it in running statistics."""
 
     def __init__(self, module):
-        self.bns = [bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)]
+        self.bns = [
+            bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)
+        ]
 
     def __enter__(self):
         self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
@@ -170,11 +174,19 @@ def observed():
         return ""
     if torch.compiler.is_compiling():
         return None
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
+    if (
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+    ):
         return "hooks on all modules are set"
     for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
         # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
-        if mode is not None and not isinstance(mode, DeviceContext) and not getattr(mode, "counts_kernels", False):
+        if (
+            mode is not None
+            and not isinstance(mode, DeviceContext)
+            and not getattr(mode, "counts_kernels", False)
+        ):
             return f"{type(mode).__name__} looks at each operation"
     return None
 
@@ -190,9 +202,15 @@ def settings(conv, bn, lif):
         return None
     if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros":
         return None
-    if isinstance(conv.padding, str) or isinstance(conv, nn.Conv1d) != isinstance(bn, nn.BatchNorm1d):
+    if isinstance(conv.padding, str) or isinstance(conv, nn.Conv1d) != isinstance(
+        bn, nn.BatchNorm1d
+    ):
         return None
-    if isinstance(conv, nn.Conv1d) and (*conv.kernel_size, *conv.stride, *conv.padding) != (1, 1, 0):
+    if isinstance(conv, nn.Conv1d) and (*conv.kernel_size, *conv.stride, *conv.padding) != (
+        1,
+        1,
+        0,
+    ):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
     return *shape, bn.training, bn.eps, lif.tau, lif.v_threshold, lif.backend
@@ -269,7 +287,14 @@ class ConvBNLIF(torch.autograd.Function):
         invstd = torch.rsqrt(var + options.eps)
         pooled = fused.pool(y)[0] if options.pool else y
         scale, shift = affine(mean, invstd, gamma, beta)
-        spikes = fused.fire(pooled.unflatten(0, x.shape[:2]), options.T, scale, shift, options.tau, options.v_threshold)
+        spikes = fused.fire(
+            pooled.unflatten(0, x.shape[:2]),
+            options.T,
+            scale,
+            shift,
+            options.tau,
+            options.v_threshold,
+        )
         # Values of a channel; an image shown T times counts T times.
         n = options.T * y.numel() // (len(x) * len(mean))
         if n == 1:
@@ -291,12 +316,16 @@ class ConvBNLIF(torch.autograd.Function):
         neurons = (*affine(mean, invstd, gamma, beta), options.tau, options.v_threshold)
         grad = torch.empty_like(pooled)
         steps = x.shape[:2]
-        sums = fused.fire_backward(grad_spikes, pooled.unflatten(0, steps), grad.unflatten(0, steps), mean, *neurons)
+        sums = fused.fire_backward(
+            grad_spikes, pooled.unflatten(0, steps), grad.unflatten(0, steps), mean, *neurons
+        )
         if options.pool:
             grad = fused.pool_backward(grad, taps, y, mean, invstd, gamma, sums)
         else:
             fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
-        grad_x, grad_weight = convolution_backward(grad, x, weight, options, ctx.needs_input_grad[0])
+        grad_x, grad_weight = convolution_backward(
+            grad, x, weight, options, ctx.needs_input_grad[0]
+        )
         grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
         # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
         grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
@@ -308,7 +337,9 @@ class ConvBNLIF(torch.autograd.Function):
 def convolution_backward(grad, x, weight, options, wants_x):
     x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
     x = x.to(grad.dtype)
-    pointwise = weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
+    pointwise = (
+        weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
+    )
     if pointwise:  # matrix products of rows of channels
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_weight = sum_over_rows(rows, x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
@@ -333,6 +364,8 @@ def update_statistics(convs, bns, mean, var):
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
         part = slice(start, start := start + bn.num_features)
-        bn.running_mean.lerp_(mean[part] if conv.bias is None else mean[part] + conv.bias, bn.momentum)
+        bn.running_mean.lerp_(
+            mean[part] if conv.bias is None else mean[part] + conv.bias, bn.momentum
+        )
         bn.running_var.lerp_(var[part], bn.momentum)
         bn.num_batches_tracked.add_(1)

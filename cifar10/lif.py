@@ -269,7 +269,9 @@ def _launch(name, n, T, x_step, x, *args):
 
     convert = {int: numpy.int64, float: numpy.float32}
     args = (n, T, x_step, x, *args)
-    args = tuple(arg.data_ptr() if torch.is_tensor(arg) else convert[type(arg)](arg) for arg in args)
+    args = tuple(
+        arg.data_ptr() if torch.is_tensor(arg) else convert[type(arg)](arg) for arg in args
+    )
     stream = torch.cuda.current_stream(x.device)
     with cupy.cuda.Device(x.device.index), cupy.cuda.Stream.from_external(stream):
         kernel = _module(x.dtype).get_function(f"{name}<{CTYPES[x.dtype]}>")
@@ -288,7 +290,9 @@ def _time_major(x):
 
 def _empty_like(x):
     """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
-    return torch.empty_strided(x.shape, (x[0].numel(), *x.stride()[1:]), dtype=x.dtype, device=x.device)
+    return torch.empty_strided(
+        x.shape, (x[0].numel(), *x.stride()[1:]), dtype=x.dtype, device=x.device
+    )
 
 
 # Operators of torch, so that torch.compile keeps them whole; named by folder, see hubconf.py.
@@ -305,7 +309,9 @@ def lif_forward(x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lif_backward", mutates_args=())
-def lif_backward(grad_spikes: torch.Tensor, x: torch.Tensor, tau: float, v_threshold: float) -> torch.Tensor:
+def lif_backward(
+    grad_spikes: torch.Tensor, x: torch.Tensor, tau: float, v_threshold: float
+) -> torch.Tensor:
     x = _time_major(x)
     grad_x = _empty_like(x)
     if grad_spikes.stride() != grad_x.stride():

@@ -36,14 +36,18 @@ CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
 
 
 def shown(path):
-    """The path as one would type it here: relative to the working directory where it lies below that."""
+    """The path as one would type it here: relative to the working directory where it lies below
+    that.
+    """
     with contextlib.suppress(ValueError):
         return Path(path).resolve().relative_to(Path.cwd())
     return path
 
 
 def newest(paths):
-    """The checkpoint of the most epochs and steps, of equal ones that written last; None of none."""
+    """The checkpoint of the most epochs and steps, of equal ones that written last;
+    None of none.
+    """
     paths = list(paths)
     if len(paths) < 2:
         return paths[0] if paths else None
@@ -55,7 +59,10 @@ def find_checkpoint(cfg, output):
     root = Path(output) if output else HERE / "output"
     path = Path(cfg.checkpoint) if cfg.checkpoint else newest(root.glob("*/best.pth"))
     if path is None:
-        raise UserError(f"no checkpoint: there is no best.pth under {root}; train first, or name one with --checkpoint")
+        raise UserError(
+            f"no checkpoint: there is no best.pth under {root}; train first, or name one with "
+            f"--checkpoint"
+        )
     return path
 
 
@@ -69,16 +76,25 @@ def write_result(path, result):
 
 
 def find_run(cfg, output):
-    """(folder to go on in or None, checkpoint to resume or None, folder of all runs, those of this name)."""
+    """(folder to go on in or None, checkpoint to resume or None, folder of all runs, those of this
+    name).
+    """
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", cfg.experiment):
-        raise UserError(f"experiment is {cfg.experiment!r}; it names a folder, so letters, digits and -_.+=, only")
+        raise UserError(
+            f"experiment is {cfg.experiment!r}; it names a folder, so letters, digits and -_.+=, "
+            f"only"
+        )
     root = Path(output) if output else HERE / "output"
     numbered = re.compile(re.escape(cfg.experiment) + r"(-\d+)?")
-    runs = [path.parent for path in root.glob("*/args.yaml") if numbered.fullmatch(path.parent.name)]
+    runs = [
+        path.parent for path in root.glob("*/args.yaml") if numbered.fullmatch(path.parent.name)
+    ]
     resume = None
     if cfg.resume == "auto":
         runs_of_it = [folder for folder in runs if experiment_of(folder) == cfg.experiment]
-        resume = newest(folder / "last.pth" for folder in runs_of_it if (folder / "last.pth").is_file())
+        resume = newest(
+            folder / "last.pth" for folder in runs_of_it if (folder / "last.pth").is_file()
+        )
         if resume is None and runs_of_it == [root / cfg.experiment]:
             return runs_of_it[0], None, root, runs  # it ended before its first checkpoint
     elif cfg.resume:
@@ -89,11 +105,13 @@ def find_run(cfg, output):
 
 
 def open_run(cfg, output):
-    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume or None).
+    """(folder of this run under `output`, default output/ beside the script; checkpoint to resume
+    or None).
 
     Only a run that resumes its last.pth writes to a folder that holds a run or, with resume: auto,
     one that finds no checkpoint there. Any other run gets a folder with a number behind its name.
-    The folder is this process's until it ends: a run that would go on there meanwhile ends with an error.
+    The folder is this process's until it ends: a run that would go on there meanwhile ends with an
+    error.
     """
     folder, resume, root, runs = find_run(cfg, output)
     if folder is None and cfg.resume == "auto" and root / cfg.experiment not in runs:
@@ -101,7 +119,8 @@ def open_run(cfg, output):
     if folder is not None:
         if not claim(folder):
             raise UserError(
-                f"{folder} is in use by another run: wait for its end, or stop it, or set another experiment"
+                f"{folder} is in use by another run: wait for its end, or stop it, or set another "
+                f"experiment"
             )
         return folder, resume
     for number in itertools.count(1):
@@ -157,7 +176,9 @@ def experiment_of(folder):
 
 
 def make_folder(folder, cfg, classes=()):
-    """Put the configuration in a run's args.yaml and the classes' names, a line each, in its classes.txt."""
+    """Put the configuration in a run's args.yaml and the classes' names, a line each, in its
+    classes.txt.
+    """
     with writing(folder):
         (folder / "args.yaml").write_text(yaml.safe_dump(vars(cfg), sort_keys=False))
         if classes:
@@ -167,7 +188,9 @@ def make_folder(folder, cfg, classes=()):
 
 @contextlib.contextmanager
 def writing(folder):
-    """What goes wrong within with a file of the folder, such as on a full disk, becomes one line."""
+    """What goes wrong within with a file of the folder, such as on a full disk, becomes
+    one line.
+    """
     try:
         yield
     except OSError as error:
@@ -175,7 +198,8 @@ def writing(folder):
 
 
 class RunLog:
-    """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over steps.
+    """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over
+    steps.
 
     A resumed run drops what was written from its first epoch and step on, since it does them again.
     TensorBoard drops all points of a folder from one x on. So curves over steps have a folder of
@@ -189,7 +213,9 @@ class RunLog:
     def __init__(self, folder, epoch, step):
         self.folder, self.path = folder, folder / "log.txt"
         with writing(folder):
-            lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+            lines = (
+                self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+            )
             temporary = folder / "log.txt.tmp"
             temporary.write_text("".join(line + "\n" for line in lines if epoch_of(line) < epoch))
             os.replace(temporary, self.path)
@@ -214,10 +240,12 @@ class RunLog:
 
 
 class Curves:
-    """A file of TensorBoard's in a folder. Points of older files from x = `first` on do not count any more.
+    """A file of TensorBoard's in a folder. Points of older files from x = `first` on do not count
+    any more.
 
-    PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names files by the clock, which
-    TensorBoard then reads in a wrong order where that was set back. Here each point is written at once.
+    PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names files by the
+    clock, which TensorBoard then reads in a wrong order where that was set back. Here each point is
+    written at once.
     """
 
     def __init__(self, folder, first):

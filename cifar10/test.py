@@ -1,12 +1,14 @@
-"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside the checkpoint.
+"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
+the checkpoint.
 
 Network, input and data set are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
     python test.py                                             # the newest best.pth under output/
-    python test.py --checkpoint output/cifar10/best.pth        # writes output/cifar10/test-best.json
-    python test.py --energy                                    # firing rates and energy too: energy-best.csv, .json
-    python test.py --attend 8                                  # draws output/cifar10/attention/test-8.png
+    python test.py --checkpoint output/cifar10/best.pth        # writes
+    output/cifar10/test-best.json python test.py --energy                                    #
+    firing rates and energy too: energy-best.csv, .json python test.py --attend 8
+    # draws output/cifar10/attention/test-8.png
 """
 
 import torch

@@ -13,7 +13,11 @@ from keys import Key
 from yml import show
 
 HERE = Path(__file__).resolve().parent
-OLDEST = {"torch": "2.6", "timm": "1.0.12", "spikingjelly": "2.0"}  # versions that were tried and work
+OLDEST = {
+    "torch": "2.6",
+    "timm": "1.0.12",
+    "spikingjelly": "2.0",
+}  # versions that were tried and work
 PATH = Key(Path, None, "path of a yml")
 
 SYNONYMS = {  # what others call a key: a hint, where such a name is not one of ours
@@ -73,7 +77,8 @@ def check_versions():
         have = importlib.metadata.version(name)
         if numbers(have) < numbers(oldest):
             raise UserError(
-                f"{name} {have} is too old, {oldest} is the oldest that works: pip install -r requirements.txt"
+                f"{name} {have} is too old, {oldest} is the oldest that works: pip install -r "
+                f"requirements.txt"
             )
 
 

@@ -71,7 +71,9 @@ class Run:
         return self.best
 
     def test(self, loader, autocast):
-        """[Metrics of the model, those of its averaged weights where it has some]; None on a signal."""
+        """[Metrics of the model, those of its averaged weights where it has some]; None on a
+        signal.
+        """
         tested = []
         averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
         for model in (self.model, *averaged):
@@ -83,7 +85,9 @@ class Run:
         return tested
 
     def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that ended the run."""
+        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that
+        ended the run.
+        """
         cfg = self.cfg
         test_loader = Peek(data.test_loader(cfg, self.test_set, self.ranks))
         eval_autocast = make_autocast(cfg, self.ranks, cfg.eval_amp)
@@ -105,7 +109,9 @@ class Run:
                 self.save("last.pth")
                 where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
                 if self.fault:
-                    raise UserError(f"a worker of the loader was lost: {where}; resume: auto goes on")
+                    raise UserError(
+                        f"a worker of the loader was lost: {where}; resume: auto goes on"
+                    )
                 why = signal.Signals(self.stop.number).name if self.stop else "another rank"
                 logger.info(f"{why}: {where}; resume: auto goes on from there")
                 return 128 + (self.stop.number or signal.SIGTERM)
@@ -122,7 +128,9 @@ class Run:
                 "seconds": round(time.perf_counter() - start, 2),
                 "images_per_second": round(speed, 1),
                 "peak_memory_mb": peak_memory_mb(self.ranks.device),
-                "firing_rate": test_loader.rates(self.model, eval_autocast) if self.ranks.main else {},
+                "firing_rate": test_loader.rates(self.model, eval_autocast)
+                if self.ranks.main
+                else {},
             }
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
             self.ranks.from_main(lambda record=record: self.log.epoch(record))

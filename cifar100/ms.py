@@ -12,7 +12,14 @@ from torch import nn
 
 from layer import conv_bn_lif
 from lif import MultiStepLIF
-from model import HST, ChannelQKAttention, DropPath, QKFormer, SpikingSelfAttention, TokenQKAttention
+from model import (
+    HST,
+    ChannelQKAttention,
+    DropPath,
+    QKFormer,
+    SpikingSelfAttention,
+    TokenQKAttention,
+)
 from preact import conv_bn, fire
 
 
@@ -43,7 +50,11 @@ class MSSelfAttention(SpikingSelfAttention):
         return conv_bn(x, self.proj_conv, self.proj_bn, self.x_lif)
 
 
-MS_ATTENTION = {"token": MSTokenQKAttention, "channel": MSChannelQKAttention, "ssa": MSSelfAttention}
+MS_ATTENTION = {
+    "token": MSTokenQKAttention,
+    "channel": MSChannelQKAttention,
+    "ssa": MSSelfAttention,
+}
 
 
 class MSMLP(nn.Module):
@@ -77,7 +88,9 @@ class MSBlock(nn.Module):
     `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
+    def __init__(
+        self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False
+    ):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:
@@ -96,7 +109,9 @@ class Embed(nn.Module):
     def __init__(self, in_channels, channels, kernel, stride, lif):
         super().__init__()
         self.embed_lif = lif()
-        self.embed_conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+        self.embed_conv = nn.Conv2d(
+            in_channels, channels, kernel, stride, padding=kernel // 2, bias=False
+        )
         self.embed_bn = nn.BatchNorm2d(channels)
 
 

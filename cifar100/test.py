@@ -1,13 +1,15 @@
 # Copied from cifar10/test.py with output/cifar10->output/cifar100
-"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside the checkpoint.
+"""Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
+the checkpoint.
 
 Network, input and data set are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
     python test.py                                             # the newest best.pth under output/
-    python test.py --checkpoint output/cifar100/best.pth        # writes output/cifar100/test-best.json
-    python test.py --energy                                    # firing rates and energy too: energy-best.csv, .json
-    python test.py --attend 8                                  # draws output/cifar100/attention/test-8.png
+    python test.py --checkpoint output/cifar100/best.pth        # writes
+    output/cifar100/test-best.json python test.py --energy                                    #
+    firing rates and energy too: energy-best.csv, .json python test.py --attend 8
+    # draws output/cifar100/attention/test-8.png
 """
 
 import torch

@@ -56,7 +56,9 @@ def build_optimizer(cfg, model):
     except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"opt is {cfg.opt}, which needs second derivatives; the surrogate gradient has none")
+        raise UserError(
+            f"opt is {cfg.opt}, which needs second derivatives; the surrogate gradient has none"
+        )
     return optimizer, scheduler, num_epochs
 
 
@@ -74,7 +76,9 @@ class Trainer(Run):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
         self.train_set = data.build_dataset(cfg, True, ranks, fixed="num_classes" in given.flags)
         self.test_set = data.build_dataset(cfg, False, ranks)
-        self.model, self.cross_sample_lif = load_model(cfg, ranks, checkpoint, path, new_head=finetune)
+        self.model, self.cross_sample_lif = load_model(
+            cfg, ranks, checkpoint, path, new_head=finetune
+        )
         if cfg.sync_bn and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ema = None
@@ -83,13 +87,23 @@ class Trainer(Run):
             self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
         self.ddp = self.model
         if ranks.world_size > 1:
-            # Running statistics are each rank's own in training; fit() makes them rank 0's before a test.
-            self.ddp = torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            # Running statistics are each rank's own in training; fit() makes them rank 0's before a
+            # test.
+            self.ddp = torch.nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False
+            )
         self.reduce_bn = cfg.dist_bn == "reduce"
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
-        self.criterion = SoftTargetCrossEntropy() if data.mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
+        self.criterion = (
+            SoftTargetCrossEntropy()
+            if data.mixes(cfg)
+            else LabelSmoothingCrossEntropy(cfg.smoothing)
+        )
         self.erase = RandomErasing(
-            0.0 if cfg.no_aug else cfg.reprob, mode=cfg.remode, max_count=cfg.recount, device=str(ranks.device)
+            0.0 if cfg.no_aug else cfg.reprob,
+            mode=cfg.remode,
+            max_count=cfg.recount,
+            device=str(ranks.device),
         )
         if cfg.loss == "tet":
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
@@ -102,14 +116,20 @@ class Trainer(Run):
 
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         logger.info(
-            f"{cfg.model}, T = {cfg.time_step}: {parameters:,} parameters; {ranks.device}, {ranks.world_size} rank(s), "
+            f"{cfg.model}, T = {cfg.time_step}: {parameters:,} parameters; {ranks.device}, "
+            f"{ranks.world_size} rank(s), "
             f"{self.global_batch} images a step, lr {cfg.lr:g}; writing to {shown(folder)}"
         )
         cooldown = self.num_epochs - cfg.epochs
-        why = f" (epochs {cfg.epochs} + {cooldown} of cooldown_epochs at min_lr)" if cooldown else ""
+        why = (
+            f" (epochs {cfg.epochs} + {cooldown} of cooldown_epochs at min_lr)" if cooldown else ""
+        )
         logger.info(f"{self.num_epochs} epochs of {self.steps} steps{why}")
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
-            logger.info("amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a CPU)")
+            logger.info(
+                "amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a "
+                "CPU)"
+            )
         if cfg.sync_bn and ranks.device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
 
@@ -133,43 +153,64 @@ class Trainer(Run):
         }
 
     def resume(self, checkpoint, path):
-        """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
+        """Go on where the checkpoint was written, within an epoch too; one of the release's starts
+        its next epoch.
+        """
         cfg = self.cfg
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
-        theirs = checkpoint.get("metric", checkpoint.get("max_test_acc1"))  # timm's name, the event scripts' name
-        self.best = number({"best": theirs if isinstance(theirs, float) else -1.0, **checkpoint}, "best", -1.0, path)
+        theirs = checkpoint.get(
+            "metric", checkpoint.get("max_test_acc1")
+        )  # timm's name, the event scripts' name
+        self.best = number(
+            {"best": theirs if isinstance(theirs, float) else -1.0, **checkpoint},
+            "best",
+            -1.0,
+            path,
+        )
         had, steps = (number(checkpoint, name, 0, path, low=0) for name in ("global_batch", "step"))
         if cfg.start_epoch is not None and cfg.start_epoch != self.epoch:
             self.epoch = cfg.start_epoch
         elif steps > 0:
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
-            self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            self.meter.total = (
+                number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            )
             if self.meter.steps > self.steps:
-                raise UserError(f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here")
+                raise UserError(
+                    f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here"
+                )
             if had != self.global_batch:
                 logger.info(f"warning: {self.global_batch} images a step, but {path} had {had}")
         if not cfg.no_resume_opt:
             settings = [{**group, "params": None} for group in self.optimizer.param_groups]
             try:
                 if checkpoint.get("config", vars(cfg)).get("opt") != cfg.opt:
-                    raise ValueError(f"it is of {checkpoint['config'].get('opt')}, opt is {cfg.opt}")
+                    raise ValueError(
+                        f"it is of {checkpoint['config'].get('opt')}, opt is {cfg.opt}"
+                    )
                 load_optimizer(self.optimizer, checkpoint["optimizer"])
                 if checkpoint.get("scaler"):  # empty where the run was not in float16
                     self.scaler.load_state_dict(checkpoint["scaler"])
                 check_optimizer(self.optimizer, checkpoint.get("scaler"))
             except Exception as error:  # whatever the file has there
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+                reason = (
+                    f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+                )
                 why = f"no fitting optimizer state ({reason}); set no_resume_opt to do without it"
                 raise UserError(f"{path}: {why}") from None
             for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update({**values, "params": group["params"]})  # the configuration may have changed
+                group.update(
+                    {**values, "params": group["params"]}
+                )  # the configuration may have changed
         self.scheduler.step(self.epoch)
         if self.ema:
             if "model_ema" in checkpoint:
                 load_weights(self.ema.module, {"model": checkpoint["model_ema"]}, path)
             else:
-                logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
+                logger.info(
+                    f"{path}: holds no averaged weights; model_ema starts with its plain ones"
+                )
         set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 
@@ -223,7 +264,9 @@ def main(argv=None):
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
+        raise UserError(
+            f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second"
+        )
     ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:

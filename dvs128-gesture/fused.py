@@ -35,17 +35,28 @@ HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 
 def defines(dtype, T, ctypes_of):
     real = "double" if dtype == torch.float64 else "float"
-    return (f"-Dscalar_t={ctypes_of[dtype]}", f"-Dreal_t={real}", f"-DSTEPS={T}", f"-DPARTS={PARTS}")
+    return (
+        f"-Dscalar_t={ctypes_of[dtype]}",
+        f"-Dreal_t={real}",
+        f"-DSTEPS={T}",
+        f"-DPARTS={PARTS}",
+    )
 
 
 @functools.cache
 def host_library(dtype, T):
     """The kernels as a shared library, compiled in a fraction of a second."""
-    compiler = [*shlex.split(os.environ.get("CXX", "g++")), *HOST_OPTIONS, *defines(dtype, T, HOST_CTYPES)]
+    compiler = [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        *HOST_OPTIONS,
+        *defines(dtype, T, HOST_CTYPES),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
         command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
-        subprocess.run(command, input=SOURCE, text=True, errors="replace", check=True, capture_output=True)
+        subprocess.run(
+            command, input=SOURCE, text=True, errors="replace", check=True, capture_output=True
+        )
         return ctypes.CDLL(path)
 
 
@@ -91,7 +102,9 @@ def cuda_error(dtype, T):
 
 @torch.compiler.assume_constant_result
 def available(device_type, dtype, backend, T=4):
-    """Whether layers of such tensors, of T steps and with neurons of this backend, can run fused; logged once."""
+    """Whether layers of such tensors, of T steps and with neurons of this backend, can run fused;
+    logged once.
+    """
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:
@@ -128,7 +141,10 @@ def launch(name, T, y, *args):
     else:
         real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
         convert = {int: ctypes.c_longlong, float: real}
-        args = [ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else convert[type(a)](a) for a in args]
+        args = [
+            ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else convert[type(a)](a)
+            for a in args
+        ]
         getattr(host_library(y.dtype, T), name)(*args)
 
 
@@ -166,7 +182,12 @@ def step_of(y, T):
 
 @torch.library.custom_op(f"{NAMESPACE}::fire", mutates_args=())
 def fire(
-    y: torch.Tensor, T: int, scale: torch.Tensor, shift: torch.Tensor, tau: float, v_threshold: float
+    y: torch.Tensor,
+    T: int,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    tau: float,
+    v_threshold: float,
 ) -> torch.Tensor:
     """Spikes [T, B, C, H, W] of neurons whose input is scale * y + shift; y has T steps, or one."""
     y = rows_of_channels(y)
@@ -176,7 +197,9 @@ def fire(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::fire_", mutates_args=("y",))
-def fire_(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, tau: float, v_threshold: float) -> None:
+def fire_(
+    y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, tau: float, v_threshold: float
+) -> None:
     """As `fire`, but the spikes overwrite y, which is in channels_last and has all T steps."""
     launch("fire", len(y), y, y[0].numel(), y, y, scale, shift, tau, v_threshold)
 
@@ -216,7 +239,14 @@ def normalise_backward_(
 
     Both are [N, C, H, W] in channels_last; `sums` are those of fire_backward.
     """
-    launch("normalise_backward", 1, y.unsqueeze(0), y, grad, *coefficients(y, mean, invstd, gamma, sums))
+    launch(
+        "normalise_backward",
+        1,
+        y.unsqueeze(0),
+        y,
+        grad,
+        *coefficients(y, mean, invstd, gamma, sums),
+    )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::pool", mutates_args=())

@@ -1,7 +1,8 @@
-"""Recordings without a download, in the data set's own format: shapes that move, as an event camera sees them.
+"""Recordings without a download, in the data set's own format: shapes that move, as an event camera
+sees them.
 
-`dataset: shapes` makes them on first use, in data_path/shapes/download/. The class is the motion; shapes, their sizes
-and places are drawn. To make others: python shapes.py FOLDER
+`dataset: shapes` makes them on first use, in data_path/shapes/download/. The class is the motion;
+shapes, their sizes and places are drawn. To make others: python shapes.py FOLDER
 """
 
 import os
@@ -22,11 +23,25 @@ QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each
 SHAPES = ("square", "bar", "cross")
-MOTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right", "grow", "shrink", "turn")
+MOTIONS = (
+    "right",
+    "down right",
+    "down",
+    "down left",
+    "left",
+    "up left",
+    "up",
+    "up right",
+    "grow",
+    "shrink",
+    "turn",
+)
 
 
 def prepare(data_path):
-    """data_path/shapes, with recordings under download/ there: whole or, when that is interrupted, not at all."""
+    """data_path/shapes, with recordings under download/ there: whole or, when that is interrupted,
+    not at all.
+    """
     root = Path(data_path) / "shapes"
     download = root / "download"
     if download.is_dir():
@@ -40,7 +55,9 @@ def prepare(data_path):
                 os.sync()  # before its name says that it is whole
                 os.rename(work, download)
     except OSError as error:
-        raise UserError(f"{root}: recordings can't be written there: {error.strerror or error}") from None
+        raise UserError(
+            f"{root}: recordings can't be written there: {error.strerror or error}"
+        ) from None
     return root
 
 
@@ -55,9 +72,11 @@ def inside(shape, x, y, radius):
 
 
 def draw(motion, generator):
-    """Events [n, 4] (t in microseconds, x, y, polarity), in the order of t, of shapes in one of MOTIONS.
+    """Events [n, 4] (t in microseconds, x, y, polarity), in the order of t, of shapes in one of
+    MOTIONS.
 
-    A pixel that a shape reaches sends an ON event (polarity 1), one that it leaves an OFF event (0).
+    A pixel that a shape reaches sends an ON event (polarity 1), one that it leaves an OFF event
+    (0).
     """
     angle = np.pi / 4 * MOTIONS.index(motion)  # y points down
     way = generator.uniform(12, 24) * np.array([np.cos(angle), np.sin(angle)])
@@ -77,7 +96,9 @@ def draw(motion, generator):
             elif motion == "turn":
                 sine, cosine = np.sin(done * np.pi / 2), np.cos(done * np.pi / 2)
                 across, down = x - place[0], y - place[1]
-                now |= inside(shape, across * cosine + down * sine, down * cosine - across * sine, radius)
+                now |= inside(
+                    shape, across * cosine + down * sine, down * cosine - across * sine, radius
+                )
             else:
                 place = place + done * way
                 now |= inside(shape, x - place[0], y - place[1], radius)
@@ -95,7 +116,9 @@ def write_aedat(path, events, packet=1000):
     """Write events as AEDAT 3.1: packets of polarity events of 8 bytes, little-endian."""
     with open(path, "wb") as file:
         file.write(b"#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 0: DVS128\r\n#!END-HEADER\r\n")
-        file.write(struct.pack("<HHIIIIII", 2, 0, 8, 4, 0, 1, 1, 1) + bytes(8))  # special events, to be skipped
+        file.write(
+            struct.pack("<HHIIIIII", 2, 0, 8, 4, 0, 1, 1, 1) + bytes(8)
+        )  # special events, to be skipped
         for start in range(0, len(events), packet):
             t, x, y, p = events[start : start + packet].T
             file.write(struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, len(t), len(t), len(t)))

@@ -1,4 +1,6 @@
-"""From configuration and checkpoint to a model on this rank's device, and to its measured accuracy."""
+"""From configuration and checkpoint to a model on this rank's device, and to its
+measured accuracy.
+"""
 
 import hashlib
 from collections import namedtuple
@@ -20,18 +22,25 @@ from runs import shown, write_result
 from runtime import Ranks, logger
 from weights import architecture, steps_of
 
-MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}  # those registered with timm
-# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others, its input's, and
-# those of the split, in which a difference would test on samples of the training.
+MODELS = {
+    name: getattr(file, name) for file in (models, ms) for name in file.__all__
+}  # those registered with timm
+# Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others,
+# its input's, and those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "nb_classes")
 NETWORK = ("time_step", "num_heads", "attention")
 INPUT = ("dataset", "input_size", "val_batch_size")
 SPLIT = []
-Tested = namedtuple("Tested", "model cross_sample_lif published classes")  # published: the paper's top-1 in %
-Released = namedtuple("Released", "model input_size top1 batch")  # top-1 in % of the paper, measured with that batch
+Tested = namedtuple(
+    "Tested", "model cross_sample_lif published classes"
+)  # published: the paper's top-1 in %
+Released = namedtuple(
+    "Released", "model input_size top1 batch"
+)  # top-1 in % of the paper, measured with that batch
 
 WITHDRAWN = (
-    "its authors withdrew that figure in May 2026, since one neuron mixes the images of a batch (cross_sample_lif)"
+    "its authors withdrew that figure in May 2026, since one neuron mixes the images of a batch "
+    "(cross_sample_lif)"
 )
 RELEASED = {  # MD5 of the release's files
     "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80, 32),
@@ -55,17 +64,32 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         if name not in recorded or (finetune and name == "nb_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
-        fixed = name in (*SHAPES, *SPLIT) or (name == "attention" and said and not same_shapes(said, value))
+        fixed = name in (*SHAPES, *SPLIT) or (
+            name == "attention" and said and not same_shapes(said, value)
+        )
         if origin is None or said == value:
             if purpose != "test" and given.yml.get(name, value) not in (value, None):
-                logger.info(f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is used")
+                logger.info(
+                    f"{given.file}: {name} is {given.yml[name]}, but {path} has {value}, which is "
+                    f"used"
+                )
             setattr(cfg, name, value)
         elif fixed:
-            raise UserError(f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use that")
+            raise UserError(
+                f"{origin}: {name} is {said}, but {path} is of {name} {value}; leave it out to use "
+                f"that"
+            )
         else:
-            logger.info(f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used")
+            logger.info(
+                f"{origin}: {name} is {said}, but {path} was trained with {value}; {said} is used"
+            )
     place = recorded.get("data_path")
-    if not finetune and place and what_was_said("data_path", given, checkpoint)[1] is None and Path(place).is_dir():
+    if (
+        not finetune
+        and place
+        and what_was_said("data_path", given, checkpoint)[1] is None
+        and Path(place).is_dir()
+    ):
         cfg.data_path = place
 
 
@@ -96,9 +120,13 @@ def read_config(checkpoint, path):
                 try:
                     recorded[name] = options.KEYS[name].convert(value)
                 except ValueError as wanted:
-                    raise UserError(f"{path}: damaged: its {name} is {value!r}; it must be {wanted}") from None
+                    raise UserError(
+                        f"{path}: damaged: its {name} is {value!r}; it must be {wanted}"
+                    ) from None
         if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
-            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get("batch_size")
+            recorded["val_batch_size"] = recorded.get("val_batch_size") or checkpoint["config"].get(
+                "batch_size"
+            )
         else:
             recorded.pop("val_batch_size", None)
     elif (steps := steps_of(checkpoint, path)) is not None:
@@ -119,12 +147,21 @@ def read_shapes(weights, path, recorded):
     if not same_shapes(kinds, net.attention):
         kinds = net.attention
     classes = {} if net.classes is None else {"nb_classes": net.classes}
-    return {"model": named, "layer": net.layer, "dim": net.dim, "mlp_ratio": ratio, "attention": kinds, **classes}
+    return {
+        "model": named,
+        "layer": net.layer,
+        "dim": net.dim,
+        "mlp_ratio": ratio,
+        "attention": kinds,
+        **classes,
+    }
 
 
 # Copied from cifar10/build.py
 def same_shapes(one, other):
-    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel" are alike."""
+    """Whether two lists of kinds of attention have the same weights: those of "token" and "channel"
+    are alike.
+    """
     return [kind == "ssa" for kind in one] == [kind == "ssa" for kind in other]
 
 
@@ -144,7 +181,11 @@ def build_model(cfg, cross_sample_lif, ranks):
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # says which it is
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend)  # likewise
-        own = {"embed_dims": cfg.dim, "num_heads": cfg.num_heads, "depths": cfg.layer}  # None: the model's
+        own = {
+            "embed_dims": cfg.dim,
+            "num_heads": cfg.num_heads,
+            "depths": cfg.layer,
+        }  # None: the model's
         model = MODELS[cfg.model](
             T=cfg.time_step,
             img_size_h=cfg.input_size,
@@ -164,17 +205,22 @@ def build_model(cfg, cross_sample_lif, ranks):
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(ranks.device, memory_format=layout)
     if cfg.compile:
-        model.compile(dynamic=False)  # T*B is a number of steps where the release's neuron runs over both
+        model.compile(
+            dynamic=False
+        )  # T*B is a number of steps where the release's neuron runs over both
     return model
 
 
 def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
     """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
 
-    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a line says so.
+    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
+    line says so.
     """
     check_model(cfg)
-    cross_sample_lif, semantics = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    cross_sample_lif, semantics = resolve_semantics(
+        cfg.cross_sample_lif, checkpoint, path, cfg.model
+    )
     logger.info(semantics)
     model = build_model(cfg, cross_sample_lif, ranks)
     if checkpoint and new_head:
@@ -183,9 +229,14 @@ def load_model(cfg, ranks, checkpoint=None, path=None, new_head=False):
         if classes == (cfg.nb_classes,):
             head = "its head fits and is kept"
         else:
-            had = "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            had = (
+                "no head" if classes is None else f"a head of {'x'.join(map(str, classes))} classes"
+            )
             head = f"has {had}, but nb_classes is {cfg.nb_classes}; a new one is initialised"
-            checkpoint = {**checkpoint, "model": {**weights, **model.head.state_dict(prefix="head.")}}
+            checkpoint = {
+                **checkpoint,
+                "model": {**weights, **model.head.state_dict(prefix="head.")},
+            }
         load_weights(model, checkpoint, path)
         logger.info(f"{path}: {head}")
     elif checkpoint:
@@ -204,8 +255,8 @@ def md5(path):
 def load_tested(cfg, given, ranks, path):
     """The Tested of a checkpoint.
 
-    One of the release's is known by its MD5, which sets semantics in cfg and, unless they are set, input size and
-    batch. `published` is None for any other file, and at another input size.
+    One of the release's is known by its MD5, which sets semantics in cfg and, unless they are set,
+    input size and batch. `published` is None for any other file, and at another input size.
     """
     checkpoint = load_checkpoint(path, cfg.use_ema)
     settle(cfg, given, checkpoint, path)
@@ -213,27 +264,35 @@ def load_tested(cfg, given, ranks, path):
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
         return Tested(*load_model(cfg, ranks, checkpoint, path), None, classes)
-    line = f"{path}: the release's {released.model} at {released.input_size}, {released.top1:.2f} % in the paper"
+    line = (
+        f"{path}: the release's {released.model} at {released.input_size}, "
+        f"{released.top1:.2f} % in the paper"
+    )
     if what_was_said("input_size", given, checkpoint)[1] is None:
         cfg.input_size = released.input_size
     elif cfg.input_size != released.input_size:
         line += f"; tested at {cfg.input_size}, since input_size says so"
     logger.info(f"{line}; {WITHDRAWN}")
     if released.batch and what_was_said("val_batch_size", given, checkpoint)[1] is None:
-        cfg.val_batch_size = released.batch  # under the release's semantics the figure depends on it
+        cfg.val_batch_size = (
+            released.batch
+        )  # under the release's semantics the figure depends on it
     checkpoint["cross_sample_lif"] = True  # it does not record it
     published = released.top1 if cfg.input_size == released.input_size else None
     return Tested(*load_model(cfg, ranks, checkpoint, path), published, None)
 
 
 def measure(cfg, given, ranks, path):
-    """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the published top-1 too."""
+    """Metrics of a checkpoint on data_path/val, in a line and in test-NAME.json beside it; the
+    published top-1 too.
+    """
     model, cross_sample_lif, published, _ = load_tested(cfg, given, ranks, path)
     loader = data.test_loader(cfg, data.build_dataset(cfg, False, ranks), ranks)
     with counting(cfg.energy, model, ranks, path):
         metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
-        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}, "
+        f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
+        f"{metrics.loss:.4f}, "
         f"{metrics.images_per_second:.0f} images/s"
     )
     result = {"checkpoint": str(path), **metrics._asdict(), "input_size": cfg.input_size}
@@ -248,10 +307,12 @@ def measure(cfg, given, ranks, path):
 def load(path, device="cpu"):
     """What a checkpoint holds, for use from Python.
 
-    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of the classes or
-    None). Raises UserError as test.py does.
+    Returns (model in eval mode, transform of a PIL image to the model's input [3, H, W], names of
+    the classes or None). Raises UserError as test.py does.
     """
-    cfg, _, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device])
+    cfg, _, given = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--device", device]
+    )
     tested = load_tested(cfg, given, Ranks(cfg.device), Path(path))
     names = tested.classes if tested.classes or cfg.nb_classes != 1000 else data.class_names()
     return tested.model.eval(), data.build_transform(cfg, train=False), names

@@ -1,8 +1,8 @@
 """Loads a model from any working directory; several folders work in one process:
 
     import torch
-    model, transform, classes = torch.hub.load("QKFormer/cifar10", "load", "best.pth", source="local")
-    logits = model(transform(image).unsqueeze(0))
+    model, transform, classes = torch.hub.load("QKFormer/cifar10", "load", "best.pth",
+    source="local") logits = model(transform(image).unsqueeze(0))
 
 `load` is build.py's, `QKFormer` and the other models are those registered with timm.
 """
@@ -22,7 +22,9 @@ def import_here(name):
     Afterwards the names import the first folder's modules again, since pickle looks them up.
     """
     own = [path.stem for path in HERE.glob("*.py")]
-    hidden = {stem: sys.modules.pop(stem) for stem in own if of_another_folder(sys.modules.get(stem))}
+    hidden = {
+        stem: sys.modules.pop(stem) for stem in own if of_another_folder(sys.modules.get(stem))
+    }
     sys.path.insert(0, str(HERE))
     try:
         with warnings.catch_warnings():
@@ -37,7 +39,10 @@ def import_here(name):
 
 
 def of_another_folder(module):
-    return module is not None and Path(getattr(module, "__file__", None) or ".").resolve().parent != HERE
+    return (
+        module is not None
+        and Path(getattr(module, "__file__", None) or ".").resolve().parent != HERE
+    )
 
 
 build = import_here("build")

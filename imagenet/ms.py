@@ -47,7 +47,11 @@ class MSSelfAttention(SpikingSelfAttention):
 
 
 # Copied from cifar10/ms.py
-MS_ATTENTION = {"token": MSTokenQKAttention, "channel": MSChannelQKAttention, "ssa": MSSelfAttention}
+MS_ATTENTION = {
+    "token": MSTokenQKAttention,
+    "channel": MSChannelQKAttention,
+    "ssa": MSSelfAttention,
+}
 
 
 # Copied from cifar10/ms.py
@@ -83,7 +87,9 @@ class MSBlock(nn.Module):
     `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False):
+    def __init__(
+        self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False
+    ):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:

@@ -16,7 +16,9 @@ PUBLISHED = {
 
 
 def images_per_step(cfg, world_size):
-    """The effective batch: images of all ranks and all micro-steps behind one step of the optimizer."""
+    """The effective batch: images of all ranks and all micro-steps behind one step of the
+    optimizer.
+    """
     return cfg.batch_size * cfg.accum_iter * world_size
 
 
@@ -28,8 +30,8 @@ def peak_lr(cfg, world_size):
 def learning_rate(cfg, peak, epoch, micro_step, micro_steps):
     """The learning rate at a micro-step, 0 <= micro_step < micro_steps, of an epoch.
 
-    Linear from 0 to the peak over warmup_epochs, then half a cosine to min_lr; a function of the fractional
-    epoch, which is that of the first micro-step of the accumulation.
+    Linear from 0 to the peak over warmup_epochs, then half a cosine to min_lr; a function of the
+    fractional epoch, which is that of the first micro-step of the accumulation.
     """
     epoch = epoch + (micro_step - micro_step % cfg.accum_iter) / micro_steps
     if epoch < cfg.warmup_epochs:
@@ -44,12 +46,17 @@ def parameter_groups(model, weight_decay, layer_decay):
     A group's `lr_scale` multiplies its whole schedule, with warm-up and min_lr. It is 1 for stage 3
     and the head, and layer_decay ** (blocks of stage 3 + 1) for all before.
     """
-    groups = {}  # four, in the order in which the parameters first need them, as in the release's checkpoints
+    # Four, in the order in which the parameters first need them, as in the release's checkpoints.
+    groups = {}
     for name, parameter in model.named_parameters():
         early, decays = not name.startswith(("stage3.", "head.")), parameter.dim() > 1
         if (early, decays) not in groups:
             scale = layer_decay ** (len(model.stage3) + 1) if early else 1.0
-            groups[early, decays] = {"params": [], "weight_decay": weight_decay * decays, "lr_scale": scale}
+            groups[early, decays] = {
+                "params": [],
+                "weight_decay": weight_decay * decays,
+                "lr_scale": scale,
+            }
         groups[early, decays]["params"].append(parameter)
     return list(groups.values())
 
@@ -69,7 +76,9 @@ def set_lr(optimizer, lr):
 
 
 def differences(cfg, world_size):
-    """A line that says how images a step and learning rate differ from the published run's, or None."""
+    """A line that says how images a step and learning rate differ from the published run's, or
+    None.
+    """
     published = PUBLISHED.get((cfg.model, cfg.input_size))
     images, lr = images_per_step(cfg, world_size), peak_lr(cfg, world_size)
     if published is None or (images == published[0] and math.isclose(lr, published[1])):
@@ -79,16 +88,25 @@ def differences(cfg, world_size):
 
 
 def mean_lr(cfg, peak, epoch, micro_steps):
-    """The mean learning rate over an epoch's micro-steps, which the release's log calls train_lr."""
-    return math.fsum(learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps)) / micro_steps
+    """The mean learning rate over an epoch's micro-steps, which the release's log calls
+    train_lr.
+    """
+    return (
+        math.fsum(learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps))
+        / micro_steps
+    )
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer's state, of the release's too; weight decay and lr_scale stay the configuration's.
+    """Load an optimizer's state, of the release's too; weight decay and lr_scale stay the
+    configuration's.
 
     ValueError where it is that of other parameters.
     """
-    own = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in optimizer.param_groups]
+    own = [
+        {key: group[key] for key in ("weight_decay", "lr_scale")}
+        for group in optimizer.param_groups
+    ]
     engine.load_optimizer(optimizer, state)
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)

@@ -1,6 +1,8 @@
-"""Real photographs without a download, in ImageNet's folder layout: crops of scikit-learn's two sample photos.
+"""Real photographs without a download, in ImageNet's folder layout: crops of scikit-learn's two
+sample photos.
 
-`dataset: photos` makes them on first use, in data_path/photos/. To make others: python photos.py FOLDER [TRAIN VAL]
+`dataset: photos` makes them on first use, in data_path/photos/. To make others: python photos.py
+FOLDER [TRAIN VAL]
 """
 
 import os
@@ -21,7 +23,9 @@ CLASSES = ("n01000001", "n02000002")  # the Chinese temple, the flower
 
 
 def prepare(data_path):
-    """data_path/photos, made where it is missing: whole or, when that is interrupted, not at all."""
+    """data_path/photos, made where it is missing: whole or, when that is interrupted,
+    not at all.
+    """
     root = Path(data_path) / "photos"
     if root.is_dir():
         return root
@@ -34,22 +38,31 @@ def prepare(data_path):
             os.rename(Path(work) / "photos", root)
     except OSError as error:
         if not root.is_dir():  # else another run was faster
-            raise UserError(f"{root}: photographs can't be written there: {error.strerror or error}") from None
+            raise UserError(
+                f"{root}: photographs can't be written there: {error.strerror or error}"
+            ) from None
     return root
 
 
 def make(folder, train=64, val=24, size=96):
-    """Make `folder` with train/CLASS/*.JPEG and val/CLASS/*.JPEG, the same ones each time; returns it.
+    """Make `folder` with train/CLASS/*.JPEG and val/CLASS/*.JPEG, the same ones each time; returns
+    it.
 
     Args:
-        train, val: images of each class. Those of train/ show the left two thirds of a photo, those of val/ the rest.
+        train, val: images of each class. Those of train/ show the left two thirds of a photo, those
+            of val/ the rest.
         size: their height and width; the squares they are cut from have 120 to 213 pixels a side.
     """
     generator = np.random.RandomState(0)
-    bar = tqdm(desc="photographs", total=2 * (train + val), leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        desc="photographs", total=2 * (train + val), leave=False, disable=not sys.stderr.isatty()
+    )
     for name, photo in zip(CLASSES, load_sample_images().images, strict=True):
         edge = photo.shape[1] * 2 // 3
-        for split, part, count in (("train", photo[:, :edge], train), ("val", photo[:, edge:], val)):
+        for split, part, count in (
+            ("train", photo[:, :edge], train),
+            ("val", photo[:, edge:], val),
+        ):
             path = Path(folder) / split / name
             path.mkdir(parents=True)
             for number in range(count):
@@ -57,7 +70,9 @@ def make(folder, train=64, val=24, size=96):
                 top, left = (generator.randint(0, length - side + 1) for length in part.shape[:2])
                 crop = part[top : top + side, left : left + side]
                 crop = crop[:, ::-1] if generator.randint(2) else crop
-                Image.fromarray(crop).resize((size, size), Image.BICUBIC).save(path / f"{name}_{number:03d}.JPEG")
+                Image.fromarray(crop).resize((size, size), Image.BICUBIC).save(
+                    path / f"{name}_{number:03d}.JPEG"
+                )
                 bar.update()
     bar.close()
     return Path(folder)

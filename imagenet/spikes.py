@@ -42,7 +42,9 @@ def save(x):
     small = x.to(torch.uint8)
     # The debug mode, torch.autograd.set_detect_anomaly(True), looks at the values.
     if torch.is_anomaly_enabled() and not torch.equal(small.to(x.dtype), x):
-        raise RuntimeError("a tensor marked as spikes holds other values; was its .data written to?")
+        raise RuntimeError(
+            "a tensor marked as spikes holds other values; was its .data written to?"
+        )
     return small
 
 

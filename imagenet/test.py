@@ -1,14 +1,16 @@
-"""Test a checkpoint: top-1, top-5 and loss on data_path/val, printed and written to a JSON beside the checkpoint.
+"""Test a checkpoint: top-1, top-5 and loss on data_path/val, printed and written to a JSON beside
+the checkpoint.
 
 Network and input are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
-    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes test-best.json there
-    python test.py --checkpoint hst_10_384.pth       # one of the release's: its model and input size are known
-    python test.py --checkpoint hst_10_384.pth --predict photos --predictions photos.csv
-    python test.py --checkpoint hst_10_384.pth --energy              # firing rates and energy too
-    python test.py --checkpoint hst_10_384.pth --attend photo.jpg    # draws its attention
-    torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth                   # the same figures, sooner
+    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes
+    test-best.json there python test.py --checkpoint hst_10_384.pth       # one of the release's:
+    its model and input size are known python test.py --checkpoint hst_10_384.pth --predict photos
+    --predictions photos.csv python test.py --checkpoint hst_10_384.pth --energy              #
+    firing rates and energy too python test.py --checkpoint hst_10_384.pth --attend photo.jpg    #
+    draws its attention torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth
+    # the same figures, sooner
 """
 
 import csv
@@ -29,7 +31,9 @@ from runtime import Ranks, logger, run, set_up_log
 
 @torch.inference_mode()
 def predict(cfg, ranks, model, names):
-    """[[file, top-5 classes, their probabilities, their names where known], ...] of the images of cfg.predict."""
+    """[[file, top-5 classes, their probabilities, their names where known], ...] of the images of
+    cfg.predict.
+    """
     images = data.find_images(cfg)
     autocast = make_autocast(cfg, ranks, cfg.eval_amp)
     model.eval()
@@ -41,7 +45,9 @@ def predict(cfg, ranks, model, names):
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
             path = Path(images.samples[index][0]).relative_to(cfg.predict)
             named = [names[number] for number in classes] if names else []
-            rows.append((index, [str(path), *classes, *(f"{value:.6f}" for value in values), *named]))
+            rows.append(
+                (index, [str(path), *classes, *(f"{value:.6f}" for value in values), *named])
+            )
     return [row for _, row in sorted(row for share in ranks.gather(rows) for row in share)]
 
 
@@ -60,16 +66,22 @@ def class_names(cfg, recorded):
 def read_wnids(cfg):
     """The first word of every line of the label file, line i for class i."""
     try:
-        wnids = [line.split()[0] for line in Path(cfg.labels).read_text().splitlines() if line.strip()]
+        wnids = [
+            line.split()[0] for line in Path(cfg.labels).read_text().splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {cfg.labels} can't be read: {error}") from None
     if len(wnids) != cfg.nb_classes:
-        raise UserError(f"labels: {cfg.labels} has {len(wnids)} lines, but nb_classes is {cfg.nb_classes}")
+        raise UserError(
+            f"labels: {cfg.labels} has {len(wnids)} lines, but nb_classes is {cfg.nb_classes}"
+        )
     return wnids
 
 
 def check_predictions(path):
-    """UserError, before anything is computed, where predictions can't be written or would replace others."""
+    """UserError, before anything is computed, where predictions can't be written or would replace
+    others.
+    """
     if path.exists():
         raise UserError(f"predictions: {path} is there already; name another file")
     if not os.access(path.parent, os.W_OK):
@@ -78,14 +90,18 @@ def check_predictions(path):
 
 
 def write_predictions(path, rows, column):
-    """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever they encode."""
+    """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever
+    they encode.
+    """
     columns = ["class", "probability", *([column] if column else [])]
     top = (len(rows[0]) - 1) // len(columns)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", newline="", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            writer.writerow(["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))])
+            writer.writerow(
+                ["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))]
+            )
             writer.writerows(rows)
         os.replace(temporary, path)
     except OSError as error:
@@ -95,7 +111,9 @@ def write_predictions(path, rows, column):
 
 def main(argv=None):
     description = "Test QKFormer on ImageNet."
-    cfg, notes, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
+    cfg, notes, given = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description
+    )
     ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:

@@ -1,10 +1,10 @@
 """Train QKFormer on ImageNet.
 
 Usage:
-    torchrun --nproc_per_node=8 train.py --data_path /data/imagenet              # the published HST-10-384 run
-    torchrun --nproc_per_node=8 train.py -c hst_10_768.yml --resume auto         # starts, or goes on where it was
-    torchrun --nproc_per_node=8 train.py -c finetune_384.yml --finetune hst_10_768.pth
-    python train.py --eval --finetune hst_10_384.pth
+    torchrun --nproc_per_node=8 train.py --data_path /data/imagenet              # the published
+    HST-10-384 run torchrun --nproc_per_node=8 train.py -c hst_10_768.yml --resume auto         #
+    starts, or goes on where it was torchrun --nproc_per_node=8 train.py -c finetune_384.yml
+    --finetune hst_10_768.pth python train.py --eval --finetune hst_10_384.pth
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
@@ -56,23 +56,35 @@ class Trainer(Run):
         self.micro_batch = cfg.batch_size * ranks.world_size
         self.global_batch = optim.images_per_step(cfg, ranks.world_size)
         if self.global_batch > len(self.train_set):
-            whole = f"batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter} x {ranks.world_size} ranks"
+            batches = f"batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter}"
+            whole = f"{batches} x {ranks.world_size} ranks"
             raise UserError(f"{whole} is more than the {len(self.train_set)} training images")
         if cfg.batch_size * cfg.time_step * (cfg.input_size // 16) ** 2 == 1:
             small = f"batch_size 1 at input_size {cfg.input_size} and time_step 1"
-            raise UserError(f"{small} leaves BatchNorm a single value a channel; make one of them larger")
-        self.micro_steps = len(self.train_set) // self.micro_batch  # of an epoch, with those left over at its end
+            raise UserError(
+                f"{small} leaves BatchNorm a single value a channel; make one of them larger"
+            )
+        self.micro_steps = (
+            len(self.train_set) // self.micro_batch
+        )  # of an epoch, with those left over at its end
         self.steps = len(self.train_set) // self.global_batch  # of the optimizer
         self.lr = optim.peak_lr(cfg, ranks.world_size)
         self.ema = None
         if cfg.model_ema:  # before DDP wraps the model; every rank keeps the same average
-            self.ema = ModelEmaV3(model, decay=cfg.model_ema_decay, device="cpu" if cfg.model_ema_force_cpu else None)
+            self.ema = ModelEmaV3(
+                model, decay=cfg.model_ema_decay, device="cpu" if cfg.model_ema_force_cpu else None
+            )
         self.ddp = model
         if ranks.world_size > 1:
-            # Running statistics are each rank's own in training; fit() makes them rank 0's before a test.
+            # Running statistics are each rank's own in training; fit() makes them rank 0's before a
+            # test.
             self.ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.optimizer = optim.build_optimizer(cfg, model)
-        self.criterion = SoftTargetCrossEntropy() if data.mixes(cfg) else LabelSmoothingCrossEntropy(cfg.smoothing)
+        self.criterion = (
+            SoftTargetCrossEntropy()
+            if data.mixes(cfg)
+            else LabelSmoothingCrossEntropy(cfg.smoothing)
+        )
         if cfg.loss == "tet":
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
         scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
@@ -88,13 +100,17 @@ class Trainer(Run):
             f"{ranks.world_size} rank(s); writing to {shown(folder)}"
         )
         logger.info(
-            f"{self.global_batch} images a step (batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter} x "
+            f"{self.global_batch} images a step (batch_size {cfg.batch_size} x accum_iter "
+            f"{cfg.accum_iter} x "
             f"{ranks.world_size} ranks), lr {self.lr:g}, last epoch {cfg.epochs - 1}"
         )
         if (note := optim.differences(cfg, ranks.world_size)) is not None:
             logger.info(note)
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
-            logger.info("amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a CPU)")
+            logger.info(
+                "amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a "
+                "CPU)"
+            )
 
     def state(self):
         return {
@@ -115,19 +131,29 @@ class Trainer(Run):
         }
 
     def resume(self, checkpoint, path):
-        """Go on where the checkpoint was written, within an epoch too; one of the release's starts its next epoch."""
+        """Go on where the checkpoint was written, within an epoch too; one of the release's starts
+        its next epoch.
+        """
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
         self.best = number(checkpoint, "best", -1.0, path)
         had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         if had != self.global_batch:
-            keep = f"; accum_iter: {had // self.micro_batch} would keep that" if had % self.micro_batch == 0 else ""
+            keep = (
+                f"; accum_iter: {had // self.micro_batch} would keep that"
+                if had % self.micro_batch == 0
+                else ""
+            )
             logger.info(f"warning: {self.global_batch} images a step, but {path} had {had}{keep}")
         if steps := number(checkpoint, "step", 0, path, low=0):
             # The epoch's order of images is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
-            self.meter.total = number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            self.meter.total = (
+                number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
+            )
             if self.meter.steps > self.steps:
-                raise UserError(f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here")
+                raise UserError(
+                    f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here"
+                )
         try:
             optim.load_optimizer(self.optimizer, checkpoint["optimizer"])
             if checkpoint.get("scaler"):  # empty where the run was not in float16
@@ -141,7 +167,9 @@ class Trainer(Run):
             if "model_ema" in checkpoint:
                 load_weights(self.ema.module, {"model": checkpoint["model_ema"]}, path)
             else:
-                logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
+                logger.info(
+                    f"{path}: holds no averaged weights; model_ema starts with its plain ones"
+                )
         set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 
@@ -154,12 +182,18 @@ class Trainer(Run):
             self.saved = time.monotonic()
 
     def train_step(self, batches, autocast):
-        """One step of the optimizer on the next accum_iter batches; returns their mean loss on this rank."""
+        """One step of the optimizer on the next accum_iter batches; returns their mean loss on this
+        rank.
+        """
         total = 0.0
         for left in reversed(range(self.cfg.accum_iter)):
             images, targets = next(batches)
             # Ranks exchange gradients only in the backward pass of the last batch.
-            with self.ddp.no_sync() if left and self.ranks.world_size > 1 else contextlib.nullcontext():
+            with (
+                self.ddp.no_sync()
+                if left and self.ranks.world_size > 1
+                else contextlib.nullcontext()
+            ):
                 with autocast():
                     loss = self.criterion(self.ddp(images), targets)
                 self.scaler.scale(loss / self.cfg.accum_iter).backward()
@@ -175,7 +209,9 @@ class Trainer(Run):
         return total / self.cfg.accum_iter
 
     def train_epoch(self):
-        """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a signal."""
+        """The rest of this epoch. Returns images per second; ends early, with meter.stop set, on a
+        signal.
+        """
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
         loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks)
         batches = iter(loader)
@@ -184,7 +220,9 @@ class Trainer(Run):
         self.optimizer.zero_grad()
         bar = Progress(range(first, self.steps), self, "images", cfg.log_interval)
         for step in bar:
-            lr = optim.learning_rate(cfg, self.lr, self.epoch, step * cfg.accum_iter, self.micro_steps)
+            lr = optim.learning_rate(
+                cfg, self.lr, self.epoch, step * cfg.accum_iter, self.micro_steps
+            )
             optim.set_lr(self.optimizer, lr)
             self.point("lr", lr, step)
             loss = self.train_step(batches, autocast)
@@ -208,11 +246,15 @@ class Trainer(Run):
 
 def main(argv=None):
     description = "Train QKFormer on ImageNet."
-    cfg, notes, given = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description)
+    cfg, notes, given = load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description
+    )
     if data.mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second")
+        raise UserError(
+            f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller than the second"
+        )
     ranks = Ranks(cfg.device, cfg.timeout_minutes)
     set_up_log(ranks)
     for note in notes:
@@ -231,7 +273,8 @@ def main(argv=None):
     path = resume or (Path(cfg.finetune) if cfg.finetune else None)
     if cfg.start_epoch and not path:
         raise UserError(
-            f"start_epoch is {cfg.start_epoch}, but neither finetune nor resume names weights to go on from"
+            f"start_epoch is {cfg.start_epoch}, but neither finetune nor resume names weights to "
+            f"go on from"
         )
     checkpoint = load_checkpoint(path) if path else None
     if checkpoint:

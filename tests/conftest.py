@@ -1,4 +1,6 @@
-"""What the tests share: the folders' modules, loaded side by side, the golden numbers, and runs of the scripts."""
+"""What the tests share: the folders' modules, loaded side by side, the golden numbers, and runs of
+the scripts.
+"""
 
 import functools
 import importlib
@@ -25,7 +27,9 @@ DATA = Path(__file__).resolve().parent / "data"
 
 @functools.cache
 def load(folder):
-    """The modules of a data set folder, as attributes. Those of several folders can be used in one process."""
+    """The modules of a data set folder, as attributes. Those of several folders can be used in one
+    process.
+    """
     names = [path.stem for path in (ROOT / folder).glob("*.py")]
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(ROOT / folder))
@@ -43,7 +47,9 @@ def load(folder):
 
 
 def register(modules):
-    """timm knows one model of each name: make QKFormer that of this folder. Between tests it is cifar10's."""
+    """timm knows one model of each name: make QKFormer that of this folder. Between tests it is
+    cifar10's.
+    """
     for file, name in (("model", "QKFormer"), ("ms", "MSQKFormer")):
         module = getattr(modules, file, None)
         if hasattr(module, name):
@@ -64,7 +70,9 @@ def build_model(modules, cfg, cross_sample_lif=False):
 
 
 class Golden:
-    """Golden numbers of one model, float64, and the weights and input behind them (data/README.md)."""
+    """Golden numbers of one model, float64, and the weights and input behind them
+    (data/README.md).
+    """
 
     def __init__(self, name):
         self.meta = json.loads((DATA / "golden" / f"{name}.json").read_text())
@@ -72,7 +80,9 @@ class Golden:
 
     @staticmethod
     def fill(model):
-        """The weights behind the golden numbers: each entry drawn from a generator seeded by its name."""
+        """The weights behind the golden numbers: each entry drawn from a generator seeded by its
+        name.
+        """
         for name, tensor in model.double().state_dict().items():
             generator, shape = np.random.RandomState(zlib.crc32(name.encode())), tuple(tensor.shape)
             if name.endswith("num_batches_tracked"):
@@ -98,7 +108,9 @@ class Golden:
         generator = np.random.RandomState(self.meta["input"]["seed"])
         shape = self.meta["input"]["shape"]
         image = self.meta["input"]["kind"] == "image"
-        return torch.as_tensor(generator.standard_normal(shape) if image else generator.poisson(0.3, shape) * 1.0)
+        return torch.as_tensor(
+            generator.standard_normal(shape) if image else generator.poisson(0.3, shape) * 1.0
+        )
 
     def target(self, num_classes):
         generator = np.random.RandomState(self.meta["input"]["seed"] + 1)
@@ -106,7 +118,8 @@ class Golden:
 
 
 def check_golden(golden, build, lif_class, semantics, plain_losses=True):
-    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes the model.
+    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes
+    the model.
 
     Both paths; without `plain_losses` the plain one takes no steps of an optimizer.
     """
@@ -131,7 +144,11 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
 
         return hook
 
-    hooks = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if isinstance(m, lif_class)]
+    hooks = [
+        m.register_forward_hook(record(name))
+        for name, m in model.named_modules()
+        if isinstance(m, lif_class)
+    ]
     model.eval()
     with torch.no_grad():
         equal("eval_logits", model(x))  # with hooks, which the fused path leaves to the plain one
@@ -168,7 +185,9 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
 
 
 def on_cpu(argv):
-    """Flags as words, for the CPU unless they name a device: a GPU is too few for two ranks, and rounds otherwise."""
+    """Flags as words, for the CPU unless they name a device: a GPU is too few for two ranks, and
+    rounds otherwise.
+    """
     words = [*map(str, argv)]
     return words if "--device" in words else [*words, "--device", "cpu"]
 
@@ -179,17 +198,33 @@ def importable(monkeypatch, modules, *names):
         monkeypatch.setitem(sys.modules, name, getattr(modules, name))
 
 
-def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check=True, env=None, **kwargs):
-    """Run a script of a folder as a user would, on the CPU; returns the CompletedProcess, its output in .stdout."""
+def script(
+    folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check=True, env=None, **kwargs
+):
+    """Run a script of a folder as a user would, on the CPU; returns the CompletedProcess, its
+    output in .stdout.
+    """
     command = [sys.executable, f"{name}.py"]
     if ranks > 1:
-        module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
+        module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[
+            launcher
+        ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", f"--master_port={port}", f"{name}.py"]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            f"--nproc_per_node={ranks}",
+            f"--master_port={port}",
+            f"{name}.py",
+        ]
     done = subprocess.run(
-        [*command, *(on_cpu(args) if name in ("train", "test", "../tests/eval_101") else map(str, args))],
+        [
+            *command,
+            *(on_cpu(args) if name in ("train", "test", "../tests/eval_101") else map(str, args)),
+        ],
         cwd=kwargs.pop("cwd", ROOT / folder),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
         stdout=subprocess.PIPE,
@@ -203,12 +238,24 @@ def script(folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check
 
 
 def start(folder, *args, ranks=1, env=None):
-    """Start a folder's train.py on the CPU and go on; returns the process, its output line by line in .stdout."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    """Start a folder's train.py on the CPU and go on; returns the process, its output line by line
+    in .stdout.
+    """
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     return subprocess.Popen(
         [sys.executable, *launcher, "train.py", *on_cpu(args)],
         cwd=ROOT / folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+            **(env or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,4 +1,6 @@
-"""Run by test_train.py in a data set folder, on one rank or several: metrics on 101 samples, as JSON on rank 0."""
+"""Run by test_train.py in a data set folder, on one rank or several: metrics on 101 samples, as
+JSON on rank 0.
+"""
 
 import json
 import sys
@@ -22,7 +24,9 @@ def main():
     ranks = Ranks(cfg.device)
     model = Golden.fill(build_model(cfg, cross == "true", ranks)).float()
     samples = torch.utils.data.Subset(data.build_dataset(cfg, False, ranks), range(101))
-    metrics = evaluate(model, data.test_loader(cfg, samples, ranks), ranks, make_autocast(cfg, ranks))
+    metrics = evaluate(
+        model, data.test_loader(cfg, samples, ranks), ranks, make_autocast(cfg, ranks)
+    )
     if ranks.main:
         print("METRICS", json.dumps(metrics[:3]))
     return 0

@@ -1,18 +1,48 @@
-"""What the tests of cifar10/'s scripts share: a small model's flags on the embedded digits, and a run with them."""
+"""What the tests of cifar10/'s scripts share: a small model's flags on the embedded digits, and a
+run with them.
+"""
 
 import pytest
 from conftest import load, script
 
 cifar10 = load("cifar10")
 CPU = cifar10.runtime.Ranks("cpu")
-SMALL = ["-c", "quickstart.yml", "--dim", 16, "--num-heads", 2, "--time-step", 2, "--batch-size", 64]
-# randomness in every place: mixup and flips in a worker, random erasing and drop path in the main process
-RANDOM = [*SMALL, "--mixup", 0.5, "--hflip", 0.5, "--reprob", 0.5, "--drop-path", 0.2, "--epochs", 3, "--workers", 1]
+SMALL = [
+    "-c",
+    "quickstart.yml",
+    "--dim",
+    16,
+    "--num-heads",
+    2,
+    "--time-step",
+    2,
+    "--batch-size",
+    64,
+]
+# randomness in every place: mixup and flips in a worker, random erasing and drop path in the main
+# process
+RANDOM = [
+    *SMALL,
+    "--mixup",
+    0.5,
+    "--hflip",
+    0.5,
+    "--reprob",
+    0.5,
+    "--drop-path",
+    0.2,
+    "--epochs",
+    3,
+    "--workers",
+    1,
+]
 
 
 def resolve(*argv):
     options = cifar10.options
-    return cifar10.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[0]
+    return cifar10.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
+    )[0]
 
 
 @pytest.fixture(scope="session")

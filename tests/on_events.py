@@ -27,7 +27,9 @@ def folder(request):
 
 def resolve(folder, *argv):
     options = folder.options
-    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[0]
+    return folder.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
+    )[0]
 
 
 def cpu(folder):
@@ -36,16 +38,25 @@ def cpu(folder):
 
 def small_model(folder, **kwargs):
     torch.manual_seed(0)
-    return Golden.fill(folder.model.QKFormer(embed_dims=32, num_heads=2, backend="torch", **kwargs)).eval()
+    return Golden.fill(
+        folder.model.QKFormer(embed_dims=32, num_heads=2, backend="torch", **kwargs)
+    ).eval()
 
 
 def write(name, root, **kwargs):
-    """Recordings under root/download. Returns {path of the sample's frames under its folder: events}."""
+    """Recordings under root/download. Returns {path of the sample's frames under its folder:
+    events}.
+    """
     if name == "cifar10-dvs":
         written = recordings.write_cifar10_dvs(root / "download", **kwargs)
-        return {f"{label}/cifar10_{label}_{number}.npz": events for (label, number), events in written.items()}
+        return {
+            f"{label}/cifar10_{label}_{number}.npz": events
+            for (label, number), events in written.items()
+        }
     written = recordings.write_gesture(root / "download", **kwargs)
-    return {f"{split}/{index}/{trial}.npz": events for (split, index, trial), events in written.items()}
+    return {
+        f"{split}/{index}/{trial}.npz": events for (split, index, trial), events in written.items()
+    }
 
 
 def check_frames(frames, written, T=3):

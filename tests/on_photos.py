@@ -1,4 +1,6 @@
-"""What the tests of imagenet/ share: a narrow model, photographs for it (imagenet/photos.py), and runs with them."""
+"""What the tests of imagenet/ share: a narrow model, photographs for it (imagenet/photos.py), and
+runs with them.
+"""
 
 import argparse
 import contextlib
@@ -35,7 +37,9 @@ NARROW = {  # HST-5-64 at 32 x 32
 
 def resolve(*argv):
     options = imagenet.options
-    return imagenet.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[0]
+    return imagenet.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
+    )[0]
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +81,15 @@ def slurm(*args):
     """Two tasks as srun starts them; their outputs."""
     processes = []
     for rank in range(2):
-        env = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": os.getpid()}
-        env = {name: str(value) for name, value in env.items()} | {"SLURM_STEP_NODELIST": "localhost"}
+        env = {
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": rank,
+            "SLURM_STEP_NUM_TASKS": 2,
+            "SLURM_JOB_ID": os.getpid(),
+        }
+        env = {name: str(value) for name, value in env.items()} | {
+            "SLURM_STEP_NODELIST": "localhost"
+        }
         processes.append(start("imagenet", *args, env=env))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -86,7 +97,9 @@ def slurm(*args):
 
 
 def kill_at(process, words):
-    """SIGKILL to a run and its ranks (in sessions of their own under torchrun) once a line starts with `words`."""
+    """SIGKILL to a run and its ranks (in sessions of their own under torchrun) once a line starts
+    with `words`.
+    """
     for line in process.stdout:
         if line.startswith(words):
             break
@@ -101,11 +114,15 @@ def kill_at(process, words):
 
 
 def release_file(path, model, optimizer=None):
-    """A file with the keys of the release's checkpoints, its optimizer's groups as torch 1.12 writes them."""
+    """A file with the keys of the release's checkpoints, its optimizer's groups as torch 1.12
+    writes them.
+    """
     optimizer = (optimizer or imagenet.optim.build_optimizer(resolve(), model)).state_dict()
     kept = "lr betas eps weight_decay amsgrad foreach maximize capturable lr_scale params".split()
     groups = [{name: group[name] for name in kept} for group in optimizer["param_groups"]]
-    args = argparse.Namespace(model="QKFormer_10_384", batch_size=32, device="cuda", lr=None, distributed=True)
+    args = argparse.Namespace(
+        model="QKFormer_10_384", batch_size=32, device="cuda", lr=None, distributed=True
+    )
     content = {
         "model": model.state_dict(),
         "optimizer": {"state": optimizer["state"], "param_groups": groups},

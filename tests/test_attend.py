@@ -42,7 +42,9 @@ def probed(modules, model, x):
 
 @pytest.mark.parametrize("kind", ["token", "channel", "ssa"])
 def test_what_is_drawn_is_what_goes_on(kind):
-    """Masked k, and SSA's weights times v, are what the attention's own code makes of the same spikes."""
+    """Masked k, and SSA's weights times v, are what the attention's own code makes of the same
+    spikes.
+    """
     attend = cifar10.attend
     model = small(cifar10, depths=4, attention=("token", "token", kind))
     stages = probed(cifar10, model, batch(model)[:1])
@@ -75,7 +77,9 @@ def test_tiles_are_lit_where_the_mask_is_on():
     height, width = lit.shape
     assert height * 3 == width * 2 and width >= cifar10.attend.TILE
     assert lit[height // 2 :, 2 * width // 3 :].all() and lit.sum() == height * width // 6
-    assert np.abs(cifar10.attend.tile(frame, weights, (0, 0))[0, 0] - cifar10.attend.MARK).max() == 0
+    assert (
+        np.abs(cifar10.attend.tile(frame, weights, (0, 0))[0, 0] - cifar10.attend.MARK).max() == 0
+    )
 
 
 @pytest.mark.parametrize("modules", [cifar10, gesture])
@@ -97,11 +101,17 @@ def test_what_attend_names(tmp_path):
         (tmp_path / name).write_text("")
     dataset = [(torch.zeros(1), 4), (torch.ones(1), 5)]
     chosen = find("1", lambda: dataset, None, (".png",))
-    assert chosen.label == 5 and chosen.names == ["test-1"] and chosen[0][0] == 1 and chosen[0][1] == 0
+    assert (
+        chosen.label == 5 and chosen.names == ["test-1"] and chosen[0][0] == 1 and chosen[0][1] == 0
+    )
     folder = find(str(tmp_path), None, lambda path: path.suffix, (".png",))
     assert folder.names == ["a", "b"] and folder[0] == (".PNG", 0) and folder.label == -1
     assert find(str(tmp_path / "note.txt"), None, lambda path: path.name, ())[0] == ("note.txt", 0)
-    for wrong, word in (("2", "sample 1"), (str(tmp_path / "no"), "attend is"), ("-1", "attend is")):
+    for wrong, word in (
+        ("2", "sample 1"),
+        (str(tmp_path / "no"), "attend is"),
+        ("-1", "attend is"),
+    ):
         with pytest.raises(UserError, match=word):
             find(wrong, lambda: dataset, None, (".png",))
     with pytest.raises(UserError, match="b can't be read"):

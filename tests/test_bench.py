@@ -1,4 +1,6 @@
-"""tools/bench.py: every path of every kind of model is timed, and the paths compute the same function."""
+"""tools/bench.py: every path of every kind of model is timed, and the paths compute the same
+function.
+"""
 
 import importlib.util
 import json
@@ -16,11 +18,31 @@ spec.loader.exec_module(bench)
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "paths"), [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)]
+    ("model", "size", "paths"),
+    [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
 )
 def test_table(tmp_path, model, size, paths):
-    args = ["--model", model, "--size", size, "--rounds", 2, "--T", 2, "--json", tmp_path / "b.json"]
-    command = [sys.executable, ROOT / "tools" / "bench.py", "--device", "cpu", *args, "--profile", tmp_path / "t.json"]
+    args = [
+        "--model",
+        model,
+        "--size",
+        size,
+        "--rounds",
+        2,
+        "--T",
+        2,
+        "--json",
+        tmp_path / "b.json",
+    ]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "bench.py",
+        "--device",
+        "cpu",
+        *args,
+        "--profile",
+        tmp_path / "t.json",
+    ]
     text = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert len(rows) == 2 * paths and all(row["images_per_second"] > 0 for row in rows)
@@ -31,7 +53,8 @@ def test_table(tmp_path, model, size, paths):
 
 
 @pytest.mark.parametrize(
-    ("name", "models"), [("QKFormer_10_384", load("imagenet").model), ("MSQKFormer", load("cifar10").ms)]
+    ("name", "models"),
+    [("QKFormer_10_384", load("imagenet").model), ("MSQKFormer", load("cifar10").ms)],
 )
 def test_paths_compute_the_same(name, models):
     x = torch.randn(2, 3, 32, 32).double()
@@ -47,8 +70,19 @@ def test_paths_compute_the_same(name, models):
 
 
 def test_bytes(tmp_path):
-    """The counted table of the parts of two models: less is saved everywhere, and less moved where images come in."""
-    args = ["--bytes", "--model", "QKFormer_10_384", "cifar10-dvs", "--size", "64", "--json", tmp_path / "b.json"]
+    """The counted table of the parts of two models: less is saved everywhere, and less moved where
+    images come in.
+    """
+    args = [
+        "--bytes",
+        "--model",
+        "QKFormer_10_384",
+        "cifar10-dvs",
+        "--size",
+        "64",
+        "--json",
+        tmp_path / "b.json",
+    ]
     command = [sys.executable, ROOT / "tools" / "bench.py", "--device", "cpu", *args]
     text = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
@@ -74,7 +108,9 @@ def test_bytes_are_those_of_the_operators():
     bn = torch.nn.BatchNorm2d(3)
     with bench.traffic.Moved() as moved:
         bn(x)
-    channels = 4 * 3  # weight, bias and running statistics, twice; the batch's count; its mean and 1 / std, written
+    channels = (
+        4 * 3
+    )  # weight, bias and running statistics, twice; the batch's count; its mean and 1 / std, written
     assert moved.total == 4 * 3 * x.numel() + 4 * (2 * channels + 2 * 3) + 2 * 8
     leaf = x.clone().requires_grad_()
     with bench.traffic.Saved(bn) as saved:

@@ -1,4 +1,6 @@
-"""From a checkpoint to the network that it holds: configuration, architecture, layouts of files, heads, averages."""
+"""From a checkpoint to the network that it holds: configuration, architecture, layouts of files,
+heads, averages.
+"""
 
 import argparse
 import json
@@ -15,7 +17,9 @@ from on_digits import CPU, RANDOM, SMALL, cifar10
 
 UserError = cifar10.config.UserError
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
-NETS = [(folder, "QKFormer") for folder in FOLDERS] + [(f, "MSQKFormer") for f in ("cifar10", "cifar100", "imagenet")]
+NETS = [(folder, "QKFormer") for folder in FOLDERS] + [
+    (f, "MSQKFormer") for f in ("cifar10", "cifar100", "imagenet")
+]
 
 
 def call(main, capsys, *argv):
@@ -28,11 +32,13 @@ def call(main, capsys, *argv):
         return capsys.readouterr().out + f"error: {error}"
 
 
-# What a run was trained with --------------------------------------------------------------------------------------
+# What a run was trained with ----------------------------------------------------------------------
 
 
 def test_a_run_is_tested_as_it_was_trained(trained_on_digits, tmp_path, capsys):
-    """T, heads, width, data set and size come from the checkpoint, whatever the yml of this call says of them."""
+    """T, heads, width, data set and size come from the checkpoint, whatever the yml of this call
+    says of them.
+    """
     folder = trained_on_digits[0]
     best = max(log_of(folder), key=lambda line: line["test_acc1"])
     path, result = folder / "best.pth", folder / "test-best.json"
@@ -44,18 +50,28 @@ def test_a_run_is_tested_as_it_was_trained(trained_on_digits, tmp_path, capsys):
 
     # a flag, an edited yml and another yml go over it, with a line; not where weights could not fit
     edited = tmp_path / "quickstart.yml"
-    edited.write_text(yaml.safe_dump({"base": str(ROOT / "cifar10" / "quickstart.yml"), "time_step": 3}))
+    edited.write_text(
+        yaml.safe_dump({"base": str(ROOT / "cifar10" / "quickstart.yml"), "time_step": 3})
+    )
     other = tmp_path / "other.yml"
     other.write_text(yaml.safe_dump({"mean": [0.1, 0.2, 0.3], "workers": 0}))
     for flags, origin, name, said, had in (
         (("--time-step", 3), "command line", "time_step", 3, 2),
         (("-c", edited), "quickstart.yml", "time_step", 3, 2),
         (("-c", other), "other.yml", "mean", [0.1, 0.2, 0.3], None),
-        (("--attention", "channel", "token", "ssa"), "command line", "attention", ["channel", "token", "ssa"], None),
+        (
+            ("--attention", "channel", "token", "ssa"),
+            "command line",
+            "attention",
+            ["channel", "token", "ssa"],
+            None,
+        ),
     ):
         text = call(cifar10.test.main, capsys, "--checkpoint", path, "--workers", 0, *flags)
         line = next(line for line in text.splitlines() if f"{name} is" in line)
-        assert line.startswith(f"{origin}: {name} is {said}, but") and line.endswith(f"{said} is used"), text
+        assert line.startswith(f"{origin}: {name} is {said}, but") and line.endswith(
+            f"{said} is used"
+        ), text
         assert had is None or f"trained with {had}" in line
         assert json.loads(result.read_text())["loss"] != best["test_loss"]
     for name, value in {
@@ -67,19 +83,27 @@ def test_a_run_is_tested_as_it_was_trained(trained_on_digits, tmp_path, capsys):
     }.items():
         flags = [f"--{name}", *(value if isinstance(value, list) else [value])]
         text = call(cifar10.test.main, capsys, "--checkpoint", path, *flags)
-        assert text.splitlines()[-1].startswith(f"error: command line: {name} is {value}, but {path} is of {name} "), (
-            text
-        )
+        assert text.splitlines()[-1].startswith(
+            f"error: command line: {name} is {value}, but {path} is of {name} "
+        ), text
 
 
 def test_split_of_the_training_stays():
     folder = load("cifar10-dvs")
     cfg, _, given = folder.config.load_config(
-        folder.options.KEYS, folder.options.NO_EFFECT, folder.options.DEFAULT_CONFIG, ["--split_seed", "5"]
+        folder.options.KEYS,
+        folder.options.NO_EFFECT,
+        folder.options.DEFAULT_CONFIG,
+        ["--split_seed", "5"],
     )
     model = folder.model.QKFormer(embed_dims=32, num_heads=2)
-    checkpoint = {"model": model.state_dict(), "config": {**vars(resolve_of(folder)), "split_seed": 7}}
-    with pytest.raises(folder.config.UserError, match=r"split_seed is 5, but a\.pth is of split_seed 7"):
+    checkpoint = {
+        "model": model.state_dict(),
+        "config": {**vars(resolve_of(folder)), "split_seed": 7},
+    }
+    with pytest.raises(
+        folder.config.UserError, match=r"split_seed is 5, but a\.pth is of split_seed 7"
+    ):
         folder.build.settle(cfg, given, checkpoint, "a.pth")
     cfg, _, given = folder.config.load_config(
         folder.options.KEYS, folder.options.NO_EFFECT, folder.options.DEFAULT_CONFIG, []
@@ -90,10 +114,12 @@ def test_split_of_the_training_stays():
 
 def resolve_of(folder, *argv):
     options = folder.options
-    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*argv])[0]
+    return folder.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*argv]
+    )[0]
 
 
-# What shapes tell -------------------------------------------------------------------------------------------------
+# What shapes tell ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "family"), NETS)
@@ -103,7 +129,10 @@ def test_architecture_is_read_off_the_shapes(name, family):
     module = folder.ms if family.startswith("MS") else folder.model
     make = getattr(module, family if name != "imagenet" else f"{family}_10_384")
     kinds = ("ssa", "token") if events else ("ssa", "token", "ssa")
-    for dim, extra, ratio, classes, kind in ((48, 1, 2.5, 7, kinds), (64, 0, 4, 10, ("token",) * len(kinds))):
+    for dim, extra, ratio, classes, kind in (
+        (48, 1, 2.5, 7, kinds),
+        (64, 0, 4, 10, ("token",) * len(kinds)),
+    ):
         depth = {True: 2, False: 4 if name == "imagenet" else 3}[events] + extra
         options = {"embed_dims": dim, "num_heads": 4, "mlp_ratios": ratio, "num_classes": classes}
         model = make(depths=depth, attention=kind, **options)
@@ -127,18 +156,32 @@ def test_weights_of_another_folder():
         (imagenet, cifar10.model.QKFormer(**small), "QKFormer for CIFAR"),
         (events, cifar10.ms.MSQKFormer(**small), "MSQKFormer for CIFAR"),
     ):
-        with pytest.raises(folder.config.UserError, match=rf"a.pth: {words}, another architecture than this folder's"):
+        with pytest.raises(
+            folder.config.UserError,
+            match=rf"a.pth: {words}, another architecture than this folder's",
+        ):
             folder.build.read_shapes(weights.state_dict(), "a.pth", {})
 
 
 def test_weights_of_another_network():
     weights = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict()
-    with pytest.raises(UserError, match=r"\d+ keys begin with `backbone.`.* without it they would fit"):
-        cifar10.build.read_shapes({f"backbone.{name}": value for name, value in weights.items()}, "a.pth", {})
-    other = {"layer1.0.conv1.weight": torch.ones(2), "fc.weight": torch.ones(3), "layer1.0.bn1.weight": torch.ones(2)}
+    with pytest.raises(
+        UserError, match=r"\d+ keys begin with `backbone.`.* without it they would fit"
+    ):
+        cifar10.build.read_shapes(
+            {f"backbone.{name}": value for name, value in weights.items()}, "a.pth", {}
+        )
+    other = {
+        "layer1.0.conv1.weight": torch.ones(2),
+        "fc.weight": torch.ones(3),
+        "layer1.0.bn1.weight": torch.ones(2),
+    }
     with pytest.raises(UserError) as error:
         cifar10.build.read_shapes(other, "a.pth", {})
-    assert all(word in str(error.value) for word in ("`layer1.`", "HST", "3 are unknown", "layer1.0.conv1", "missing"))
+    assert all(
+        word in str(error.value)
+        for word in ("`layer1.`", "HST", "3 are unknown", "layer1.0.conv1", "missing")
+    )
 
 
 def test_T_of_a_file(capsys):
@@ -152,12 +195,21 @@ def test_T_of_a_file(capsys):
 
 def test_a_file_of_membrane_shortcuts_needs_no_flag(tmp_path):
     """In MaxFormer's layout, with the golden weights: model, T and classes come from the file."""
-    imagenet, golden, path = load("imagenet"), Golden("imagenet-ms-384"), tmp_path / "ms_qk_10-384_T4.pth.tar"
+    imagenet, golden, path = (
+        load("imagenet"),
+        Golden("imagenet-ms-384"),
+        tmp_path / "ms_qk_10-384_T4.pth.tar",
+    )
     options, T = imagenet.options, golden.meta["T"]
     model = golden.fill(imagenet.ms.MSQKFormer_10_384(num_classes=golden.meta["num_classes"]))
     args = argparse.Namespace(time_step=T, model="ms_qkformer", lr=None)
-    torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 199, "scaler": {}, "args": args}, path)
-    cfg, _, given = imagenet.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [])
+    torch.save(
+        {"model": model.state_dict(), "optimizer": {}, "epoch": 199, "scaler": {}, "args": args},
+        path,
+    )
+    cfg, _, given = imagenet.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, []
+    )
     torch.set_default_dtype(torch.float64)
     try:
         tested = imagenet.build.load_tested(cfg, given, CPU, path)
@@ -169,7 +221,9 @@ def test_a_file_of_membrane_shortcuts_needs_no_flag(tmp_path):
     assert abs(logits - want).max() <= 1e-9 * abs(want).max()
     assert (cfg.model, cfg.time_step, tested.cross_sample_lif) == ("MSQKFormer_10_384", T, False)
     cfg.cross_sample_lif = "true"
-    with pytest.raises(imagenet.config.UserError, match="cross_sample_lif is true, which has no meaning for MSQK"):
+    with pytest.raises(
+        imagenet.config.UserError, match="cross_sample_lif is true, which has no meaning for MSQK"
+    ):
         imagenet.build.load_tested(cfg, given, CPU, path)
 
 
@@ -190,12 +244,14 @@ with torch.no_grad():
         assert torch.equal(twin(image), logits)
     print(classes, tuple(logits.shape), tuple(others[0](torch.rand(1, 3, 32, 48)).shape), type(others[1]).__mro__[0])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0 and "['0', '1', '2'" in done.stdout, done.stderr
     assert "(1, 10) (1, 1000)" in done.stdout and "UserWarning" not in done.stderr
 
 
-# Layouts of files -------------------------------------------------------------------------------------------------
+# Layouts of files ---------------------------------------------------------------------------------
 
 
 def layouts(weights):
@@ -210,11 +266,21 @@ def layouts(weights):
         "ddp": {"state_dict": prefixed("module.")},
         "compiled": {"model": prefixed("_orig_mod.")},
         "both": prefixed("module._orig_mod."),
-        "lightning": {"state_dict": prefixed("model."), "pytorch-lightning_version": "2.5", "epoch": 3},
+        "lightning": {
+            "state_dict": prefixed("model."),
+            "pytorch-lightning_version": "2.5",
+            "epoch": 3,
+        },
         "deepspeed": {"module": weights, "dp_world_size": 8},
         "net": {"net": weights, "acc": 93.1, "epoch": 7},
         "ema only": {"state_dict_ema": prefixed("module.")},
-        "counted": {"model": {**weights, "total_ops": torch.zeros(1), "stage1.0.total_params": torch.zeros(1)}},
+        "counted": {
+            "model": {
+                **weights,
+                "total_ops": torch.zeros(1),
+                "stage1.0.total_params": torch.zeros(1),
+            }
+        },
         "old": {"model": lacking},
     }
 
@@ -236,13 +302,25 @@ def test_layouts(tmp_path, capsys):
 
 def test_damaged_weights(tmp_path):
     """An entry that is no finite number of a plain tensor is named."""
-    weights, path = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(), tmp_path / "a.pth"
+    weights, path = (
+        cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(),
+        tmp_path / "a.pth",
+    )
     name = "stage1.0.mlp.mlp1_bn.running_var"
     value = weights[name]
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     with_nan, with_inf = value.clone(), value.clone()
     with_nan[3], with_inf[0] = float("nan"), float("inf")
-    wrong = [with_nan, with_inf, value.int(), value.bool(), value.cfloat(), value.to_sparse(), value.to("meta"), nested]
+    wrong = [
+        with_nan,
+        with_inf,
+        value.int(),
+        value.bool(),
+        value.cfloat(),
+        value.to_sparse(),
+        value.to("meta"),
+        nested,
+    ]
     for bad in [*wrong, "text", 3.0]:
         torch.save({"model": {**weights, name: bad}}, path)
         with pytest.raises(UserError, match=r"a\.pth"):
@@ -255,7 +333,10 @@ def test_damaged_weights(tmp_path):
 
 def test_flipped_bits(tmp_path):
     """A bit that flips in a file is never loaded as another weight."""
-    weights, path = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(), tmp_path / "a.pth"
+    weights, path = (
+        cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(),
+        tmp_path / "a.pth",
+    )
     torch.save({"model": weights}, path)
     whole, generator, loaded = path.read_bytes(), torch.Generator().manual_seed(0), 0
     for at in torch.randint(len(whole) * 8, (80,), generator=generator).tolist():
@@ -272,36 +353,69 @@ def test_flipped_bits(tmp_path):
     assert loaded < 40  # most bits are weights'
 
 
-# Starting from weights, averages ----------------------------------------------------------------------------------
+# Starting from weights, averages ------------------------------------------------------------------
 
 
 @pytest.fixture
 def train(monkeypatch, capsys):
-    """Calls main() of cifar10/train.py and gives what it printed; this process keeps its signal handlers."""
+    """Calls main() of cifar10/train.py and gives what it printed; this process keeps its signal
+    handlers.
+    """
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     return lambda *argv: call(cifar10.train.main, capsys, *SMALL, "--workers", 0, *argv)
 
 
 def test_finetune(trained_on_digits, tmp_path, train):
-    """A head that fits is kept, another is new; the rest of the weights and T are the checkpoint's."""
+    """A head that fits is kept, another is new; the rest of the weights and T are the
+    checkpoint's.
+    """
     path = trained_on_digits[0] / "last.pth"
-    still = ("--epochs", 1, "--cooldown-epochs", 0, "--warmup-epochs", 0, "--lr", 1e-9, "--min-lr", 0)
-    for classes, words in ((10, "its head fits and is kept"), (12, "a head of 10 classes, but num_classes is 12")):
+    still = (
+        "--epochs",
+        1,
+        "--cooldown-epochs",
+        0,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        1e-9,
+        "--min-lr",
+        0,
+    )
+    for classes, words in (
+        (10, "its head fits and is kept"),
+        (12, "a head of 10 classes, but num_classes is 12"),
+    ):
         name = f"tuned{classes}"
-        flags = ("--finetune", path, "--num-classes", classes, "--output", tmp_path, "--experiment", name)
+        flags = (
+            "--finetune",
+            path,
+            "--num-classes",
+            classes,
+            "--output",
+            tmp_path,
+            "--experiment",
+            name,
+        )
         text = train(*still, *flags)
         assert words in text and "T = 2" in text, text
         old, new = weights_of(path), weights_of(tmp_path / name / "last.pth")
-        assert torch.allclose(old["stage3.0.ssa.q_conv.weight"], new["stage3.0.ssa.q_conv.weight"], atol=1e-6)
+        assert torch.allclose(
+            old["stage3.0.ssa.q_conv.weight"], new["stage3.0.ssa.q_conv.weight"], atol=1e-6
+        )
         assert (new["head.weight"].shape == (classes, 16)) and (
             (new["head.weight"][:10] - old["head.weight"]).abs().max() < 1e-6
         ) == (classes == 10)
-    text = train("--initial-checkpoint", path, "--dim", 32, "--output", tmp_path, "--experiment", "x")
+    text = train(
+        "--initial-checkpoint", path, "--dim", 32, "--output", tmp_path, "--experiment", "x"
+    )
     assert text.splitlines()[-1].startswith("error: command line: dim is 32"), text
 
 
 def test_averaged_weights(tmp_path, train, monkeypatch):
-    """Kept, tested and saved; a run that goes on in a new folder ends with the same ones, and takes its best along."""
+    """Kept, tested and saved; a run that goes on in a new folder ends with the same ones, and takes
+    its best along.
+    """
     save, first = cifar10.loop.save_checkpoint, tmp_path / "first" / "last.pth"
     first.parent.mkdir()
 
@@ -311,17 +425,32 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
             save(state, first.with_name(path.name))
 
     monkeypatch.setattr(cifar10.loop, "save_checkpoint", saves)
-    flags = (*RANDOM[len(SMALL) :], "--workers", 0, "--output", tmp_path, "--epochs", 2, "--cooldown-epochs", 0)
+    flags = (
+        *RANDOM[len(SMALL) :],
+        "--workers",
+        0,
+        "--output",
+        tmp_path,
+        "--epochs",
+        2,
+        "--cooldown-epochs",
+        0,
+    )
     flags = (*flags, "--model-ema", "--model-ema-decay", 0.9, "--experiment", "run")
     assert "averaged weights" in train(*flags)
     train(*flags, "--resume", first)
-    whole, part = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("run", "run-2"))
+    whole, part = (
+        torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("run", "run-2")
+    )
     assert same(whole["model_ema"], part["model_ema"]) and same(whole["model"], part["model"])
     assert log_of(tmp_path / "run")[1:] == log_of(tmp_path / "run-2")
     assert not torch.equal(whole["model_ema"]["head.weight"], whole["model"]["head.weight"])
     assert (tmp_path / "run-2" / "best.pth").is_file()  # of the first epoch, or of the second
 
-    plain, averaged = (cifar10.checkpoint.load_checkpoint(tmp_path / "run" / "last.pth", ema) for ema in (False, True))
+    plain, averaged = (
+        cifar10.checkpoint.load_checkpoint(tmp_path / "run" / "last.pth", ema)
+        for ema in (False, True)
+    )
     assert same(plain["model"], whole["model"]) and same(averaged["model"], whole["model_ema"])
     del whole["model_ema"]
     torch.save(whole, first)
@@ -346,7 +475,12 @@ def test_fine_tuning_says_what_the_yml_had(trained_on_digits, capsys):
     cifar10.runtime.set_up_log(CPU)
     cifar10.build.settle(cfg, given, cifar10.checkpoint.load_checkpoint(path), path, "finetune")
     lines = capsys.readouterr().out.splitlines()
-    for name, had, value in (("dim", 384, 16), ("layer", 4, 3), ("num_heads", 8, 2), ("time_step", 4, 2)):
+    for name, had, value in (
+        ("dim", 384, 16),
+        ("layer", 4, 3),
+        ("num_heads", 8, 2),
+        ("time_step", 4, 2),
+    ):
         assert f"cifar10.yml: {name} is {had}, but {path} has {value}, which is used" in lines
         assert getattr(cfg, name) == value
     assert (cfg.dataset, cfg.img_size) == ("torch/cifar10", 32)  # the input is the run's own

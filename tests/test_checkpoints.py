@@ -22,13 +22,21 @@ def run_test(path, *args, **kwargs):
 
 
 def test_kinds_of_checkpoints(tmp_path):
-    """The release's, timm's with DDP's prefixes and a bare state dict: same figures, and taken for the release's."""
+    """The release's, timm's with DDP's prefixes and a bare state dict: same figures, and taken for
+    the release's.
+    """
     torch.manual_seed(0)
     weights = small_model().state_dict()
-    args = argparse.Namespace(lr=1e-3, betas=(0.9, 0.999), output=Path("x"), best=np.float64(0.5), top=np.float32(1))
+    args = argparse.Namespace(
+        lr=1e-3, betas=(0.9, 0.999), output=Path("x"), best=np.float64(0.5), top=np.float32(1)
+    )
     kinds = {
         "release": {"model": weights, "optimizer": {}, "epoch": 3, "scaler": None, "args": args},
-        "timm": {"state_dict": {f"module.{name}": value for name, value in weights.items()}, "arch": "x", "args": args},
+        "timm": {
+            "state_dict": {f"module.{name}": value for name, value in weights.items()},
+            "arch": "x",
+            "args": args,
+        },
         "bare": weights,
     }
     results = []
@@ -38,10 +46,16 @@ def test_kinds_of_checkpoints(tmp_path):
         done = run_test(tmp_path / name / "weights.pth")
         assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
         results.append(json.loads((tmp_path / name / "test-weights.json").read_text()))
-    assert all(result["cross_sample_lif"] is True and result["loss"] == results[0]["loss"] for result in results)
+    assert all(
+        result["cross_sample_lif"] is True and result["loss"] == results[0]["loss"]
+        for result in results
+    )
     done = run_test(tmp_path / "timm" / "weights.pth", "--cross-sample-lif", "false")
     assert "cross_sample_lif: false" in done.stdout
-    assert json.loads((tmp_path / "timm" / "test-weights.json").read_text())["cross_sample_lif"] is False
+    assert (
+        json.loads((tmp_path / "timm" / "test-weights.json").read_text())["cross_sample_lif"]
+        is False
+    )
 
 
 def test_semantics_rule():
@@ -51,7 +65,9 @@ def test_semantics_rule():
         value, line = resolve_semantics("auto", {"cross_sample_lif": recorded}, "a.pth")
         assert value is recorded and "a.pth records" in line
     value, line = resolve_semantics("auto", {"model": {}}, "a.pth")
-    assert value is True and line.startswith("warning") and "a.pth" in line and "other images" in line
+    assert (
+        value is True and line.startswith("warning") and "a.pth" in line and "other images" in line
+    )
     for setting, value in (("true", True), ("false", False)):
         assert resolve_semantics(setting, None, None)[0] is value
         assert resolve_semantics(setting, {"model": {}}, "a.pth")[0] is value
@@ -69,16 +85,24 @@ class Evil:
 
 def test_bad_checkpoints(trained_on_digits, tmp_path):
     folder, _ = trained_on_digits
-    load_checkpoint, load_weights = cifar10.checkpoint.load_checkpoint, cifar10.checkpoint.load_weights
+    load_checkpoint, load_weights = (
+        cifar10.checkpoint.load_checkpoint,
+        cifar10.checkpoint.load_weights,
+    )
     UserError = cifar10.config.UserError
     whole = (folder / "last.pth").read_bytes()
     for size in (0, 10, 1000, len(whole) // 2, len(whole) - 30):
         (tmp_path / "cut.pth").write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"cut\.pth: not a checkpoint, or not whole"):
             load_checkpoint(tmp_path / "cut.pth")
-    torch.save(small_model().state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        small_model().state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False
+    )
     legacy, generator = (tmp_path / "legacy.pth").read_bytes(), np.random.RandomState(0)
-    assert load_checkpoint(tmp_path / "legacy.pth")["model"].keys() == small_model().state_dict().keys()
+    assert (
+        load_checkpoint(tmp_path / "legacy.pth")["model"].keys()
+        == small_model().state_dict().keys()
+    )
     for _ in range(40):
         (tmp_path / "legacy.pth").write_bytes(legacy[: generator.randint(len(legacy) // 10)])
         with pytest.raises(UserError, match=r"legacy\.pth"):
@@ -89,14 +113,25 @@ def test_bad_checkpoints(trained_on_digits, tmp_path):
             load_checkpoint(tmp_path / "empty.pth")
     trace = tmp_path / "ran"
     for zipped in (True, False):
-        torch.save({"model": {"a": Evil(trace)}}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"model": {"a": Evil(trace)}},
+            tmp_path / "evil.pth",
+            _use_new_zipfile_serialization=zipped,
+        )
         with pytest.raises(UserError, match=r"evil\.pth"):
             load_checkpoint(tmp_path / "evil.pth")
         assert not trace.exists()
     weights = small_model().state_dict()
     with pytest.raises(UserError) as error:
-        load_weights(cifar10.model.QKFormer(T=2, embed_dims=32, num_heads=2, depths=4), {"model": weights}, "a.pth")
-    assert all(word in str(error.value) for word in ("missing", "stage3.1.ssa", "of another shape", "instead of"))
+        load_weights(
+            cifar10.model.QKFormer(T=2, embed_dims=32, num_heads=2, depths=4),
+            {"model": weights},
+            "a.pth",
+        )
+    assert all(
+        word in str(error.value)
+        for word in ("missing", "stage3.1.ssa", "of another shape", "instead of")
+    )
 
 
 def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
@@ -106,7 +141,11 @@ def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
     (tmp_path / "cut.pth").write_bytes(before[:5000])
     one_line(run_test(tmp_path / "cut.pth", check=False), "cut.pth", "not whole")
     one_line(run_test(tmp_path / "none.pth", check=False), "none.pth", "no such checkpoint")
-    one_line(run_test(folder / "best.pth", "--dim", 32, check=False), "dim is 32", "best.pth is of dim 16")
+    one_line(
+        run_test(folder / "best.pth", "--dim", 32, check=False),
+        "dim is 32",
+        "best.pth is of dim 16",
+    )
     torch.save({"model": {"a": Evil(tmp_path / "ran")}}, tmp_path / "evil.pth")
     one_line(run_test(tmp_path / "evil.pth", check=False), "evil.pth", "could run code")
     assert not (tmp_path / "ran").exists()
@@ -145,11 +184,15 @@ def test_one_line_for_each_mistake(flags, words, tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(cifar10.config.UserError) as error:
         cifar10.train.main(on_cpu([*SMALL, "--output", tmp_path, *flags]))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(
+        error.value
+    )
 
 
 def test_no_data_and_no_network(tmp_path):
-    offline = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    offline = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    )
     args = ["--data-dir", tmp_path / "data", "--output", tmp_path]
     one_line(
         script("cifar10", "train", *args, check=False, env=offline),

@@ -1,4 +1,6 @@
-"""cifar100/: what differs from cifar10/ (the rest is copied code, tested there and checked by tools/copies.py)."""
+"""cifar100/: what differs from cifar10/ (the rest is copied code, tested there and checked by
+tools/copies.py).
+"""
 
 import csv
 import json
@@ -13,15 +15,21 @@ cifar100 = load("cifar100")
 
 def resolve(*argv):
     options = cifar100.options
-    return cifar100.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[0]
+    return cifar100.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
+    )[0]
 
 
-@pytest.mark.parametrize("semantics", ["per_sample", pytest.param("release", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "semantics", ["per_sample", pytest.param("release", marks=pytest.mark.long)]
+)
 def test_golden(semantics):
     golden = Golden("cifar100")
 
     def build(fused):
-        return cifar100.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused)
+        return cifar100.model.QKFormer(
+            T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
+        )
 
     check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics, plain_losses=False)
 
@@ -29,12 +37,16 @@ def test_golden(semantics):
 def test_the_recipe_builds_the_published_model():
     model = build_model(cifar100, resolve())
     meta = Golden("cifar100").meta
-    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta["state_dict"]
+    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta[
+        "state_dict"
+    ]
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_740_884
 
 
 def test_learning_rates_of_the_published_run():
-    optimizer, scheduler, num_epochs = cifar100.train.build_optimizer(resolve(), torch.nn.Linear(2, 2))
+    optimizer, scheduler, num_epochs = cifar100.train.build_optimizer(
+        resolve(), torch.nn.Linear(2, 2)
+    )
     with open(ROOT / "cifar100" / "curves" / "cifar100.csv") as file:
         published = [float(row["lr"]) for row in csv.DictReader(file)]
     assert num_epochs == len(published) == 410
@@ -44,7 +56,10 @@ def test_learning_rates_of_the_published_run():
 
 
 def test_the_recipe_is_that_of_cifar10():
-    ours, theirs = (yaml.safe_load((ROOT / name / f"{name}.yml").read_text()) for name in ("cifar100", "cifar10"))
+    ours, theirs = (
+        yaml.safe_load((ROOT / name / f"{name}.yml").read_text())
+        for name in ("cifar100", "cifar10")
+    )
     own = {name for name in theirs if ours.get(name) != theirs[name]}
     assert own == {"layer", "dataset", "num_classes"} and ours.keys() <= theirs.keys()
     cfg = resolve()
@@ -60,4 +75,6 @@ def test_quick_start_copied_alone(tmp_path):
     result = json.loads((folder / "output" / "quickstart" / "test-best.json").read_text())
     logged = json.loads((folder / "output" / "quickstart" / "log.txt").read_text())
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
-    assert result["top1"] == logged["test_acc1"] and result["loss"] == pytest.approx(logged["test_loss"], rel=1e-5)
+    assert result["top1"] == logged["test_acc1"] and result["loss"] == pytest.approx(
+        logged["test_loss"], rel=1e-5
+    )

@@ -1,4 +1,6 @@
-"""cifar10/ and cifar100/: CIFAR's own files, whole, damaged or in the wrong place, without a network."""
+"""cifar10/ and cifar100/: CIFAR's own files, whole, damaged or in the wrong place, without a
+network.
+"""
 
 import hashlib
 import io
@@ -18,20 +20,30 @@ FOLDERS = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.data
 
 @pytest.fixture(params=FOLDERS)
 def cifar(request, tmp_path, monkeypatch):
-    """An archive in CIFAR's layout with two images a file, whose checksums are the published ones; no network."""
+    """An archive in CIFAR's layout with two images a file, whose checksums are the published ones;
+    no network.
+    """
     kind, batches = FOLDERS[request.param], {}
-    labels, names = ("labels", "label_names") if request.param == "cifar10" else ("fine_labels", "fine_label_names")
+    labels, names = (
+        ("labels", "label_names")
+        if request.param == "cifar10"
+        else ("fine_labels", "fine_label_names")
+    )
     count = 10 if request.param == "cifar10" else 100
     generator = np.random.default_rng(0)
     for name, _ in (*kind.train_list, *kind.test_list):
         pixels = generator.integers(0, 256, (2, 3072), dtype=np.uint8)
         batches[name] = pickle.dumps({"data": pixels, labels: [3, count - 1]})
-    batches[kind.meta["filename"]] = pickle.dumps({names: [f"class {index}" for index in range(count)]})
+    batches[kind.meta["filename"]] = pickle.dumps(
+        {names: [f"class {index}" for index in range(count)]}
+    )
 
     def checksums(rows):
         return [[name, hashlib.md5(batches[name]).hexdigest()] for name, _ in rows]
 
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": checksums([[kind.meta["filename"], ""]])[0][1]})
+    monkeypatch.setattr(
+        kind, "meta", kind.meta | {"md5": checksums([[kind.meta["filename"], ""]])[0][1]}
+    )
     monkeypatch.setattr(kind, "train_list", checksums(kind.train_list))
     monkeypatch.setattr(kind, "test_list", checksums(kind.test_list))
     file = io.BytesIO()
@@ -54,7 +66,9 @@ def cifar(request, tmp_path, monkeypatch):
 
     def build(where=data_dir, train=True):
         argv = ["--data-dir", str(where), "--workers", "0"]
-        cfg, *_ = folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv)
+        cfg, *_ = folder.config.load_config(
+            options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv
+        )
         return folder.data.build_dataset(cfg, train, folder.runtime.Ranks("cpu"))
 
     def fails(where=data_dir):
@@ -64,7 +78,13 @@ def cifar(request, tmp_path, monkeypatch):
         return str(error.value)
 
     return SimpleNamespace(
-        kind=kind, dir=data_dir, archive=file.getvalue(), build=build, fails=fails, tried=tried, batches=batches
+        kind=kind,
+        dir=data_dir,
+        archive=file.getvalue(),
+        build=build,
+        fails=fails,
+        tried=tried,
+        batches=batches,
     )
 
 
@@ -87,10 +107,21 @@ def test_a_damaged_archive_is_called_damaged(cifar, kind):
     for _ in range(3):
         whole, place = bytearray(cifar.archive), generator.randrange(len(cifar.archive))
         whole[place] ^= 1 << generator.randrange(8)
-        content = {"cut": cifar.archive[:place], "flipped": whole, "empty": b"", "html": b"<html>404"}[kind]
+        content = {
+            "cut": cifar.archive[:place],
+            "flipped": whole,
+            "empty": b"",
+            "html": b"<html>404",
+        }[kind]
         path.write_bytes(content)
         text = cifar.fails()
-        for words in (path, hashlib.md5(content).hexdigest(), cifar.kind.tgz_md5, "damaged", cifar.kind.url):
+        for words in (
+            path,
+            hashlib.md5(content).hexdigest(),
+            cifar.kind.tgz_md5,
+            "damaged",
+            cifar.kind.url,
+        ):
             assert str(words) in text
         assert "not in data_dir" not in text and path.read_bytes() == content
 

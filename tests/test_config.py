@@ -1,4 +1,6 @@
-"""Keys and flags of cifar10/: precedence, types, the release's names, and one clear line for every mistake."""
+"""Keys and flags of cifar10/: precedence, types, the release's names, and one clear line for every
+mistake.
+"""
 
 import argparse
 import re
@@ -72,7 +74,9 @@ workers: 8
 
 def resolve(*argv):
     options = cifar10.options
-    return cifar10.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)])[:2]
+    return cifar10.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
+    )[:2]
 
 
 def test_published_recipe():
@@ -89,7 +93,9 @@ def test_the_release_s_yml(tmp_path):
     file = tmp_path / "release.yml"
     file.write_text(PUBLISHED + "data_dir: /somewhere\nmixup_off_epoch: 200\ndepths: 4\n")
     cfg, notes = resolve("-c", file)
-    assert cfg.mixup_off_epoch == 200 and cfg.data_dir == "/somewhere" and cfg.experiment == "release"
+    assert (
+        cfg.mixup_off_epoch == 200 and cfg.data_dir == "/somewhere" and cfg.experiment == "release"
+    )
     assert len(notes) == 1 and "depths" in notes[0] and "release.yml" in notes[0]
 
 
@@ -111,8 +117,13 @@ def test_every_name_of_the_release(name, tmp_path):
 
 
 def test_every_key_is_used():
-    """No key that nothing reads: each stands as cfg.NAME in a script, or is one that timm's helpers read."""
-    code = "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("train", "build", "data", "engine"))
+    """No key that nothing reads: each stands as cfg.NAME in a script, or is one that timm's helpers
+    read.
+    """
+    code = "".join(
+        (ROOT / "cifar10" / f"{name}.py").read_text()
+        for name in ("train", "build", "data", "engine")
+    )
     code += "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("test", "runs"))
     from timm.optim import optimizer_kwargs
     from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -127,7 +138,9 @@ def test_every_key_is_used():
     cfg = Spy(**vars(resolve()[0]))
     optimizer_kwargs(cfg)
     scheduler_kwargs(cfg)
-    unused = {name for name in cifar10.options.KEYS if not re.search(rf"cfg\.{name}\b", code)} - read
+    unused = {
+        name for name in cifar10.options.KEYS if not re.search(rf"cfg\.{name}\b", code)
+    } - read
     assert unused == {"local_rank"}  # the launcher's, which is told by the environment
 
 
@@ -136,13 +149,36 @@ def test_precedence_and_short_forms(tmp_path):
     file.write_text("batch-size: 32\nlr: 5e-4\ntime_step: '6'\n")
     cfg, _ = resolve("-c", file, "-b", 16)
     assert (cfg.batch_size, cfg.lr, cfg.time_step, cfg.dim) == (16, 5e-4, 6, 384)
-    cfg, _ = resolve(*"-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false --channels-last".split())
-    assert (cfg.batch_size, cfg.val_batch_size, cfg.time_step, cfg.layer, cfg.workers) == (2, 3, 5, 6, 7)
+    cfg, _ = resolve(
+        *"-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false --channels-last".split()
+    )
+    assert (cfg.batch_size, cfg.val_batch_size, cfg.time_step, cfg.layer, cfg.workers) == (
+        2,
+        3,
+        5,
+        6,
+        7,
+    )
     assert (cfg.dataset, cfg.data_dir, cfg.amp, cfg.channels_last) == ("digits", "x", False, True)
     cfg, _ = resolve("--input-size", "none", "--mean", "0.5,0.4,0.3")
     assert cfg.input_size is None and cfg.mean == [0.5, 0.4, 0.3]
-    cfg, _ = resolve("--aa", "none", "--opt-betas", "0.8", "0.9", "--lr-noise", "0.4", "--cross-sample-lif", "true")
-    assert (cfg.aa, cfg.opt_betas, cfg.lr_noise, cfg.cross_sample_lif) == (None, [0.8, 0.9], [0.4], "true")
+    cfg, _ = resolve(
+        "--aa",
+        "none",
+        "--opt-betas",
+        "0.8",
+        "0.9",
+        "--lr-noise",
+        "0.4",
+        "--cross-sample-lif",
+        "true",
+    )
+    assert (cfg.aa, cfg.opt_betas, cfg.lr_noise, cfg.cross_sample_lif) == (
+        None,
+        [0.8, 0.9],
+        [0.4],
+        "true",
+    )
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -205,7 +241,9 @@ def test_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve("-c", "quickstart.yml")[0].dataset == "digits"  # beside the script
     (tmp_path / "quickstart.yml").write_text("dim: 64\n")
-    assert resolve("-c", "quickstart.yml")[0].dataset == "torch/cifar10"  # where you are comes first
+    assert (
+        resolve("-c", "quickstart.yml")[0].dataset == "torch/cifar10"
+    )  # where you are comes first
 
 
 def test_base(tmp_path):
@@ -242,7 +280,9 @@ def test_wrong_yml(tmp_path, text, words):
     (tmp_path / "mine.yml").write_text(text + "\n")
     with pytest.raises(UserError) as error:
         resolve("-c", tmp_path / "mine.yml")
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,12 +306,22 @@ def test_wrong_flags(flags, words):
 
 @pytest.mark.parametrize(
     ("name", "version"),
-    [("spikingjelly", "0.0.0.0.14"), ("torch", "1.12.1+cu113"), ("timm", "0.6.12"), ("timm", "1.0.9")],
+    [
+        ("spikingjelly", "0.0.0.0.14"),
+        ("torch", "1.12.1+cu113"),
+        ("timm", "0.6.12"),
+        ("timm", "1.0.9"),
+    ],
 )
 def test_old_libraries_are_named(name, version, monkeypatch):
     have = cifar10.config.importlib.metadata.version
-    monkeypatch.setattr(cifar10.config.importlib.metadata, "version", lambda n: version if n == name else have(n))
-    with pytest.raises(cifar10.config.UserError, match=rf"{name} {re.escape(version)} is too old, .* requirements.txt"):
+    monkeypatch.setattr(
+        cifar10.config.importlib.metadata, "version", lambda n: version if n == name else have(n)
+    )
+    with pytest.raises(
+        cifar10.config.UserError,
+        match=rf"{name} {re.escape(version)} is too old, .* requirements.txt",
+    ):
         resolve()
     monkeypatch.undo()
     resolve()

@@ -83,11 +83,26 @@ def test_clean(tree):
     ("file", "old", "new", "problem"),
     [
         ("imagenet/lif.py", "lif", "Lif", "imagenet/lif.py: differs from cifar10/lif.py"),
-        ("cifar10/config.py", "config", "Config", "imagenet/config.py: differs from cifar10/config.py"),
+        (
+            "cifar10/config.py",
+            "config",
+            "Config",
+            "imagenet/config.py: differs from cifar10/config.py",
+        ),
         ("imagenet/data.py", "32", "33", "imagenet/data.py: differs from cifar10/data.py"),
-        ("imagenet/model.py", "WIDTH = 3", "WIDTH = 4", "imagenet/model.py: WIDTH differs from cifar10/model.py"),
+        (
+            "imagenet/model.py",
+            "WIDTH = 3",
+            "WIDTH = 4",
+            "imagenet/model.py: WIDTH differs from cifar10/model.py",
+        ),
         ("imagenet/model.py", "self.fc1 = x", "self.fc1 = y", "imagenet/model.py: MLP differs"),
-        ("imagenet/model.py", "return b + 1", "return b + 2", "imagenet/model.py: Block.forward differs"),
+        (
+            "imagenet/model.py",
+            "return b + 1",
+            "return b + 2",
+            "imagenet/model.py: Block.forward differs",
+        ),
         ("cifar10/model.py", "mlp1 = x", "mlp1 = 2 * x", "imagenet/model.py: MLP differs"),
     ],
 )

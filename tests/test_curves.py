@@ -20,14 +20,30 @@ def write_run(folder, accuracies, config=None, tail="", **more):
     if config is not None:
         (folder / "args.yaml").write_text(yaml.safe_dump(config))
     lines = [
-        json.dumps({"epoch": epoch, "train_loss": 2.5, "test_loss": 1.5, "test_acc1": value, "seconds": 90.0} | more)
+        json.dumps(
+            {
+                "epoch": epoch,
+                "train_loss": 2.5,
+                "test_loss": 1.5,
+                "test_acc1": value,
+                "seconds": 90.0,
+            }
+            | more
+        )
         for epoch, value in enumerate(accuracies)
     ]
     (folder / "log.txt").write_text("".join(line + "\n" for line in lines) + tail)
     return folder
 
 
-CIFAR = {"model": "QKFormer", "dataset": "torch/cifar10", "img_size": 32, "num_classes": 10, "epochs": 400, "dim": 384}
+CIFAR = {
+    "model": "QKFormer",
+    "dataset": "torch/cifar10",
+    "img_size": 32,
+    "num_classes": 10,
+    "epochs": 400,
+    "dim": 384,
+}
 KNOWN = {  # what an args.yaml has, and the run it belongs to
     "cifar10": CIFAR,
     "cifar100": CIFAR | {"dataset": "torch/cifar100", "num_classes": 100},
@@ -40,11 +56,23 @@ KNOWN = {  # what an args.yaml has, and the run it belongs to
 
 
 def test_what_differs_from_the_published_run(tmp_path):
-    run = curves.Run("run", {}, {"model": "MSQKFormer_10_512", "dataset": "photos", "dim": 64, "lr": None, "T": 4})
+    run = curves.Run(
+        "run",
+        {},
+        {"model": "MSQKFormer_10_512", "dataset": "photos", "dim": 64, "lr": None, "T": 4},
+    )
     assert curves.recognise(run) == "hst_10_512"
-    want = ["dataset photos (imagenet)", "model MSQKFormer_10_512 (QKFormer_10_512)", "dim 64", "T 4"]
+    want = [
+        "dataset photos (imagenet)",
+        "model MSQKFormer_10_512 (QKFormer_10_512)",
+        "dim 64",
+        "T 4",
+    ]
     assert curves.differences(run, curves.PUBLISHED["hst_10_512"]) == want
-    published = yaml.safe_load((ROOT / "cifar10" / "cifar10.yml").read_text()) | {"model": "QKFormer", "lr": 0.001}
+    published = yaml.safe_load((ROOT / "cifar10" / "cifar10.yml").read_text()) | {
+        "model": "QKFormer",
+        "lr": 0.001,
+    }
     assert curves.differences(curves.Run("run", {}, published), curves.PUBLISHED["cifar10"]) == []
 
 
@@ -55,7 +83,13 @@ def test_the_run_it_belongs_to(name, tmp_path):
 
 def test_published_runs_have_their_curves():
     """The best of each log, as published; and the paper's figures."""
-    best = {"hst_10_384": 78.85, "hst_10_512": 82.08, "cifar10": 96.21, "cifar100": 81.22, "cifar10-dvs": 84.1}
+    best = {
+        "hst_10_384": 78.85,
+        "hst_10_512": 82.08,
+        "cifar10": 96.21,
+        "cifar100": 81.22,
+        "cifar10-dvs": 84.1,
+    }
     for name, published in curves.PUBLISHED.items():
         assert (ROOT / published.folder / published.yml).is_file()
         file = ROOT / published.folder / "curves" / f"{name}.csv"
@@ -74,10 +108,14 @@ def test_table_and_picture(tmp_path, capsys):
         release = [float(row["test_acc1"]) for row in csv.DictReader(file)]
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert [[float(row[0]), float(row[5]), float(row[6])] for row in rows] == [
-        [epoch + 1, mine, pytest.approx(release[epoch], abs=0.006)] for epoch, mine in enumerate((20, 40, 60, 61.25))
+        [epoch + 1, mine, pytest.approx(release[epoch], abs=0.006)]
+        for epoch, mine in enumerate((20, 40, 60, 61.25))
     ]
     first = next(epoch + 1 for epoch, value in enumerate(release) if value >= 61.25)
-    assert f"after 4 epochs you have 61.25 %, the release had {release[3]:.2f} %; it had yours after {first}" in text
+    assert (
+        f"after 4 epochs you have 61.25 %, the release had {release[3]:.2f} %; it had yours after "
+        f"{first}" in text
+    )
     assert "dim 64 (384)" in text and "epochs 10 (400)" in text and "dataset" not in text
     assert "yours takes 1.5 min an epoch, 15.0 min for 10" in text
     picture = np.asarray(Image.open(run / "curves.png").convert("RGB")).astype(int)
@@ -88,19 +126,36 @@ def test_table_and_picture(tmp_path, capsys):
 
 def test_cost_and_two_runs(tmp_path, capsys):
     config = KNOWN["hst_10_384"] | {"epochs": 200}
-    runs = [write_run(tmp_path / name, [4.0] * 12, config, seconds=1800.0) for name in ("one", "two")]
+    runs = [
+        write_run(tmp_path / name, [4.0] * 12, config, seconds=1800.0) for name in ("one", "two")
+    ]
     assert curves.main([*map(str, runs), "--out", str(tmp_path / "both.png")]) == 0
     text = capsys.readouterr().out
-    assert text.count("the published run took 4 d 12 h on 8 V100 of 32 GB; yours takes 30.0 min an epoch, 4.2 d") == 2
+    assert (
+        text.count(
+            "the published run took 4 d 12 h on 8 V100 of 32 GB; yours takes 30.0 min an epoch, "
+            "4.2 d"
+        )
+        == 2
+    )
     assert (tmp_path / "both.png").is_file() and not (runs[0] / "curves.png").exists()
 
 
 def test_other_logs(tmp_path, capsys):
-    """timm's summary, one of the release's logs, and a curve itself: the same epochs, the same table."""
+    """timm's summary, one of the release's logs, and a curve itself: the same epochs, the same
+    table.
+    """
     (tmp_path / "summary.csv").write_text(
         "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,2.5,1.5,20.0,60.0,1e-5\n1,2.4,1.4,30.0,70.0,6e-5\n"
     )
-    log = {"train_lr": 1e-4, "train_loss": 2.5, "test_loss": 1.5, "test_acc1": 20.0, "test_acc5": 60.0, "epoch": 0}
+    log = {
+        "train_lr": 1e-4,
+        "train_loss": 2.5,
+        "test_loss": 1.5,
+        "test_acc1": 20.0,
+        "test_acc5": 60.0,
+        "epoch": 0,
+    }
     last = log | {"train_loss": 2.4, "test_loss": 1.4, "test_acc1": 30.0, "epoch": 1}
     (tmp_path / "log.txt").write_text(f"{json.dumps(log)}\n{json.dumps(last)}\n")
     for name in ("summary.csv", "log.txt"):
@@ -111,20 +166,30 @@ def test_other_logs(tmp_path, capsys):
             ([1, 2], [1.5, 1.4]),
         ]
     curve = ROOT / "cifar10-dvs" / "curves" / "cifar10-dvs.csv"
-    assert curves.main([str(curve), "--curve", "cifar10-dvs", "--out", str(tmp_path / "a.png")]) == 0
+    assert (
+        curves.main([str(curve), "--curve", "cifar10-dvs", "--out", str(tmp_path / "a.png")]) == 0
+    )
     assert "after 106 epochs you have 83.30 %, the release had 83.30 %" in capsys.readouterr().out
 
 
 def test_runs_that_go_on(tmp_path, capsys):
-    """A line that is being written does not count; a run without an epoch says so, with nothing drawn."""
-    run = curves.read_run(write_run(tmp_path / "torn", [20.0, 30.0], CIFAR, tail='{"epoch": 2, "train_lo'))
+    """A line that is being written does not count; a run without an epoch says so, with nothing
+    drawn.
+    """
+    run = curves.read_run(
+        write_run(tmp_path / "torn", [20.0, 30.0], CIFAR, tail='{"epoch": 2, "train_lo')
+    )
     assert run.series("top1") == ([1, 2], [20.0, 30.0])
-    (tmp_path / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_top1\n0,2.5,1.5,20.0\n1,2.4,1")
+    (tmp_path / "summary.csv").write_text(
+        "epoch,train_loss,eval_loss,eval_top1\n0,2.5,1.5,20.0\n1,2.4,1"
+    )
     assert list(curves.read_run(tmp_path / "summary.csv").epochs) == [0]
     young = write_run(tmp_path / "young", [], CIFAR)
     (young / "log.txt").unlink()
     assert curves.main([str(young)]) == 0
-    assert "no complete epoch yet" in capsys.readouterr().out and not (young / "curves.png").exists()
+    assert (
+        "no complete epoch yet" in capsys.readouterr().out and not (young / "curves.png").exists()
+    )
     assert curves.main([str(young), str(tmp_path / "torn")]) == 0
     assert (young / "curves.png").is_file()
 

@@ -1,4 +1,6 @@
-"""A changed model computes what its code says: each edit is made to a copy of a folder, and fused equals plain."""
+"""A changed model computes what its code says: each edit is made to a copy of a folder, and fused
+equals plain.
+"""
 
 import functools
 
@@ -57,7 +59,8 @@ EDITS = {
                 CLASS,
                 "class Binary(nn.Conv2d):\n    def forward(self, x):\n"
                 "        w = self.weight + (self.weight.sign() * 0.1 - self.weight).detach()\n"
-                "        return nn.functional.conv2d(x, w, self.bias, self.stride, self.padding)\n\n\n" + CLASS,
+                "        return nn.functional.conv2d(x, w, self.bias, self.stride, "
+                "self.padding)\n\n\n" + CLASS,
             ),
             ("self.mlp2_conv = nn.Conv2d", "self.mlp2_conv = Binary"),
         ],
@@ -77,11 +80,23 @@ EDITS = {
             ),
         ],
     ),
-    "weight norm": ("has hooks", [(MLP, MLP + "        torch.nn.utils.weight_norm(self.mlp1_conv)\n")]),
-    "spectral norm": ("has hooks", [(MLP, MLP + "        torch.nn.utils.spectral_norm(self.mlp1_conv)\n")]),
+    "weight norm": (
+        "has hooks",
+        [(MLP, MLP + "        torch.nn.utils.weight_norm(self.mlp1_conv)\n")],
+    ),
+    "spectral norm": (
+        "has hooks",
+        [(MLP, MLP + "        torch.nn.utils.spectral_norm(self.mlp1_conv)\n")],
+    ),
     "hook": (
         None,
-        [(MLP, MLP + "        self.mlp1_bn.register_forward_hook(lambda module, args, out: out + 0.3)\n")],
+        [
+            (
+                MLP,
+                MLP
+                + "        self.mlp1_bn.register_forward_hook(lambda module, args, out: out + 0.3)\n",
+            )
+        ],
     ),
     "instance": (
         "forward of its own",
@@ -89,7 +104,8 @@ EDITS = {
             (
                 MLP,
                 MLP + "        conv = self.mlp2_conv\n"
-                "        conv.forward = lambda x: nn.functional.conv2d(x, conv.weight.tanh(), conv.bias)\n",
+                "        conv.forward = lambda x: nn.functional.conv2d(x, conv.weight.tanh(), "
+                "conv.bias)\n",
             )
         ],
     ),
@@ -107,7 +123,8 @@ EDITS = {
         [
             (
                 "self.drop_path = DropPath(drop_path)",
-                "self.drop_path = DropPath(drop_path)\n        self.gate = nn.Parameter(torch.ones(dim, 1, 1))",
+                "self.drop_path = DropPath(drop_path)\n        self.gate = "
+                "nn.Parameter(torch.ones(dim, 1, 1))",
             ),
             (BRANCH, "x = x + self.gate * getattr(self, self.attn)(x)"),
         ],
@@ -122,7 +139,8 @@ EDITS = {
                 "ATTENTION = {",
                 "class Gated(TokenQKAttention):\n    def forward(self, x):\n"
                 "        q, k = conv_bn_lif_each(\n"
-                "            x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, self.k_lif)\n        )\n"
+                "            x, (self.q_conv, self.q_bn, self.q_lif), (self.k_conv, self.k_bn, "
+                "self.k_lif)\n        )\n"
                 "        x = k * (0.5 + 0.5 * q)\n"
                 "        return conv_bn_lif(x, self.proj_conv, self.proj_bn, self.proj_lif)\n\n\n"
                 'ATTENTION = {"gated": Gated, ',
@@ -152,7 +170,10 @@ EDITS = {
     "surrogate": (
         "attributes",
         [
-            ("from timm.models", "from spikingjelly.activation_based import surrogate\nfrom timm.models"),
+            (
+                "from timm.models",
+                "from spikingjelly.activation_based import surrogate\nfrom timm.models",
+            ),
             (MLP, MLP + "        self.mlp1_lif.surrogate_function = surrogate.ATan()\n"),
         ],
     ),
@@ -163,14 +184,18 @@ def train_step(model, x):
     """Logits and gradients."""
     logits = model.train()(x)
     logits.square().sum().backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @functools.cache
 def unchanged():
     torch.manual_seed(0)
     model = cifar10.model.QKFormer(embed_dims=32, num_heads=2, depths=3).double()
-    return train_step(model, torch.rand(2, 3, 16, 8, generator=torch.Generator().manual_seed(1)).double())
+    return train_step(
+        model, torch.rand(2, 3, 16, 8, generator=torch.Generator().manual_seed(1)).double()
+    )
 
 
 @compiled
@@ -184,7 +209,9 @@ def test_edit(tmp_path, monkeypatch, name):
         text = text.replace(old, new)
     (folder / "model.py").write_text(text)
     modules = load(str(folder))
-    monkeypatch.setattr(modules.fused, "host_library", cifar10.fused.host_library)  # compiled already
+    monkeypatch.setattr(
+        modules.fused, "host_library", cifar10.fused.host_library
+    )  # compiled already
     lines = []
     monkeypatch.setattr(modules.fused, "say", lines.append)
     results = []
@@ -199,7 +226,9 @@ def test_edit(tmp_path, monkeypatch, name):
         torch.testing.assert_close(gradients[key], want, rtol=1e-8, atol=1e-9, msg=key)
     before, before_gradients = unchanged()
     differ = gradients.keys() != before_gradients.keys() or not torch.equal(before, logits)
-    assert differ or any(not torch.equal(before_gradients[k], g) for k, g in gradients.items())  # it is an edit
+    assert differ or any(
+        not torch.equal(before_gradients[k], g) for k, g in gradients.items()
+    )  # it is an edit
     said = [line for line in set(lines) if "module by module" in line]
     assert (word is None and not said) or any(word in line for line in said), lines
     assert "layers run fused on cpu" in lines or name in ("neuron", "analog neuron")

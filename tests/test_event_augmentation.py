@@ -10,7 +10,9 @@ from on_events import CLASSES, cpu, resolve
 
 
 def chi_square(counts, shares):
-    """How far counts are from the expected ones, in units of what chance gives (about 0, larger than 5: not chance)."""
+    """How far counts are from the expected ones, in units of what chance gives (about 0, larger
+    than 5: not chance).
+    """
     counts, expected = np.array(counts), sum(counts) * np.array(shares)
     statistic, degrees = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
     return (statistic - degrees) / math.sqrt(2 * degrees)
@@ -42,7 +44,8 @@ def move_by(frames, right, down):
 
 
 def test_shifts_are_those_of_the_release(folder):
-    """Of its 62 values (31 magnitudes, two signs) 14 shift by 0 and 4 by 2 either way; and float32, step by step.
+    """Of its 62 values (31 magnitudes, two signs) 14 shift by 0 and 4 by 2 either way; and float32,
+    step by step.
 
     Its linspace goes from both ends inwards, each product and sum rounded once.
     """
@@ -51,7 +54,9 @@ def test_shifts_are_those_of_the_release(folder):
     assert both == {0: 14, **dict.fromkeys((1, 3, 4, -1, -3, -4), 6), 2: 4, -2: 4, 5: 2, -5: 2}
     step = float(np.float32(10) / np.float32(30))
     values = [np.float32(-5 + i * step if i < 15 else 5 - (30 - i) * step) for i in range(31)]
-    assert [*map(int, values)] == [*shifts] and -1 < values[12] < -0.9999 and 1.9999 < values[21] < 2
+    assert (
+        [*map(int, values)] == [*shifts] and -1 < values[12] < -0.9999 and 1.9999 < values[21] < 2
+    )
     assert len(shifts) == folder.augment.STEPS
 
 
@@ -69,7 +74,9 @@ def test_translation(folder, axis):
 
 
 def warp(frames, matrix):
-    """Nearest pixel under `matrix`, output to input coordinates about the centre; 0 from outside. In NumPy."""
+    """Nearest pixel under `matrix`, output to input coordinates about the centre; 0 from outside.
+    In NumPy.
+    """
     H, W = frames.shape[-2:]
     y, x = np.mgrid[:H, :W]
     xy = np.stack([x - (W - 1) / 2, y - (H - 1) / 2]).reshape(2, -1)
@@ -86,7 +93,9 @@ def largest_agreement(moved, candidates):
 
 @pytest.mark.parametrize("operation", ["shear_x", "rotate"])
 def test_shear_and_rotation(folder, operation):
-    """Angles: 31 values, equally spaced and equally often, about the centre. (Ties of rounding may differ.)"""
+    """Angles: 31 values, equally spaced and equally often, about the centre. (Ties of rounding may
+    differ.)
+    """
     torch.manual_seed(2)
     frames = torch.rand(2, 2, 64, 48)
     if operation == "shear_x":
@@ -94,7 +103,9 @@ def test_shear_and_rotation(folder, operation):
         matrices = [np.array([[1, math.tan(angle)], [0, 1]]) for angle in angles]
     else:
         angles = np.radians(np.arange(-30, 31, 2))
-        matrices = [np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles]
+        matrices = [
+            np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles
+        ]
     candidates, counts = [warp(frames, matrix) for matrix in matrices], [0] * 31
     for _ in range(700):
         which, share = largest_agreement(getattr(folder.augment, operation)(frames), candidates)
@@ -112,15 +123,23 @@ def test_cutout(folder):
         top, left, side = rows.min(), columns.min(), rows.max() - rows.min() + 1
         want = frames.clone()
         want[:, :, top : top + side, left : left + side] = 0
-        assert torch.equal(cut, want) and len(rows) == side**2  # one whole square, in all frames and polarities
+        assert (
+            torch.equal(cut, want) and len(rows) == side**2
+        )  # one whole square, in all frames and polarities
         areas.append(side.item() ** 2 / 128**2)
         centres.append(left.item() / (128 - side.item()))
     assert frames.all()
     # the share of areas below each tenth of 0.1 % .. 11 %; a side is rounded to whole pixels
     tenths = np.searchsorted(np.linspace(0.001, 0.11, 11), areas, side="right").clip(1, 10) - 1
     assert np.abs(np.bincount(tenths, minlength=10) / 2000 - 0.1).max() < 0.05
-    assert np.mean(areas) == pytest.approx(0.0555, abs=0.003) and min(areas) < 0.002 and max(areas) > 0.107
-    assert min(centres) == 0 and max(centres) == 1 and np.mean(centres) == pytest.approx(0.5, abs=0.03)
+    assert (
+        np.mean(areas) == pytest.approx(0.0555, abs=0.003)
+        and min(areas) < 0.002
+        and max(areas) > 0.107
+    )
+    assert (
+        min(centres) == 0 and max(centres) == 1 and np.mean(centres) == pytest.approx(0.5, abs=0.03)
+    )
 
 
 def test_all_frames_alike_and_by_the_seed(folder):
@@ -136,10 +155,15 @@ def test_all_frames_alike_and_by_the_seed(folder):
 
 
 def collate(folder, *argv, epoch=0, batch=4, T=8):
-    """A training batch of samples 0 .. batch-1, pixel (t, polarity) of sample i being 100 i + 10 t + polarity."""
+    """A training batch of samples 0 .. batch-1, pixel (t, polarity) of sample i being 100 i + 10 t
+    + polarity.
+    """
     cfg = resolve(folder, "--T", T, *argv)
     code = 10.0 * torch.arange(T)[:, None] + torch.arange(2.0)
-    samples = [((100 * i + code)[:, :, None, None].expand(T, 2, 4, 4).contiguous(), i) for i in range(batch)]
+    samples = [
+        ((100 * i + code)[:, :, None, None].expand(T, 2, 4, 4).contiguous(), i)
+        for i in range(batch)
+    ]
     return folder.data.Collate(cfg, True, epoch)(samples)
 
 
@@ -150,21 +174,29 @@ def test_T_train_is_drawn_once_for_a_batch_and_after_mixup(folder):
     for _ in range(40):
         frames, targets = collate(folder, "--T-train", 3, "--mixup-prob", 0.5)
         assert frames.shape == (4, 3, 2, 4, 4)
-        share = (targets[0, 0] - targets[0, 2]) / (targets[0, 0] + targets[0, 3] - 2 * targets[0, 2])
+        share = (targets[0, 0] - targets[0, 2]) / (
+            targets[0, 0] + targets[0, 3] - 2 * targets[0, 2]
+        )
         mixed += share.item() < 1
         times = (frames[0, :, 0, 0, 0] - 300 * (1 - share)) / 10
         drawn = times.round()
-        assert torch.allclose(times, drawn, atol=1e-2) and (drawn.diff() > 0).all()  # sorted, none twice
+        assert (
+            torch.allclose(times, drawn, atol=1e-2) and (drawn.diff() > 0).all()
+        )  # sorted, none twice
         sample = share * torch.arange(4.0) + (1 - share) * torch.arange(3.0, -1, -1)
         want = 100 * sample[:, None, None] + 10 * drawn[None, :, None] + torch.arange(2.0)
-        assert torch.allclose(frames[..., 0, 0], want, atol=1e-2)  # the same frames of every sample, as mixed
+        assert torch.allclose(
+            frames[..., 0, 0], want, atol=1e-2
+        )  # the same frames of every sample, as mixed
         draws.add(tuple(drawn.tolist()))
     assert len(draws) > 10 and 8 < mixed < 32
 
 
 def test_mixup_sees_all_frames(folder, monkeypatch):
     calls, (mixup, randperm) = [], (folder.data.Mixup.__call__, torch.randperm)
-    monkeypatch.setattr(folder.data.Mixup, "__call__", lambda *args: calls.append(args[1].shape) or mixup(*args))
+    monkeypatch.setattr(
+        folder.data.Mixup, "__call__", lambda *args: calls.append(args[1].shape) or mixup(*args)
+    )
     monkeypatch.setattr(torch, "randperm", lambda size: calls.append(size) or randperm(size))
     collate(folder, "--T-train", 3)
     assert calls == [(4, 2 * 8, 4, 4), 8]
@@ -172,9 +204,13 @@ def test_mixup_sees_all_frames(folder, monkeypatch):
 
 def test_cutmix_cuts_the_same_place_from_all_frames(folder):
     np.random.seed(1)
-    frames, targets = collate(folder, "--mixup", 0, "--cutmix", 1, "--mixup-prob", 1, "--smoothing", 0)
+    frames, targets = collate(
+        folder, "--mixup", 0, "--cutmix", 1, "--mixup-prob", 1, "--smoothing", 0
+    )
     cut = frames[0] >= 300
-    assert (cut == cut[:1, :1]).all() and cut.float().mean().item() == pytest.approx(targets[0, 3].item(), abs=1e-6)
+    assert (cut == cut[:1, :1]).all() and cut.float().mean().item() == pytest.approx(
+        targets[0, 3].item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("batch", [3, 4])
@@ -199,7 +235,9 @@ def test_mixup_ends_at_its_epoch_in_the_workers_too(folder, workers):
     cfg = resolve(folder, "--mixup-prob", 1, "-b", 8, "-j", workers)
     mixed = []
     for epoch in (0, 74, 75, 100):
-        targets = torch.cat([t for _, t in folder.data.train_loader(cfg, Ones(), epoch, 0, cpu(folder))])
+        targets = torch.cat(
+            [t for _, t in folder.data.train_loader(cfg, Ones(), epoch, 0, cpu(folder))]
+        )
         mixed.append(bool((targets.max(1).values < 0.9).any()))
         assert torch.allclose(targets.sum(1), torch.ones(32))
     assert mixed == [True, True, False, False]

@@ -1,4 +1,6 @@
-"""dvs128-gesture/ and cifar10-dvs/: files of frames that are damaged, of another kind, or hold pickles."""
+"""dvs128-gesture/ and cifar10-dvs/: files of frames that are damaged, of another kind, or hold
+pickles.
+"""
 
 import pickle
 import random
@@ -67,7 +69,10 @@ def test_no_damage_to_frames_passes(folder, tmp_path, save):
     save(path, frames=frames)
     whole, refused = path.read_bytes(), 0
     assert np.array_equal(folder.data.load_frames(path, 2), frames)
-    ends = [*range(200), *range(len(whole) - 150, len(whole))]  # where zip and NumPy keep their headers
+    ends = [
+        *range(200),
+        *range(len(whole) - 150, len(whole)),
+    ]  # where zip and NumPy keep their headers
     for place in (*ends, *(generator.randrange(len(whole)) for _ in range(100))):
         content = bytearray(whole)
         content[place] ^= 1 << generator.randrange(8)

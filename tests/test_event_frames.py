@@ -15,8 +15,12 @@ FEW = {"dvs128-gesture": {"train": 1, "trials": 1}, "cifar10-dvs": {"samples": 2
 
 
 def prepare(folder, root, T=3):
-    reader = folder.data.DVS128Gesture if folder.name == "dvs128-gesture" else folder.data.CIFAR10DVS
-    return folder.convert.prepare(root, T, reader, folder.data.ARCHIVES, folder.data.SUFFIXES, folder.data.PAGE)
+    reader = (
+        folder.data.DVS128Gesture if folder.name == "dvs128-gesture" else folder.data.CIFAR10DVS
+    )
+    return folder.convert.prepare(
+        root, T, reader, folder.data.ARCHIVES, folder.data.SUFFIXES, folder.data.PAGE
+    )
 
 
 @pytest.mark.parametrize("archive", [True, False])
@@ -24,11 +28,18 @@ def test_events_survive(folder, tmp_path, archive):
     written = write(folder.name, tmp_path, archive=archive, **FEW[folder.name])
     frames = prepare(folder, tmp_path)
     check_frames(frames, written)
-    made = {"events_np", "events_np.whole", frames.name, f"{frames.name}.whole", ".qkformer-building.lock"}
+    made = {
+        "events_np",
+        "events_np.whole",
+        frames.name,
+        f"{frames.name}.whole",
+        ".qkformer-building.lock",
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"download", *made}
     assert all(path.exists() for path in (tmp_path / "download").iterdir())
 
-    # reused: also without the recordings, where nothing can be written, and for another T from the events
+    # reused: also without the recordings, where nothing can be written, and for another T from the
+    # events
     shutil.rmtree(tmp_path / "download")
     times = {path: path.stat().st_mtime_ns for path in frames.rglob("*")}
     assert prepare(folder, tmp_path) == frames
@@ -75,7 +86,9 @@ def test_full_disk(folder, tmp_path, monkeypatch):
 
 
 def test_missing_and_broken_recordings(folder, tmp_path):
-    done = script(folder.name, "train", "--data-path", tmp_path, "--output-dir", tmp_path / "out", check=False)
+    done = script(
+        folder.name, "train", "--data-path", tmp_path, "--output-dir", tmp_path / "out", check=False
+    )
     archives = list(folder.data.ARCHIVES.values())
     one_line(done, *archives, folder.data.PAGE, tmp_path / "download")
 
@@ -96,7 +109,9 @@ def test_what_has_no_proof_is_made_again_or_taken_with_a_warning(folder, tmp_pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"another's")
     check_frames(prepare(folder, tmp_path), written)
-    assert (tmp_path / f"{frames.name}.old" / "another.npz").exists() and (tmp_path / "events_np.old").exists()
+    assert (tmp_path / f"{frames.name}.old" / "another.npz").exists() and (
+        tmp_path / "events_np.old"
+    ).exists()
 
     (events / next(iter(written))).unlink()  # lost since; the frames for another T need it
     check_frames(prepare(folder, tmp_path, 2), written, 2)
@@ -111,14 +126,24 @@ def test_what_has_no_proof_is_made_again_or_taken_with_a_warning(folder, tmp_pat
     check_frames(prepare(folder, tmp_path, 5), written, 5)
     (tmp_path / f"{frames.name}.whole").unlink()
     check_frames(prepare(folder, tmp_path), written)
-    warnings = [record.message for record in caplog.records if record.message.startswith("warning: ")]
-    assert [str(events) in warnings[0], str(frames) in warnings[1], len(warnings)] == [True, True, 2]
+    warnings = [
+        record.message for record in caplog.records if record.message.startswith("warning: ")
+    ]
+    assert [str(events) in warnings[0], str(frames) in warnings[1], len(warnings)] == [
+        True,
+        True,
+        2,
+    ]
 
 
 def test_an_archive_goes_before_its_folder_and_other_files_do_not_matter(folder, tmp_path):
-    written = write(folder.name, tmp_path, archive=folder.name == "dvs128-gesture", **FEW[folder.name])
+    written = write(
+        folder.name, tmp_path, archive=folder.name == "dvs128-gesture", **FEW[folder.name]
+    )
     for name in folder.data.ARCHIVES:
-        place = tmp_path / "download" / name  # of Gesture, a folder half unpacked beside its archive
+        place = (
+            tmp_path / "download" / name
+        )  # of Gesture, a folder half unpacked beside its archive
         place.mkdir(exist_ok=True)
         (place / ".DS_Store").write_bytes(b"Finder's")
         (place / "._half.aedat").write_bytes(b"Finder's")
@@ -132,10 +157,16 @@ def test_an_archive_goes_before_its_folder_and_other_files_do_not_matter(folder,
 
 
 def damaged(whole, kind):
-    """A recording that lost its tail, everything, part of an event, or the address of its first one."""
-    first = whole.find(b"#!END-HEADER\r\n") + 14 + 28 + 8 + 28  # behind a packet of one special event, and a header
+    """A recording that lost its tail, everything, part of an event, or the address of its first
+    one.
+    """
+    first = (
+        whole.find(b"#!END-HEADER\r\n") + 14 + 28 + 8 + 28
+    )  # behind a packet of one special event, and a header
     outside = whole[: first + 3] + b"\xff" + whole[first + 4 :]
-    return {"cut": whole[: first + 8 * 500], "odd": whole[:-3], "empty": b"", "outside": outside}[kind]
+    return {"cut": whole[: first + 8 * 500], "odd": whole[:-3], "empty": b"", "outside": outside}[
+        kind
+    ]
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "odd", "outside"])
@@ -143,7 +174,9 @@ def test_a_damaged_recording_is_named_and_a_mended_one_is_read(folder, tmp_path,
     if folder.name == "cifar10-dvs" and kind in ("cut", "outside"):
         pytest.skip("the format has neither an end nor addresses outside")
     written = write(folder.name, tmp_path, archive=False, **FEW[folder.name])
-    path = max((tmp_path / "download").rglob("*_1.aedat" if folder.name == "cifar10-dvs" else "*.aedat"))
+    path = max(
+        (tmp_path / "download").rglob("*_1.aedat" if folder.name == "cifar10-dvs" else "*.aedat")
+    )
     whole = path.read_bytes()
     path.write_bytes(damaged(whole, kind))
     with pytest.raises(folder.config.UserError, match=f"{path}.* get it again"):
@@ -171,7 +204,9 @@ def test_a_class_without_test_samples(tmp_path):
     labels.write_text("".join(row for row in rows if not row.startswith("2,")))  # label 1
     del written["test/1/user00_test_0.npz"]
     check_frames(prepare(folder, tmp_path), written)
-    dataset = folder.data.build_dataset(resolve(folder, "--data-path", tmp_path, "--T", 3), False, cpu(folder))
+    dataset = folder.data.build_dataset(
+        resolve(folder, "--data-path", tmp_path, "--T", 3), False, cpu(folder)
+    )
     names = [path.split("/")[-2] for path, _ in dataset.samples]
     assert names == ["0", "10", *"23456789"] and dataset.targets == [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
@@ -199,7 +234,10 @@ def test_only_training_samples_are_augmented(folder, tmp_path):
 
 def test_frames_of_another_data_set(folder, tmp_path):
     other = load(next(name for name in FOLDERS if name != folder.name))
-    fabricate(SimpleNamespace(name=next(name for name in FOLDERS if name != folder.name), **vars(other)), tmp_path)
+    fabricate(
+        SimpleNamespace(name=next(name for name in FOLDERS if name != folder.name), **vars(other)),
+        tmp_path,
+    )
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
     with pytest.raises(folder.config.UserError, match="give each its own data_path"):
         folder.data.build_dataset(cfg, True, cpu(folder))
@@ -210,7 +248,9 @@ def test_frames_of_another_data_set(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", b"PK half", {"events": [1]}, {"frames": np.zeros((3, 2, 128, 128))}])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK half", {"events": [1]}, {"frames": np.zeros((3, 2, 128, 128))}]
+)
 def test_a_damaged_frames_file(folder, tmp_path, workers, content):
     paths = fabricate(folder, tmp_path, count=4)
     if isinstance(content, bytes):
@@ -218,7 +258,9 @@ def test_a_damaged_frames_file(folder, tmp_path, workers, content):
     else:
         np.savez(paths[0], **content)
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2, "-b", 2, "-j", workers)
-    loader = folder.data.train_loader(cfg, folder.data.build_dataset(cfg, True, cpu(folder)), 0, 0, cpu(folder))
+    loader = folder.data.train_loader(
+        cfg, folder.data.build_dataset(cfg, True, cpu(folder)), 0, 0, cpu(folder)
+    )
     with pytest.raises(folder.config.UserError) as error:
         list(loader)
     assert str(paths[0]) in str(error.value) and "\n" not in str(error.value)
@@ -233,7 +275,10 @@ def test_waiting_for_another_run(folder, tmp_path, caplog):
             time.sleep(0.01)
         assert thread.is_alive()
     thread.join(10)
-    assert caplog.messages == [f"waiting for the run that converts {tmp_path}"] and not thread.is_alive()
+    assert (
+        caplog.messages == [f"waiting for the run that converts {tmp_path}"]
+        and not thread.is_alive()
+    )
 
 
 def test_split():
@@ -257,7 +302,9 @@ def test_split_of_recordings(tmp_path, monkeypatch):
     names = []
     for train in (True, False):
         dataset = folder.data.build_dataset(cfg, train, cpu(folder))
-        names.append([dataset.dataset.samples[index][0].rsplit("_", 1)[1] for index in dataset.indices])
+        names.append(
+            [dataset.dataset.samples[index][0].rsplit("_", 1)[1] for index in dataset.indices]
+        )
     order = [f"{number}.npz" for number in (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)]
     assert names == [order[:11] * 10, order[11:] * 10]
 
@@ -266,7 +313,9 @@ def test_a_proof_that_is_not_text(folder, tmp_path):
     fabricate(folder, tmp_path)
     (tmp_path / "frames_number_2_split_by_number.whole").write_bytes(b"\xff\x00")
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
-    assert len(folder.data.build_dataset(cfg, True, cpu(folder))) > 0  # taken with a warning, as without one
+    assert (
+        len(folder.data.build_dataset(cfg, True, cpu(folder))) > 0
+    )  # taken with a warning, as without one
 
 
 def test_a_path_that_can_not_be(folder, tmp_path):

@@ -1,4 +1,6 @@
-"""dvs128-gesture/ and cifar10-dvs/: raw recordings, labels and lists of trials that are not what they should be."""
+"""dvs128-gesture/ and cifar10-dvs/: raw recordings, labels and lists of trials that are not what
+they should be.
+"""
 
 import os
 import random
@@ -37,7 +39,9 @@ def recording(root):
 
 
 def convert(folder, root):
-    return folder.data.build_dataset(resolve(folder, "--data-path", root, "--T", 3), True, cpu(folder))
+    return folder.data.build_dataset(
+        resolve(folder, "--data-path", root, "--T", 3), True, cpu(folder)
+    )
 
 
 def refused(folder, root, *words):
@@ -66,7 +70,9 @@ def test_the_other_data_set_s_format(folder, root, recording):
 
 
 def outcome(folder, content, place):
-    """What the checks and the reader make of a recording: None if it is refused, else its events."""
+    """What the checks and the reader make of a recording: None if it is refused, else
+    its events.
+    """
     name = "DvsGesture" if folder.name == "dvs128-gesture" else "airplane"
     path = place / name / "x.aedat"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,9 @@ def test_a_recording_that_lost_a_byte(folder, tmp_path):
 
 
 def test_a_recording_that_ends_in_the_middle(folder, tmp_path):
-    """It is refused where the cut can be seen: within a packet, or within an event where there are no packets."""
+    """It is refused where the cut can be seen: within a packet, or within an event where there are
+    no packets.
+    """
     path, generator = tmp_path / "whole", random.Random(1)
     gesture = folder.name == "dvs128-gesture"
     folder.shapes.write_aedat(path, EVENTS)
@@ -132,7 +140,7 @@ def test_one_name_twice_and_what_is_no_file(folder, root, recording):
     recording.write_bytes(whole)
 
 
-# Gesture's labels and lists ----------------------------------------------------------------------------------------
+# Gesture's labels and lists -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -150,7 +158,10 @@ LABELS = {
     "class 12": (lambda rows: [*rows, "12,1,2"], ["line 13", "class is 12", "from 1 to 11"]),
     "class 0": (lambda rows: [*rows, "0,1,2"], ["line 13", "class is 0"]),
     "doubled": (lambda rows: [*rows, "", rows[3]], ["line 14", "the trial of line 4 again"]),
-    "relabelled": (lambda rows: [*rows, "1," + rows[3].split(",", 1)[1]], ["line 13", "line 4 again"]),
+    "relabelled": (
+        lambda rows: [*rows, "1," + rows[3].split(",", 1)[1]],
+        ["line 13", "line 4 again"],
+    ),
     "two columns": (lambda rows: [*rows, "3,4"], ["line 13", "'3,4' is not"]),
     "semicolons": (lambda rows: [row.replace(",", ";") for row in rows], ["line 2", "is not"]),
     "words": (lambda rows: [*rows, "clap,1,2"], ["line 13", "'clap,1,2'"]),
@@ -171,14 +182,18 @@ def test_labels(gesture, kind):
 
 
 def test_random_damage_to_labels(gesture):
-    """Each of 300 changes is refused in a line that names the file, or leaves rows as spikingjelly reads them."""
+    """Each of 300 changes is refused in a line that names the file, or leaves rows as spikingjelly
+    reads them.
+    """
     folder, _, place = gesture
     path, generator, refusals = place / "user00_train_labels.csv", random.Random(0), 0
     whole = path.read_bytes()
     for _ in range(300):
         content = bytearray(whole)
         at = generator.randrange(len(content))
-        content[at : at + generator.randrange(3)] = generator.choice([b"", b"\n", b",", b"9", b"x", b"\xff"])
+        content[at : at + generator.randrange(3)] = generator.choice(
+            [b"", b"\n", b",", b"9", b"x", b"\xff"]
+        )
         path.write_bytes(content)
         try:
             end = folder.aedat.check_labels(path, path)
@@ -187,7 +202,11 @@ def test_random_damage_to_labels(gesture):
             refusals += 1
         else:
             rows = np.loadtxt(path, dtype=np.uint32, delimiter=",", skiprows=1, encoding="latin-1")
-            assert rows.shape[1] == 3 and rows[:, 2].max() == end and set(rows[:, 0]) <= set(range(1, 12))
+            assert (
+                rows.shape[1] == 3
+                and rows[:, 2].max() == end
+                and set(rows[:, 0]) <= set(range(1, 12))
+            )
     assert refusals > 100
 
 
@@ -209,7 +228,9 @@ def test_missing_trials_and_recordings_are_warned_of(gesture, caplog):
     assert "user00_train.aedat ends before its last trial does" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["../../../planted.aedat", "{outside}/planted.aedat", "gone.aedat"])
+@pytest.mark.parametrize(
+    "name", ["../../../planted.aedat", "{outside}/planted.aedat", "gone.aedat"]
+)
 def test_a_list_of_trials_can_not_name_files_elsewhere(gesture, name):
     """spikingjelly would read them and write samples beside them."""
     folder, root, place = gesture
@@ -217,15 +238,28 @@ def test_a_list_of_trials_can_not_name_files_elsewhere(gesture, name):
     shutil.copy(place / "user00_train.aedat", outside)
     shutil.copy(place / "user00_train_labels.csv", root.parent / "planted_labels.csv")
     before = set(root.parent.iterdir())
-    (place / "trials_to_train.txt").write_text(f"user00_train.aedat\n{name.format(outside=root.parent)}\n")
-    refused(folder, root, place / "trials_to_train.txt", "planted.aedat" if "planted" in name else "gone")
+    (place / "trials_to_train.txt").write_text(
+        f"user00_train.aedat\n{name.format(outside=root.parent)}\n"
+    )
+    refused(
+        folder,
+        root,
+        place / "trials_to_train.txt",
+        "planted.aedat" if "planted" in name else "gone",
+    )
     assert set(root.parent.iterdir()) == before
 
 
 def test_lists_of_trials(gesture):
     folder, root, place = gesture
     (place / "trials_to_test.txt").write_text("user00_train.aedat\n")
-    refused(folder, root, place / "trials_to_test.txt", "user00_train.aedat", "trials_to_train.txt has already")
+    refused(
+        folder,
+        root,
+        place / "trials_to_test.txt",
+        "user00_train.aedat",
+        "trials_to_train.txt has already",
+    )
     (place / "trials_to_test.txt").unlink()
     refused(folder, root, "trials_to_test.txt is missing")
     (place / "trials_to_test.txt").write_text("user00_test.aedat\n")

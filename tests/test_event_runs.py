@@ -29,7 +29,9 @@ QUICK = ["-c", "quickstart.yml", "--T", 2, "--epochs", 3]
 
 @pytest.fixture(scope="module")
 def trained(data_path, tmp_path_factory):
-    """From nothing to a checkpoint, by a copy of the folder alone in an empty place; once for each folder."""
+    """From nothing to a checkpoint, by a copy of the folder alone in an empty place; once for each
+    folder.
+    """
 
     @functools.cache
     def train(name):
@@ -49,27 +51,56 @@ def test_short_quick_start(folder, data_path, trained):
     run = alone / "output" / "quickstart"
     log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     best = max(log, key=lambda line: line["test_acc1"])
-    assert len(log) == 3 and log[-1]["train_loss"] < 0.95 * math.log(CLASSES[folder.name])  # below chance
+    assert len(log) == 3 and log[-1]["train_loss"] < 0.95 * math.log(
+        CLASSES[folder.name]
+    )  # below chance
 
     args = ["--data-path", data_path[folder.name], *QUICK]
     done = script(alone, "test", *args, cwd=alone)
     result = json.loads((run / "test-best.json").read_text())
-    assert "reading recordings" not in done.stdout and f"top-1 {best['test_acc1']:.2f} %" in done.stdout
-    assert result["top1"] == best["test_acc1"] and result["loss"] == pytest.approx(best["test_loss"], rel=1e-5)
+    assert (
+        "reading recordings" not in done.stdout
+        and f"top-1 {best['test_acc1']:.2f} %" in done.stdout
+    )
+    assert result["top1"] == best["test_acc1"] and result["loss"] == pytest.approx(
+        best["test_loss"], rel=1e-5
+    )
     done = script(alone, "train", *args, "--test-only", "--resume", "auto", cwd=alone)
-    assert f"last.pth: top-1 {log[-1]['test_acc1']:.2f} %" in done.stdout and "epoch" not in done.stdout
+    assert (
+        f"last.pth: top-1 {log[-1]['test_acc1']:.2f} %" in done.stdout
+        and "epoch" not in done.stdout
+    )
 
 
-RANDOM = [*SMALL, "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--T-train", 1]
+RANDOM = [
+    *SMALL,
+    "--batch-size",
+    8,
+    "--epochs",
+    2,
+    "--warmup-epochs",
+    0,
+    "--cooldown-epochs",
+    0,
+    "--T-train",
+    1,
+]
 RANDOM += ["--drop-path", 0.2, "--mixup-prob", 1, "--lr", 1e-2]
 
 
 def kill_when(condition, folder, *args):
     """Start train.py and SIGKILL it as soon as condition() holds."""
     command = [sys.executable, "train.py", *on_cpu(args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as script(): with other threads sums round otherwise
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as script(): with other threads sums round otherwise
     process = subprocess.Popen(
-        command, cwd=ROOT / folder.name, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT / folder.name,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 120
     while not condition():
@@ -81,13 +112,23 @@ def kill_when(condition, folder, *args):
 
 @ONCE
 def test_killed_and_restarted(folder, tmp_path):
-    """Killed while events are made, while frames are made and in training; the same command ends as if never."""
-    written = write(folder.name, tmp_path, **({"samples": 10} if folder.name == "cifar10-dvs" else {"trials": 1}))
+    """Killed while events are made, while frames are made and in training; the same command ends as
+    if never.
+    """
+    written = write(
+        folder.name,
+        tmp_path,
+        **({"samples": 10} if folder.name == "cifar10-dvs" else {"trials": 1}),
+    )
     frames, events = tmp_path / "frames_number_2_split_by_number", tmp_path / "events_np"
     args = ["--data-path", tmp_path, "--output-dir", tmp_path / "out", "--resume", "auto", *RANDOM]
-    kill_when(lambda: any((tmp_path / ".qkformer-building" / "events_np").rglob("*.npz")), folder, *args)
+    kill_when(
+        lambda: any((tmp_path / ".qkformer-building" / "events_np").rglob("*.npz")), folder, *args
+    )
     assert not events.exists()
-    kill_when(lambda: any((tmp_path / ".qkformer-building").glob("frames*/**/*.npz")), folder, *args)
+    kill_when(
+        lambda: any((tmp_path / ".qkformer-building").glob("frames*/**/*.npz")), folder, *args
+    )
     assert events.exists() and not frames.exists()
     run = tmp_path / "out" / folder.name
     kill_when((run / "last.pth").exists, folder, *args)
@@ -99,7 +140,9 @@ def test_killed_and_restarted(folder, tmp_path):
     args[args.index("--output-dir") + 1] = tmp_path / "whole"
     script(folder.name, "train", *args)
     assert log_of(run) == log_of(tmp_path / "whole" / folder.name)
-    one, other = (torch.load(tmp_path / name / folder.name / "last.pth")["model"] for name in ("out", "whole"))
+    one, other = (
+        torch.load(tmp_path / name / folder.name / "last.pth")["model"] for name in ("out", "whole")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -108,19 +151,40 @@ def evaluate(folder, cfg, path, eval_amp, semantics=False):
     one, model = cpu(folder), build_model(folder, cfg, semantics)
     folder.checkpoint.load_weights(model, folder.checkpoint.load_checkpoint(path), path)
     loader = folder.data.test_loader(cfg, folder.data.build_dataset(cfg, False, one), one)
-    return folder.engine.evaluate(model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp))
+    return folder.engine.evaluate(
+        model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp)
+    )
 
 
 @ONCE
 def test_training_on_two_ranks(folder, tmp_path, data_path):
-    """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp says otherwise."""
-    args = ["--data-path", data_path[folder.name], "--output-dir", tmp_path, *RANDOM, "--epochs", 1, "--T", 3]
+    """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp
+    says otherwise.
+    """
+    args = [
+        "--data-path",
+        data_path[folder.name],
+        "--output-dir",
+        tmp_path,
+        *RANDOM,
+        "--epochs",
+        1,
+        "--T",
+        3,
+    ]
     args += ["--amp-dtype", "bfloat16"]
     done = script(folder.name, "train", *args, ranks=2)
-    assert "2 rank(s), 16 samples a step" in done.stdout and done.stdout.count("integrating frames") == 1
+    assert (
+        "2 rank(s), 16 samples a step" in done.stdout
+        and done.stdout.count("integrating frames") == 1
+    )
     [line], best = log_of(tmp_path / folder.name), tmp_path / folder.name / "best.pth"
     cfg = resolve(folder, *args)
-    assert evaluate(folder, cfg, best, cfg.eval_amp).loss == line["test_loss"] != evaluate(folder, cfg, best, True).loss
+    assert (
+        evaluate(folder, cfg, best, cfg.eval_amp).loss
+        == line["test_loss"]
+        != evaluate(folder, cfg, best, True).loss
+    )
 
 
 @ONCE

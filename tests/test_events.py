@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, Golden, build_model, check_golden, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
 
-# Model ------------------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("semantics", ["per_sample", "release"])
@@ -17,7 +17,9 @@ def test_golden(folder, semantics):
     golden = Golden(folder.name)
 
     def build(fused):
-        return folder.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused)
+        return folder.model.QKFormer(
+            T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
+        )
 
     check_golden(golden, build, folder.lif.MultiStepLIF, semantics)
 
@@ -25,10 +27,14 @@ def test_golden(folder, semantics):
 def test_the_recipe_builds_the_published_model(folder):
     model = build_model(folder, resolve(folder))
     meta = Golden(folder.name).meta
-    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta["state_dict"]
+    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta[
+        "state_dict"
+    ]
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[folder.name]
     assert model.T == 16
-    cfg = resolve(folder, "--num-classes", 3, "--mlp-ratio", 2, "--dim", 64, "--attention", "channel", "token")
+    cfg = resolve(
+        folder, "--num-classes", 3, "--mlp-ratio", 2, "--dim", 64, "--attention", "channel", "token"
+    )
     model = build_model(folder, cfg)
     assert model.head.weight.shape == (3, 64) and model.stage2[0].mlp.mlp1_conv.out_channels == 128
     assert type(model.stage1[0].tssa).__name__ == "ChannelQKAttention"
@@ -70,18 +76,22 @@ def test_wrong_keywords(folder, keywords, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 32, 32), (2, 4, 3, 32, 32), (2, 4, 2, 32, 40), (2, 0, 2, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 32, 32), (2, 4, 3, 32, 32), (2, 4, 2, 32, 40), (2, 0, 2, 32, 32)]
+)
 def test_wrong_input(folder, shape):
     with pytest.raises(ValueError) as error:
         small_model(folder)(torch.zeros(shape))
     assert str(list(shape)) in str(error.value)
 
 
-# Recipe -----------------------------------------------------------------------------------------------------------
+# Recipe -------------------------------------------------------------------------------------------
 
 
 def learning_rates(folder):
-    optimizer, scheduler, num_epochs = folder.train.build_optimizer(resolve(folder), torch.nn.Linear(2, 2))
+    optimizer, scheduler, num_epochs = folder.train.build_optimizer(
+        resolve(folder), torch.nn.Linear(2, 2)
+    )
     for epoch in range(num_epochs):
         scheduler.step(epoch)
         yield optimizer.param_groups[0]["lr"]
@@ -97,12 +107,16 @@ def test_learning_rates_of_the_published_run():
 def test_learning_rates_of_gesture():
     rates = list(learning_rates(load("dvs128-gesture")))
     warm = [1e-5 + (1e-3 - 1e-5) * epoch / 10 for epoch in range(10)]
-    cosine = [2e-5 + (1e-3 - 2e-5) * (1 + math.cos(math.pi * epoch / 192)) / 2 for epoch in range(10, 192)]
+    cosine = [
+        2e-5 + (1e-3 - 2e-5) * (1 + math.cos(math.pi * epoch / 192)) / 2 for epoch in range(10, 192)
+    ]
     assert rates == pytest.approx(warm + cosine + [2e-5] * 10, rel=1e-9)
 
 
 def test_the_recipes(folder):
-    """Each yml says what the defaults are; the two folders' keys differ only where the recipes do."""
+    """Each yml says what the defaults are; the two folders' keys differ only where the
+    recipes do.
+    """
     cfg = vars(resolve(folder))
     values = yaml.safe_load((ROOT / folder.name / f"{folder.name}.yml").read_text())
     for name, key in folder.options.KEYS.items():
@@ -127,15 +141,46 @@ def test_the_published_recipes(folder):
         "eval_amp": False,
         "sync_bn": False,
     }
-    published |= {"dim": 256, "num_heads": 16, "layer": 2, "attention": ["token", "ssa"], "drop_path": 0}
-    published |= {"cooldown_epochs": 10, "warmup_epochs": 10, "warmup_lr": 1e-5, "sched": "cosine", "opt": "adamw"}
-    published |= {"opt_eps": 1e-8, "opt_betas": [0.9, 0.999], "weight_decay": 0.06, "momentum": 0.9, "smoothing": 0.1}
-    published |= {"mixup": 0.5, "cutmix": 0, "cutmix_minmax": None, "mixup_prob": 0.5, "mixup_switch_prob": 0.5}
+    published |= {
+        "dim": 256,
+        "num_heads": 16,
+        "layer": 2,
+        "attention": ["token", "ssa"],
+        "drop_path": 0,
+    }
+    published |= {
+        "cooldown_epochs": 10,
+        "warmup_epochs": 10,
+        "warmup_lr": 1e-5,
+        "sched": "cosine",
+        "opt": "adamw",
+    }
+    published |= {
+        "opt_eps": 1e-8,
+        "opt_betas": [0.9, 0.999],
+        "weight_decay": 0.06,
+        "momentum": 0.9,
+        "smoothing": 0.1,
+    }
+    published |= {
+        "mixup": 0.5,
+        "cutmix": 0,
+        "cutmix_minmax": None,
+        "mixup_prob": 0.5,
+        "mixup_switch_prob": 0.5,
+    }
     published |= {"mixup_mode": "batch", "mixup_off_epoch": 75, "T_train": None}
     if folder.name == "dvs128-gesture":
         published |= {"epochs": 192, "lr": 1e-3, "min_lr": 2e-5, "num_classes": 11, "mlp_ratio": 4}
     else:
-        published |= {"epochs": 96, "lr": 5e-3, "min_lr": 1e-5, "num_classes": 10, "mlp_ratio": 1, "split_seed": None}
+        published |= {
+            "epochs": 96,
+            "lr": 5e-3,
+            "min_lr": 1e-5,
+            "num_classes": 10,
+            "mlp_ratio": 1,
+            "split_seed": None,
+        }
     cfg = vars(resolve(folder))
     assert {name: cfg[name] for name in published} == published
 

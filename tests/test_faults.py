@@ -109,7 +109,9 @@ def test_lost_worker(act, caplog):
     """Its batch and all later ones are made by this process; the fault says why."""
 
     def full():
-        raise RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </x>: No space left on device (28)"
+        )
 
     acts = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "shm": full}
     batches = loader(Numbers(4, acts[act]))
@@ -142,7 +144,9 @@ def test_workers_end_with_their_parent(tmp_path, killed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_within_a_call_of_c(tmp_path, monkeypatch, number):
-    """The first is only noted, as is what a launcher passes on at once; a later one ends the process."""
+    """The first is only noted, as is what a launcher passes on at once; a later one ends the
+    process.
+    """
     monkeypatch.setattr(runtime, "SAME_SIGNAL", 3)
 
     def main():
@@ -163,7 +167,9 @@ def test_signals_within_a_call_of_c(tmp_path, monkeypatch, number):
     wait_for((tmp_path / "number").exists)
     os.kill(pid, number)
     time.sleep(3.2)
-    assert os.waitpid(pid, os.WNOHANG) == (0, 0) and (tmp_path / "number").read_text() == str(int(number))
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0) and (tmp_path / "number").read_text() == str(
+        int(number)
+    )
     os.kill(pid, number)
     assert ended(pid) == 128 + number
 
@@ -187,7 +193,12 @@ def two_ranks(tmp_path, function, timeout_minutes=10):
         port = str(free.getsockname()[1])
 
     def main(rank):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update(place)
         ranks = runtime.Ranks("cpu", timeout_minutes)
         runtime.set_up_log(ranks)
@@ -198,7 +209,9 @@ def two_ranks(tmp_path, function, timeout_minutes=10):
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_lost_rank(tmp_path, number):
-    """Of a rank that is stopped or killed, the other one says so in a line, within timeout_minutes."""
+    """Of a rank that is stopped or killed, the other one says so in a line, within
+    timeout_minutes.
+    """
 
     def function(ranks):
         ranks.sum(torch.ones(1))
@@ -212,12 +225,17 @@ def test_lost_rank(tmp_path, number):
     ended(other)
     words = {signal.SIGSTOP: "waited timeout_minutes", signal.SIGKILL: "was killed"}[number]
     assert (tmp_path / "rank0").read_text().count("error: ") == 1
-    assert words in (tmp_path / "rank0").read_text() and "Traceback" not in (tmp_path / "rank0").read_text()
+    assert (
+        words in (tmp_path / "rank0").read_text()
+        and "Traceback" not in (tmp_path / "rank0").read_text()
+    )
 
 
 def test_a_rank_says_what_it_waits_for(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "FIRST_WORD", 0.05)
-    pids = two_ranks(tmp_path, lambda ranks: ranks.from_main(lambda: time.sleep(1), "makes frames") or 0)
+    pids = two_ranks(
+        tmp_path, lambda ranks: ranks.from_main(lambda: time.sleep(1), "makes frames") or 0
+    )
     assert [ended(pid) for pid in pids] == [0, 0]
     assert "rank 1 waits for rank 0, which makes frames" in (tmp_path / "rank1").read_text()
 
@@ -248,7 +266,9 @@ def opened(tmp_path, **settings):
 
 
 def test_two_runs_of_one_name(tmp_path):
-    """The second gets a number; to go on beside the live one is an error, until that one is killed."""
+    """The second gets a number; to go on beside the live one is an error, until that
+    one is killed.
+    """
 
     def main():
         assert opened(tmp_path) == "a"
@@ -295,7 +315,9 @@ def test_newest_by_what_files_say(tmp_path):
 
 
 def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
-    """A run killed between any two points has each of them once, though the clock is set back each time."""
+    """A run killed between any two points has each of them once, though the clock is set back each
+    time.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tmp_path / "steps").mkdir()
@@ -312,8 +334,15 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
     curves = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "steps", tmp_path)]
     points = curves[0].Scalars("step/loss")
     assert [point.step for point in points] == list(range(12))
-    assert [point.value for point in points] == pytest.approx([math.sqrt(step) for step in range(12)])
-    assert [(point.step, point.value) for point in curves[1].Scalars("lr/epoch")] == [(0, 2), (1, 5), (2, 8), (3, 11)]
+    assert [point.value for point in points] == pytest.approx(
+        [math.sqrt(step) for step in range(12)]
+    )
+    assert [(point.step, point.value) for point in curves[1].Scalars("lr/epoch")] == [
+        (0, 2),
+        (1, 5),
+        (2, 8),
+        (3, 11),
+    ]
 
 
 @pytest.mark.parametrize("full", ["log.txt", "events.out.tfevents.0000000001"])
@@ -336,7 +365,9 @@ def test_names_of_any_bytes(tmp_path, capfd):
     cfg.output = str(folder)
     runs.make_folder(folder, cfg, (os.fsdecode(b"\xe4rger"), "b"))
     assert (folder / "classes.txt").read_bytes() == b"\xe4rger\nb\n"
-    cifar10.checkpoint.save_checkpoint({"model": {"w": torch.ones(1)}, "config": vars(cfg)}, folder / "last.pth")
+    cifar10.checkpoint.save_checkpoint(
+        {"model": {"w": torch.ones(1)}, "config": vars(cfg)}, folder / "last.pth"
+    )
     read = cifar10.checkpoint.load_checkpoint(folder / "last.pth")
     assert str(read["config"]["output"]) == str(folder)
 
@@ -353,10 +384,18 @@ def test_faults_of_the_machine_are_a_line():
         torch.empty(2**55, dtype=torch.uint8)
     assert "not enough memory" in runtime.explain(error.value)
     assert "not enough memory" in runtime.explain(MemoryError())
-    assert "not enough GPU memory" in runtime.explain(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    assert "not enough GPU memory" in runtime.explain(
+        torch.OutOfMemoryError("CUDA out of memory. Tried")
+    )
     assert "ulimit -n" in runtime.explain(OSError(24, "Too many open files"))
-    assert runtime.explain(OSError(30, "Read-only file system", "/x/y")) == "/x/y: Read-only file system"
-    assert runtime.explain(RuntimeError("shapes differ")) is None and runtime.explain(KeyError("a")) is None
+    assert (
+        runtime.explain(OSError(30, "Read-only file system", "/x/y"))
+        == "/x/y: Read-only file system"
+    )
+    assert (
+        runtime.explain(RuntimeError("shapes differ")) is None
+        and runtime.explain(KeyError("a")) is None
+    )
 
 
 # Checkpoints
@@ -366,7 +405,12 @@ def test_faults_of_the_machine_are_a_line():
 def trained(tmp_path_factory):
     """A checkpoint in the middle of an epoch."""
     output = tmp_path_factory.mktemp("trained")
-    args = [*map(str, [*SMALL, "--batch-size", 512, "--model-ema", "--output", output, "--experiment", "run"])]
+    args = [
+        *map(
+            str,
+            [*SMALL, "--batch-size", 512, "--model-ema", "--output", output, "--experiment", "run"],
+        )
+    ]
     assert cifar10.train.main([*args, "--epochs", "1"]) == 0
     content = torch.load(output / "run" / "last.pth", weights_only=True)
     content.update(epoch=0, step=1, loss_total=2.0)
@@ -386,7 +430,9 @@ ODD = {
     "loss_total": lambda c: c.update(loss_total=math.nan),
     "best": lambda c: c.update(best=[1]),
     "optimizer": lambda c: c.update(optimizer=[]),
-    "exp_avg": lambda c: moments(c, "exp_avg", torch.full_like(c["optimizer"]["state"][0]["exp_avg"], math.inf)),
+    "exp_avg": lambda c: moments(
+        c, "exp_avg", torch.full_like(c["optimizer"]["state"][0]["exp_avg"], math.inf)
+    ),
     "exp_avg_sq": lambda c: moments(c, "exp_avg_sq", torch.ones(3)),
     "optimizer state": lambda c: moments(c, "step", "abc"),
     "no step": lambda c: c["optimizer"]["state"][0].pop("step"),
@@ -415,7 +461,9 @@ def test_resume_from_odd_fields(trained, tmp_path, word):
 
 
 def test_gradients_that_stay_not_finite():
-    """A scaler that leaves out step after step ends the run; one step that is done starts the count anew."""
+    """A scaler that leaves out step after step ends the run; one step that is done starts the count
+    anew.
+    """
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer, scaler = torch.optim.SGD([weight], 0.1), torch.amp.GradScaler("cpu")
     skips = engine.Skips(optimizer)
@@ -447,7 +495,9 @@ def test_steps_of_other_optimizers_count(name):
 
 
 def test_deterministic(tmp_path, monkeypatch):
-    """The key makes PyTorch deterministic, and two runs equal to the bit, which plain ones are on a CPU."""
+    """The key makes PyTorch deterministic, and two runs equal to the bit, which plain ones are on a
+    CPU.
+    """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be put back
     args = [*SMALL, "--batch-size", 512, "--epochs", 1, "--deterministic", "--output", tmp_path]
     try:
@@ -461,7 +511,9 @@ def test_deterministic(tmp_path, monkeypatch):
 
 
 def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
-    """Other numbers of steps run fused; this one module by module, with a line, and the same result."""
+    """Other numbers of steps run fused; this one module by module, with a line, and the same
+    result.
+    """
     library = cifar10.fused.host_library
 
     def broken(dtype, T):
@@ -473,13 +525,20 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
     cifar10.fused.host_error.cache_clear()
     caplog.set_level(logging.INFO)
     try:
-        model = cifar10.model.QKFormer(T=3, img_size_h=16, img_size_w=16, embed_dims=16, num_heads=2, depths=3).eval()
+        model = cifar10.model.QKFormer(
+            T=3, img_size_h=16, img_size_w=16, embed_dims=16, num_heads=2, depths=3
+        ).eval()
         x = torch.rand(2, 3, 16, 16)
         with torch.no_grad():
             found = model(x)
-            model.apply(lambda module: setattr(module, "fused", False) if hasattr(module, "fused") else None)
+            model.apply(
+                lambda module: setattr(module, "fused", False) if hasattr(module, "fused") else None
+            )
             assert torch.equal(found, model(x)) or torch.allclose(found, model(x), atol=1e-5)
-        assert not cifar10.fused.available("cpu", torch.float32, "auto", 3) and "registers" in caplog.text
+        assert (
+            not cifar10.fused.available("cpu", torch.float32, "auto", 3)
+            and "registers" in caplog.text
+        )
         assert cifar10.fused.available("cpu", torch.float32, "auto", 2)
     finally:
         cifar10.fused.host_error.cache_clear()

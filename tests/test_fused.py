@@ -16,14 +16,18 @@ compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C+
 CL = torch.channels_last
 
 
-# The kernels ------------------------------------------------------------------------------------------------------
+# The kernels --------------------------------------------------------------------------------------
 
 
 def reference(y, T, gamma, beta, tau, v_threshold, grad):
-    """Spikes, the gradients of y, gamma and beta, by autograd through BatchNorm and the plain neuron."""
+    """Spikes, the gradients of y, gamma and beta, by autograd through BatchNorm and the plain
+    neuron.
+    """
     leaves = [leaf.detach().double().requires_grad_() for leaf in (y, gamma, beta)]
     x = leaves[0].flatten(0, 1)
-    z = nn.functional.batch_norm(x, None, None, leaves[1], leaves[2], True).unflatten(0, y.shape[:2])
+    z = nn.functional.batch_norm(x, None, None, leaves[1], leaves[2], True).unflatten(
+        0, y.shape[:2]
+    )
     spikes = lif.torch_lif(z.expand(T, *z.shape[1:]), tau, v_threshold)
     spikes.backward(grad.double())
     return spikes, *(leaf.grad for leaf in leaves)
@@ -62,13 +66,17 @@ def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=
         elif flips == 0:  # a spike that flips takes gradients with it
             tolerance = 5e-2 if dtype.itemsize == 2 else 1e-4
             for a, b in zip(got[1:], want[1:], strict=True):
-                torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+                torch.testing.assert_close(
+                    a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item()
+                )
         else:
             assert flips <= 2e-3
 
 
 def check_pooling(dtype, C, size, device="cpu"):
-    """Against autograd in float64 through BatchNorm and max_pool2d: values, and gradients to the first of equals."""
+    """Against autograd in float64 through BatchNorm and max_pool2d: values, and gradients to the
+    first of equals.
+    """
     torch.manual_seed(C)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     y = (2 * torch.randn(3, C, *size)).to(device, dtype).contiguous(memory_format=CL)
@@ -82,7 +90,12 @@ def check_pooling(dtype, C, size, device="cpu"):
     pooled, taps = fused.pool(y)
     assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1)) and taps.dtype == torch.uint8
     var, mean = torch.var_mean(y.to(real), dim=(0, 2, 3), correction=0)
-    sums = torch.stack([grad.to(real).sum((0, 2, 3)), (grad.to(real) * (pooled - mean[:, None, None])).sum((0, 2, 3))])
+    sums = torch.stack(
+        [
+            grad.to(real).sum((0, 2, 3)),
+            (grad.to(real) * (pooled - mean[:, None, None])).sum((0, 2, 3)),
+        ]
+    )
     have = fused.pool_backward(grad, taps, y, mean, torch.rsqrt(var + 1e-5), gamma, sums)
     tolerance = {8: 1e-10, 4: 1e-4, 2: 2e-2}[dtype.itemsize]
     torch.testing.assert_close(have.double(), leaf.grad, rtol=tolerance, atol=tolerance)
@@ -136,12 +149,16 @@ def test_in_place_and_threads():
 @compiled
 @pytest.mark.parametrize("offset", [0.0, 20.0])
 def test_statistics_are_those_of_float64(offset):
-    """To the last digits of float32: rounding in a mean reaches every neuron of a channel, and flips spikes."""
+    """To the last digits of float32: rounding in a mean reaches every neuron of a channel, and
+    flips spikes.
+    """
     torch.manual_seed(1)
     y = (torch.randn(64, 24, 40, 40) + offset).contiguous(memory_format=CL)
     mean, var = fused.statistics(y)
     true_var, true_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
-    assert (mean - true_mean).abs().max() <= 1e-6 * max(1, offset) and (var / true_var - 1).abs().max() <= 2e-6
+    assert (mean - true_mean).abs().max() <= 1e-6 * max(1, offset) and (
+        var / true_var - 1
+    ).abs().max() <= 2e-6
 
 
 @compiled
@@ -151,18 +168,21 @@ def test_operators_are_registered_right():
     torch.library.opcheck(fused.fire, (y[:1], 4, scale, scale, 2.0, 1.0))
     torch.library.opcheck(fused.fire_, (y.clone(), scale, scale, 2.0, 1.0))
     torch.library.opcheck(
-        fused.fire_backward, (torch.randn_like(y), y, torch.empty_like(y), scale, scale, scale, 2.0, 1.0)
+        fused.fire_backward,
+        (torch.randn_like(y), y, torch.empty_like(y), scale, scale, scale, 2.0, 1.0),
     )
     flat = y.flatten(0, 1)
     sums = torch.rand(2, 8)
     torch.library.opcheck(fused.statistics, (flat,))
     torch.library.opcheck(fused.statistics, (flat.bfloat16(),))
-    torch.library.opcheck(fused.normalise_backward_, (flat.clone(), flat, scale, scale, scale, sums))
+    torch.library.opcheck(
+        fused.normalise_backward_, (flat.clone(), flat, scale, scale, scale, sums)
+    )
     torch.library.opcheck(fused.pool, (flat,))
     torch.library.opcheck(fused.pool_backward, (*fused.pool(flat), flat, scale, scale, scale, sums))
 
 
-# The CUDA side of the source --------------------------------------------------------------------------------------
+# The CUDA side of the source ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -173,9 +193,13 @@ def test_nvrtc(arch, T):
 
     for dtype in lif.CTYPES:
         error, program = nvrtc.nvrtcCreateProgram(fused.SOURCE.encode(), b"fused.cu", 0, [], [])
-        options = assemble_cupy_compiler_options((*lif.NVRTC_OPTIONS, *fused.defines(dtype, T, lif.CTYPES)))
+        options = assemble_cupy_compiler_options(
+            (*lif.NVRTC_OPTIONS, *fused.defines(dtype, T, lif.CTYPES))
+        )
         options = [f"--gpu-architecture={arch}", *options]
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        (error,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
         log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1] + 1)
         nvrtc.nvrtcGetProgramLog(program, log)
         assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
@@ -238,14 +262,26 @@ def cuda_on_host(monkeypatch, tmp_path):
         if key not in libraries:
             types = {**lif.CTYPES, torch.float64: "double"}
             path = tmp_path / f"{len(libraries)}.so"
-            command = ["g++", "-O1", "-std=c++20", "-ffp-contract=off", "-w", f"-I{tmp_path}", "-pthread", "-shared"]
+            command = [
+                "g++",
+                "-O1",
+                "-std=c++20",
+                "-ffp-contract=off",
+                "-w",
+                f"-I{tmp_path}",
+                "-pthread",
+                "-shared",
+            ]
             command += [*fused.defines(y.dtype, T, types), "-fPIC", "-x", "c++", "-", "-o", path]
             subprocess.run(command, input=SHIM + fused.SOURCE + wrappers, text=True, check=True)
             libraries[key] = ctypes.CDLL(path)
         C = y.shape[2]
         real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
         convert = {int: ctypes.c_longlong, float: real}
-        args = [ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else convert[type(a)](a) for a in args]
+        args = [
+            ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else convert[type(a)](a)
+            for a in args
+        ]
         grid = Dim(-(-C // fused.TILE[0]), fused.PARTS)
         sizes = (ctypes.c_longlong(y[0].numel() // C), ctypes.c_longlong(C))
         getattr(libraries[key], f"run_{name}")(grid, Dim(*fused.TILE), *sizes, *args)
@@ -263,10 +299,16 @@ def test_cuda_side_on_host(cuda_on_host, dtype):
         check_kernels(dtype, T, steps, C)
     for size in SIZES:
         check_pooling(dtype, 35, size)
-    assert set(cuda_on_host) == {"fire", "fire_backward", "normalise_backward", "pool", "pool_backward"}
+    assert set(cuda_on_host) == {
+        "fire",
+        "fire_backward",
+        "normalise_backward",
+        "pool",
+        "pool_backward",
+    }
 
 
-# On a GPU ---------------------------------------------------------------------------------------------------------
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @gpu

@@ -1,4 +1,6 @@
-"""Models of fused layers against plain ones: recomputed, compiled, in training, on the CPU and on a GPU."""
+"""Models of fused layers against plain ones: recomputed, compiled, in training, on the CPU and on a
+GPU.
+"""
 
 import copy
 
@@ -45,7 +47,9 @@ def check_same(ours, want, exact=False):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("options", [{}, {"cross_sample_lif": True}, {"drop_path": 0.3}, {"T": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cross_sample_lif": True}, {"drop_path": 0.3}, {"T": 3}], ids=str
+)
 def test_model_is_the_plain_one(name, options):
     (ours, x), (plain, _) = make_model(name, **options), make_model(name, fused=False, **options)
     plain.load_state_dict(ours.state_dict())
@@ -56,14 +60,18 @@ def test_model_is_the_plain_one(name, options):
 
 @pytest.mark.parametrize("attention", ["token", "channel", "ssa"])
 def test_every_attention(attention):
-    (ours, x), (plain, _) = (make_model("cifar10", attention=(attention,) * 3, fused=on) for on in (True, False))
+    (ours, x), (plain, _) = (
+        make_model("cifar10", attention=(attention,) * 3, fused=on) for on in (True, False)
+    )
     check_same(step(ours, x), step(plain, x))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("on", [True, False])
 def test_checkpoint_stages(name, on):
-    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic depth; less saved."""
+    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic
+    depth; less saved.
+    """
     stages = (1, 2) if name == "dvs128-gesture" else (1, 3)
     saved = []
     results = []
@@ -82,7 +90,9 @@ def test_checkpoint_stages(name, on):
     logits = model(x).sum()  # a graph that is used twice
     logits.backward(retain_graph=True)
     logits.backward()
-    batches = [value for name, value in results[1][2].items() if name.endswith("num_batches_tracked")]
+    batches = [
+        value for name, value in results[1][2].items() if name.endswith("num_batches_tracked")
+    ]
     assert batches and all(value == 2 for value in batches)
     assert saved[1] < 0.7 * saved[0]
     with pytest.raises(ValueError, match=r"checkpoint_stages is \[4\]"):
@@ -104,11 +114,15 @@ def test_whole_model_compiles(monkeypatch):
 
 def prefixed(result):
     logits, *rest = result
-    return logits, *({f"_orig_mod.{name}": value for name, value in values.items()} for values in rest)
+    return logits, *(
+        {f"_orig_mod.{name}": value for name, value in values.items()} for values in rest
+    )
 
 
 def test_training_curve():
-    """30 steps of the same model on the same data, fused and plain: the same losses as far as rounding lets them."""
+    """30 steps of the same model on the same data, fused and plain: the same losses as far as
+    rounding lets them.
+    """
     curves = []
     for on in (True, False):
         torch.manual_seed(6)
@@ -127,7 +141,9 @@ def test_training_curve():
         curves.append(torch.tensor(losses))
     ours, plain = curves
     torch.testing.assert_close(ours[:3], plain[:3], rtol=1e-3, atol=1e-3)
-    assert (ours[-4:].mean() - plain[-4:].mean()).abs() <= 0.06 and plain[-4:].mean() < 0.95 * plain[:4].mean()
+    assert (ours[-4:].mean() - plain[-4:].mean()).abs() <= 0.06 and plain[
+        -4:
+    ].mean() < 0.95 * plain[:4].mean()
 
 
 def test_a_pixel_that_wants_its_gradient():

@@ -1,4 +1,6 @@
-"""tools/gpu.py as far as a CPU goes: its stages, its table, and what it says of one that fails or takes too long."""
+"""tools/gpu.py as far as a CPU goes: its stages, its table, and what it says of one that fails or
+takes too long.
+"""
 
 import json
 import sys
@@ -17,7 +19,10 @@ import timing
 @pytest.fixture
 def run(tmp_path):
     timing.tables.import_folder.cache_clear()
-    hidden = {name: sys.modules.get(name) for name in ("model", "layer", "fused", "lif", "spikes", "ms", "preact")}
+    hidden = {
+        name: sys.modules.get(name)
+        for name in ("model", "layer", "fused", "lif", "spikes", "ms", "preact")
+    }
     yield timing.Run(SimpleNamespace(device="cpu", small=True, out=tmp_path))
     for name, module in hidden.items():  # as other tests find them
         sys.modules.pop(name, None)
@@ -26,11 +31,23 @@ def run(tmp_path):
 
 
 def test_kernels_and_products(run):
-    """Every kernel of a step is timed at every shape, and what it writes in place is as if it had run once."""
+    """Every kernel of a step is timed at every shape, and what it writes in place is as if it had
+    run once.
+    """
     line, rows = stages.kernels(run)
     names = {row["kernel"] for row in rows}
-    assert names == {"fire", "fire_backward", "normalise_backward", "pool", "pool_backward", "statistics"}
-    assert all(row["ms"] > 0 and row["copy_ms"] > 0 and row["mb"] > 0 for row in rows) and "slowest" in line
+    assert names == {
+        "fire",
+        "fire_backward",
+        "normalise_backward",
+        "pool",
+        "pool_backward",
+        "statistics",
+    }
+    assert (
+        all(row["ms"] > 0 and row["copy_ms"] > 0 and row["mb"] > 0 for row in rows)
+        and "slowest" in line
+    )
     line, rows = stages.products(run)
     assert all(0 < row["error"] < 1e-2 for row in rows) and "float16" in line
 
@@ -53,7 +70,9 @@ def test_compiled_and_environment(run):
 
 
 def test_summary(tmp_path, monkeypatch, capsys):
-    """A stage that fails, one that takes too long and one that needs a GPU, beside one that works."""
+    """A stage that fails, one that takes too long and one that needs a GPU, beside one
+    that works.
+    """
     monkeypatch.setitem(gpu.LIMITS, "step", 0.2)
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "stage.py"))
     (tmp_path / "stage.py").write_text(
@@ -64,7 +83,12 @@ def test_summary(tmp_path, monkeypatch, capsys):
         "open(f'{out}/{name}.json', 'w').write(json.dumps({'line': 'well', 'rows': []}))\n"
     )
     chosen = ["step", "kernels", "graphs", "products"]
-    assert gpu.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--small", "--stages", *chosen]) == 1
+    assert (
+        gpu.main(
+            ["--out", str(tmp_path / "out"), "--device", "cpu", "--small", "--stages", *chosen]
+        )
+        == 1
+    )
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [row["status"] for row in rows] == ["timed out", "failed", "skipped", "ok"]
     assert rows[1]["line"] == "RuntimeError: no luck" and rows[3]["line"] == "well"

@@ -1,4 +1,6 @@
-"""What a step would do on a GPU, without one: where it waits, how gradients lie in memory and are summed."""
+"""What a step would do on a GPU, without one: where it waits, how gradients lie in memory and are
+summed.
+"""
 
 import math
 import re
@@ -12,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 cifar10, imagenet = load("cifar10"), load("imagenet")
 engine, layer = cifar10.engine, cifar10.layer
-RANKS = SimpleNamespace(world_size=1, main=True, sum=lambda tensor: tensor, gather=lambda value: [value])
+RANKS = SimpleNamespace(
+    world_size=1, main=True, sum=lambda tensor: tensor, gather=lambda value: [value]
+)
 
 
 @pytest.fixture
@@ -29,7 +33,11 @@ def fake(monkeypatch):
 
     def tolist(tensor):
         waits.append(f"tolist on {tensor.device.type}")
-        return [[1.0] * size for size in tensor.shape[1:]] * len(tensor) if tensor.dim() > 1 else [1.0, 0.0]
+        return (
+            [[1.0] * size for size in tensor.shape[1:]] * len(tensor)
+            if tensor.dim() > 1
+            else [1.0, 0.0]
+        )
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(FakeTensor, "tolist", tolist)
@@ -49,17 +57,23 @@ def test_a_loss_is_read_a_step_late(fake):
 
 def test_a_test_waits_once(fake):
     model = torch.nn.Linear(4, 10, device="cuda")
-    batches = [(torch.zeros(5, 4, device="cuda"), torch.zeros(5, dtype=torch.long, device="cuda"))] * 3
+    batches = [
+        (torch.zeros(5, 4, device="cuda"), torch.zeros(5, dtype=torch.long, device="cuda"))
+    ] * 3
     engine.evaluate(model, batches, RANKS, lambda: torch.autocast("cuda", enabled=False))
     assert fake == ["tolist on cuda"]
 
 
 def test_adamw_is_fused_on_a_gpu(fake):
-    """Then the scaler hands its flag to the kernel and does not read it; on a CPU nothing changes."""
+    """Then the scaler hands its flag to the kernel and does not read it; on a CPU
+    nothing changes.
+    """
     for folder in (cifar10, imagenet, load("dvs128-gesture")):
         options = folder.options
         for device in ("cpu", "cuda"):
-            cfg, *_ = folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [])
+            cfg, *_ = folder.config.load_config(
+                options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, []
+            )
             model = torch.nn.ModuleDict({"stage3": torch.nn.Linear(2, 2, device=device)})
             build = (folder.optim if folder is imagenet else folder.train).build_optimizer
             optimizer = build(cfg, model)
@@ -71,7 +85,9 @@ def test_adamw_is_fused_on_a_gpu(fake):
 
 @pytest.mark.parametrize("there", [None, True])
 def test_optimizer_states_go_between_devices(there):
-    """A state of the fused kernel goes on without it, and the other way round; the steps are the same."""
+    """A state of the fused kernel goes on without it, and the other way round; the steps are the
+    same.
+    """
     weights = []
     for here in (there, None if there else True):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 12))
@@ -106,14 +122,20 @@ def test_gradients_lie_as_their_parameters(name, memory_format):
     strides = {}
     for key, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, key=key: strides.update({key: grad.stride()}))
-    model(torch.rand(2, 2, 2, 32, 32) if name == "dvs128-gesture" else torch.rand(2, 3, 32, 32)).sum().backward()
+    model(
+        torch.rand(2, 2, 2, 32, 32) if name == "dvs128-gesture" else torch.rand(2, 3, 32, 32)
+    ).sum().backward()
     want = {key: parameter.stride() for key, parameter in model.named_parameters()}
     assert len(strides) == len(want)
-    assert strides == want, {key: (strides[key], want[key]) for key in want if strides[key] != want[key]}
+    assert strides == want, {
+        key: (strides[key], want[key]) for key in want if strides[key] != want[key]
+    }
 
 
 def test_weight_gradients_are_summed_in_float32():
-    """50,000 rows of spikes in bfloat16, where a sum of 256 would swallow another 1; exact but for its own rounding."""
+    """50,000 rows of spikes in bfloat16, where a sum of 256 would swallow another 1; exact but for
+    its own rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     grad = torch.rand(50_000, 8, generator=generator).bfloat16()
     spikes = (torch.rand(50_000, 16, generator=generator) < 0.2).bfloat16()
@@ -130,15 +152,24 @@ def test_weight_gradients_on_a_gpu(fake):
         assert product.dtype == torch.float32 and product.shape == (8, 16)
 
 
-@pytest.mark.parametrize("name", ["QKFormer_10_384", "cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs"])
+@pytest.mark.parametrize(
+    "name", ["QKFormer_10_384", "cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs"]
+)
 def test_cudnn_is_timed_as_it_is_used(name):
     """tools/bench.py and test.py set cuDNN as train.py of the folder does."""
     folder = ROOT / (name if name in bench.FOLDERS else "imagenet")
-    said = [re.findall(r"cudnn\.(\w+) = True", (folder / script).read_text()) for script in ("train.py", "test.py")]
+    said = [
+        re.findall(r"cudnn\.(\w+) = True", (folder / script).read_text())
+        for script in ("train.py", "test.py")
+    ]
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     try:
         bench.set_up(name)
-        timed = [setting for setting in ("benchmark", "deterministic") if getattr(torch.backends.cudnn, setting)]
+        timed = [
+            setting
+            for setting in ("benchmark", "deterministic")
+            if getattr(torch.backends.cudnn, setting)
+        ]
     finally:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before
     assert timed == said[0] == said[1] and len(timed) == 1
@@ -155,7 +186,7 @@ def test_many_rows_on_gpu(dtype):
     assert error < 1e-5 and math.isfinite(error)
 
 
-# What to install --------------------------------------------------------------------------------------------------
+# What to install ----------------------------------------------------------------------------------
 
 
 def test_a_card_that_is_not_used(monkeypatch, tmp_path):
@@ -164,12 +195,18 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for there in (True, False):
-        monkeypatch.setattr(runtime, "Path", lambda path, there=there: tmp_path if there else tmp_path / "none")
+        monkeypatch.setattr(
+            runtime, "Path", lambda path, there=there: tmp_path if there else tmp_path / "none"
+        )
         monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
         note = runtime.Ranks("auto").note
         assert (note is not None) == there
         if there:
-            assert "built for CUDA 13.0" in note and "requirements-cu12.txt" in note and "\n" not in note
+            assert (
+                "built for CUDA 13.0" in note
+                and "requirements-cu12.txt" in note
+                and "\n" not in note
+            )
             assert runtime.Ranks("cpu").note is None  # as it was asked for
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
             assert runtime.Ranks("auto").note is None
@@ -189,7 +226,11 @@ def test_a_missing_cupy_is_named(monkeypatch):
 def test_requirements_for_cuda_12():
     """The same versions, of other builds."""
     pins = [
-        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith(("#", "--"))]
+        [
+            line
+            for line in (ROOT / name).read_text().splitlines()
+            if not line.startswith(("#", "--"))
+        ]
         for name in ("requirements.txt", "requirements-cu12.txt")
     ]
     assert pins[0] == [line.replace("+cu126", "").replace("cuda12x", "cuda13x") for line in pins[1]]

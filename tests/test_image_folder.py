@@ -8,8 +8,30 @@ from conftest import load, on_cpu
 from PIL import Image
 
 CLASSES = ("green things", "red", "über")
-SMALL = ["--dataset", "folder", "--dim", "16", "--num-heads", "2", "--time-step", "1", "--img-size", "12"]
-SMALL += ["--batch-size", "4", "--workers", "0", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0"]
+SMALL = [
+    "--dataset",
+    "folder",
+    "--dim",
+    "16",
+    "--num-heads",
+    "2",
+    "--time-step",
+    "1",
+    "--img-size",
+    "12",
+]
+SMALL += [
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--cooldown-epochs",
+    "0",
+]
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -34,7 +56,9 @@ def data_dir(tmp_path):
 def resolve(folder, data_dir, *argv):
     options = folder.options
     argv = [*SMALL, "--data-dir", str(data_dir), *map(str, argv)]
-    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv)[0]
+    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv)[
+        0
+    ]
 
 
 def build(folder, cfg, train):
@@ -47,13 +71,17 @@ def test_images_labels_and_names(folder, data_dir, size):
     for train, count in ((True, 4), (False, 1)):
         dataset = build(folder, cfg, train)
         assert dataset.classes == list(CLASSES) and cfg.num_classes == 3
-        assert [label for _, label in dataset] == [label for label in range(3) for _ in range(count)]
+        assert [label for _, label in dataset] == [
+            label for label in range(3) for _ in range(count)
+        ]
         for image, label in dataset:
             image = np.asarray(image)
             assert image.shape == (3, size, size) and image.dtype == np.uint8
             assert image.mean((1, 2)).argmax() == (1, 0, 2)[label]
     images = [Image.open(path).convert("RGB") for path, _ in dataset.samples]
-    for image, (have, _) in zip(images, dataset, strict=True):  # the shorter side to `size`, then the centre
+    for image, (have, _) in zip(
+        images, dataset, strict=True
+    ):  # the shorter side to `size`, then the centre
         wide = image.resize((int(size * 20 / 16), size), Image.BICUBIC)
         left = round((wide.width - size) / 2)
         want = np.asarray(wide.crop((left, 0, left + size, size))).transpose(2, 0, 1)
@@ -66,11 +94,17 @@ def test_the_number_of_classes(folder, data_dir, caplog):
     build(folder, cfg, True)
     assert cfg.num_classes == 3 and "num_classes is 3" in caplog.text
     for number, train in ((4, True), (2, True), (4, False), (cfg.num_classes + 1, False)):
-        with pytest.raises(folder.config.UserError, match=f"num_classes is {number}, but .* has 3 classes"):
+        with pytest.raises(
+            folder.config.UserError, match=f"num_classes is {number}, but .* has 3 classes"
+        ):
             build(folder, resolve(folder, data_dir, "--num-classes", number), train)
     standard = resolve(folder, data_dir).num_classes
-    with pytest.raises(folder.config.UserError, match=f"num_classes is {standard}, but .* has 3 classes"):
-        folder.data.build_dataset(resolve(folder, data_dir), True, folder.runtime.Ranks("cpu"), fixed=True)
+    with pytest.raises(
+        folder.config.UserError, match=f"num_classes is {standard}, but .* has 3 classes"
+    ):
+        folder.data.build_dataset(
+            resolve(folder, data_dir), True, folder.runtime.Ranks("cpu"), fixed=True
+        )
     (data_dir / "val" / "red").rename(data_dir / "val" / "blue")
     for train in (True, False):
         with pytest.raises(folder.config.UserError, match="different classes; only val/ has blue"):
@@ -82,7 +116,9 @@ def test_a_damaged_image_is_named(folder, data_dir, workers):
     bad = data_dir / "train" / "red" / "2.png"
     bad.write_bytes(bad.read_bytes()[:-20])
     cfg = resolve(folder, data_dir, "--workers", workers)
-    loader = folder.data.train_loader(cfg, build(folder, cfg, True), 0, 0, folder.runtime.Ranks("cpu"))
+    loader = folder.data.train_loader(
+        cfg, build(folder, cfg, True), 0, 0, folder.runtime.Ranks("cpu")
+    )
     with pytest.raises(folder.config.UserError, match=f"^{bad}: not a whole image") as error:
         list(loader)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from on_photos import CPU, imagenet, resolve
 
 SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
 
-# The model --------------------------------------------------------------------------------------------------------
+# The model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,10 @@ def test_golden(size, semantics):
 
     def build(fused):
         return timm.create_model(
-            f"QKFormer_10_{size}", T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
+            f"QKFormer_10_{size}",
+            T=golden.meta["T"],
+            cross_sample_lif=semantics == "release",
+            fused=fused,
         )
 
     check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, plain_losses=size == 384)
@@ -55,7 +58,10 @@ def test_batch_independence(attention, cross):
     torch.manual_seed(1)
     model = imagenet.model.QKFormer_10_384(**SMALL, attention=attention, cross_sample_lif=cross)
     for stage, kind in zip((model.stage1, model.stage2, model.stage3), attention, strict=True):
-        assert all(next(block.named_children())[0] == ("attn" if kind == "ssa" else "tssa") for block in stage)
+        assert all(
+            next(block.named_children())[0] == ("attn" if kind == "ssa" else "tssa")
+            for block in stage
+        )
     model = Golden.fill(model).eval()
     images = torch.randn(5, 3, 32, 48).double()
     with torch.no_grad():
@@ -65,7 +71,9 @@ def test_batch_independence(attention, cross):
 
 
 def test_static_image_is_convolved_and_pooled_once(monkeypatch):
-    """The same frames as a view of one image and as T copies of it: same features, gradients, running statistics."""
+    """The same frames as a view of one image and as T copies of it: same features, gradients,
+    running statistics.
+    """
     torch.manual_seed(2)
     image = torch.randn(3, 3, 32, 16).double()
     models = [Golden.fill(imagenet.model.QKFormer_10_384(**SMALL)) for _ in range(2)]
@@ -76,7 +84,9 @@ def test_static_image_is_convolved_and_pooled_once(monkeypatch):
         return conv2d(x, weight, *args)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
-    for model, frames in zip(models, (image.expand(4, *image.shape), image.repeat(4, 1, 1, 1, 1)), strict=True):
+    for model, frames in zip(
+        models, (image.expand(4, *image.shape), image.repeat(4, 1, 1, 1, 1)), strict=True
+    ):
         model.forward_features(frames).square().sum().backward()
     assert calls == [3, 12]
     for (name, one), many in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
@@ -89,19 +99,27 @@ def test_static_image_is_convolved_and_pooled_once(monkeypatch):
 def test_sizes_and_wrong_input():
     model = imagenet.model.QKFormer_10_384(**SMALL).eval()
     shapes = []
-    model.patch_embed3.register_forward_hook(lambda m, i, output: shapes.append(tuple(output.shape[3:])))
+    model.patch_embed3.register_forward_hook(
+        lambda m, i, output: shapes.append(tuple(output.shape[3:]))
+    )
     for size in ((16, 16), (48, 32), (224, 96)):
         assert model(torch.randn(1, 3, *size)).shape == (1, 5)
     assert shapes == [(1, 1), (3, 2), (14, 6)]
     for shape in ((3, 32, 32), (1, 1, 32, 32), (1, 3, 32, 40)):
         with pytest.raises(ValueError, match="multiples of 16"):
             model(torch.zeros(shape))
-    for keywords in ({"depths": 3}, {"num_heads": 5}, {"embed_dims": 100}, {"attention": ("ssa",)}, {"T": 0}):
+    for keywords in (
+        {"depths": 3},
+        {"num_heads": 5},
+        {"embed_dims": 100},
+        {"attention": ("ssa",)},
+        {"T": 0},
+    ):
         with pytest.raises(ValueError, match=str(next(iter(keywords.values())))[:3].strip("(")):
             imagenet.model.QKFormer_10_384(**keywords)
 
 
-# The recipe -------------------------------------------------------------------------------------------------------
+# The recipe ---------------------------------------------------------------------------------------
 
 IMAGES = 1_281_167
 
@@ -127,11 +145,15 @@ def test_mean_learning_rates_of_the_published_runs(yml, name, peak):
     rows = curve(name)
     assert cfg.start_epoch == int(rows[0]["epoch"]) and cfg.epochs == int(rows[-1]["epoch"]) + 1
     for row in rows:
-        mean = imagenet.optim.mean_lr(cfg, imagenet.optim.peak_lr(cfg, 8), int(row["epoch"]), micro_steps)
+        mean = imagenet.optim.mean_lr(
+            cfg, imagenet.optim.peak_lr(cfg, 8), int(row["epoch"]), micro_steps
+        )
         assert mean == pytest.approx(float(row["lr_mean"]), rel=1e-12, abs=0), row["epoch"]
 
 
-@pytest.mark.parametrize(("yml", "size"), [("imagenet.yml", 384), ("hst_10_512.yml", 512), ("hst_10_768.yml", 768)])
+@pytest.mark.parametrize(
+    ("yml", "size"), [("imagenet.yml", 384), ("hst_10_512.yml", 512), ("hst_10_768.yml", 768)]
+)
 def test_last_learning_rates_of_the_published_runs(yml, size):
     """The release prints the last step's to six decimals."""
     cfg = resolve("-c", yml)
@@ -139,7 +161,9 @@ def test_last_learning_rates_of_the_published_runs(yml, size):
     assert cfg.model == f"QKFormer_10_{size}" and imagenet.optim.differences(cfg, 8) is None
     for row in curve(f"hst_10_{size}"):
         peak = imagenet.optim.peak_lr(cfg, 8)
-        lr = imagenet.optim.learning_rate(cfg, peak, int(row["epoch"]), micro_steps - 1, micro_steps)
+        lr = imagenet.optim.learning_rate(
+            cfg, peak, int(row["epoch"]), micro_steps - 1, micro_steps
+        )
         assert lr == pytest.approx(float(row["lr_last"]), abs=0.51e-6), row["epoch"]
 
 
@@ -149,19 +173,28 @@ def test_learning_rate_by_hand():
     for (epoch, step), lr in want.items():
         assert imagenet.optim.learning_rate(cfg, 1.0, epoch, step, 4) == pytest.approx(lr)
     cfg = resolve("--batch_size", 24, "--accum_iter", 3, "--blr", "1e-3")
-    assert imagenet.optim.images_per_step(cfg, 4) == 288 and imagenet.optim.peak_lr(cfg, 4) == 1e-3 * 288 / 256
+    assert (
+        imagenet.optim.images_per_step(cfg, 4) == 288
+        and imagenet.optim.peak_lr(cfg, 4) == 1e-3 * 288 / 256
+    )
     assert imagenet.optim.peak_lr(resolve("--lr", 0.3), 4) == 0.3
     note = imagenet.optim.differences(resolve(), 1)
     assert "64 images a step and lr 0.00015" in note and "512 images a step and lr 0.0012" in note
 
 
 def test_parameter_groups():
-    """Against a table made by hand: stage 3 of HST-5 has two blocks, so what is before it gets 0.5 ** 3."""
+    """Against a table made by hand: stage 3 of HST-5 has two blocks, so what is before it gets 0.5
+    ** 3.
+    """
     model = imagenet.model.QKFormer_10_384(**SMALL)
     cfg = resolve("--layer_decay", 0.5, "--weight_decay", 0.3)
     optimizer = imagenet.optim.build_optimizer(cfg, model)
     imagenet.optim.set_lr(optimizer, 8.0)
-    have = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    have = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     table = {
         "patch_embed1.proj_conv.weight": (1.0, 0.3),
         "patch_embed1.proj_bn.weight": (1.0, 0.0),
@@ -179,7 +212,10 @@ def test_parameter_groups():
     assert {name: have[id(parameters[name])] for name in table} == table
     assert len(have) == len(parameters)
     groups = optimizer.param_groups
-    assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in groups) and len(groups) == 4
+    assert (
+        all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in groups)
+        and len(groups) == 4
+    )
 
 
 def test_fine_tuning_recipes():
@@ -196,22 +232,37 @@ def test_release_flags():
         imagenet.options.KEYS,
         imagenet.options.NO_EFFECT,
         imagenet.options.DEFAULT_CONFIG,
-        [*flags.split(), "--dist_eval", "--dist_url", "env://", "--world_size", "8", "--log_dir", "x"],
+        [
+            *flags.split(),
+            "--dist_eval",
+            "--dist_url",
+            "env://",
+            "--world_size",
+            "8",
+            "--log_dir",
+            "x",
+        ],
     )
     assert (cfg.batch_size, cfg.accum_iter, cfg.model, cfg.eval) == (24, 3, "QKFormer_10_768", True)
     assert len(notes) == 4 and any("each image counted once" in note for note in notes)
     known = {*imagenet.options.KEYS, *imagenet.options.NO_EFFECT}
     assert known >= set(
-        "batch_size epochs accum_iter finetune data_path model time_step input_size drop_path clip_grad weight_decay "
-        "lr blr layer_decay min_lr warmup_epochs color_jitter aa smoothing reprob remode recount resplit mixup cutmix "
-        "cutmix_minmax mixup_prob mixup_switch_prob mixup_mode nb_classes global_pool cls_token output_dir log_dir "
-        "device seed resume start_epoch eval dist_eval num_workers pin_mem no_pin_mem world_size local_rank "
+        "batch_size epochs accum_iter finetune data_path model time_step input_size drop_path "
+        "clip_grad weight_decay "
+        "lr blr layer_decay min_lr warmup_epochs color_jitter aa smoothing reprob remode recount "
+        "resplit mixup cutmix "
+        "cutmix_minmax mixup_prob mixup_switch_prob mixup_mode nb_classes global_pool cls_token "
+        "output_dir log_dir "
+        "device seed resume start_epoch eval dist_eval num_workers pin_mem no_pin_mem world_size "
+        "local_rank "
         "dist_on_itp dist_url".split()
     )
 
 
 def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
-    """A Trainer in float64 with BatchNorm in eval mode and no augmentation; its loss and itself after an epoch."""
+    """A Trainer in float64 with BatchNorm in eval mode and no augmentation; its loss and itself
+    after an epoch.
+    """
     cfg = resolve(*narrow, "--warmup_epochs", 0, "--clip_grad", 0.5, *flags)
     torch.manual_seed(0)
     model = imagenet.model.QKFormer_10_384(**SMALL | {"num_classes": 2}).double()
@@ -219,7 +270,9 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-    trainer = imagenet.train.Trainer(cfg, imagenet.config.Given("", False, {}, {}), CPU, tmp_path, model, False)
+    trainer = imagenet.train.Trainer(
+        cfg, imagenet.config.Given("", False, {}, {}), CPU, tmp_path, model, False
+    )
     plain = imagenet.data.build_transform(cfg, train=False)
     trainer.train_set.transform = lambda image: plain(image).double()
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
@@ -231,20 +284,31 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
 
 
 def test_accumulation_equals_one_step(narrow, tmp_path):
-    """Up to BatchNorm's statistics, which are held here: same losses, same weights, leftover micro-steps dropped."""
+    """Up to BatchNorm's statistics, which are held here: same losses, same weights, leftover
+    micro-steps dropped.
+    """
     runs = {}
     for batch, accum in ((16, 1), (8, 2), (4, 4)):
         runs[accum] = frozen_trainer(narrow, tmp_path, "--batch_size", batch, "--accum_iter", accum)
-    assert all(trainer.meter.steps == 2 and trainer.micro_steps == 2 * accum for accum, (_, trainer) in runs.items())
-    dropped = imagenet.data.train_loader(resolve(*narrow, "--batch_size", 4, "--accum_iter", 3), range(35), 0, 0, CPU)
+    assert all(
+        trainer.meter.steps == 2 and trainer.micro_steps == 2 * accum
+        for accum, (_, trainer) in runs.items()
+    )
+    dropped = imagenet.data.train_loader(
+        resolve(*narrow, "--batch_size", 4, "--accum_iter", 3), range(35), 0, 0, CPU
+    )
     assert len(dropped) == 6  # of 8 micro-steps
-    start = torch.nn.utils.parameters_to_vector(frozen_trainer(narrow, tmp_path, "--lr", 1e-10)[1].model.parameters())
+    start = torch.nn.utils.parameters_to_vector(
+        frozen_trainer(narrow, tmp_path, "--lr", 1e-10)[1].model.parameters()
+    )
     whole = torch.nn.utils.parameters_to_vector(runs[1][1].model.parameters())
     assert (whole - start).abs().max() > 1e-3
     for accum in (2, 4):
         loss, trainer = runs[accum]
         assert loss == pytest.approx(runs[1][0], rel=1e-7)  # the meter is in float32
-        for one, many in zip(runs[1][1].optimizer.state.values(), trainer.optimizer.state.values(), strict=True):
+        for one, many in zip(
+            runs[1][1].optimizer.state.values(), trainer.optimizer.state.values(), strict=True
+        ):
             assert one["step"] == many["step"] == 2
         parts = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
         torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
@@ -279,7 +343,11 @@ def on_two_ranks():
     loss, trainer = frozen_trainer(flags, Path(folder), before=before)
     if CPU.main:
         weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
-        torch.save({"calls": calls, "loss": loss, "weights": weights}, Path(folder) / "two_ranks.pth")
-    del trainer  # DDP before its group, whose threads the hook may otherwise keep waiting for Python's lock
+        torch.save(
+            {"calls": calls, "loss": loss, "weights": weights}, Path(folder) / "two_ranks.pth"
+        )
+    del (
+        trainer
+    )  # DDP before its group, whose threads the hook may otherwise keep waiting for Python's lock
     gc.collect()
     torch.distributed.destroy_process_group()

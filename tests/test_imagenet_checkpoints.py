@@ -14,7 +14,9 @@ from PIL import Image
 
 
 def test_released_checkpoint(tmp_path, photo_data):
-    """One of full size, with 1,000 classes: taken for the release's, and its head is kept where it fits."""
+    """One of full size, with 1,000 classes: taken for the release's, and its head is kept where it
+    fits.
+    """
     torch.manual_seed(0)
     model = imagenet.model.QKFormer_10_384()
     path = release_file(tmp_path / "released.pth", model)
@@ -24,7 +26,18 @@ def test_released_checkpoint(tmp_path, photo_data):
     some.mkdir(parents=True)
     for number, photo in enumerate(sorted((photo_data / "val").rglob("*.JPEG"))[:3]):
         (some / f"{number}.jpg").write_bytes(photo.read_bytes())
-    args = ("--checkpoint", path, "--predict", some.parent, "--labels", labels, "--input_size", 32, "--num_workers", 0)
+    args = (
+        "--checkpoint",
+        path,
+        "--predict",
+        some.parent,
+        "--labels",
+        labels,
+        "--input_size",
+        32,
+        "--num_workers",
+        0,
+    )
     args += ("--predictions", tmp_path / "predict.csv")
     done = script("imagenet", "test", *args)
     assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
@@ -50,29 +63,50 @@ def test_released_checkpoint(tmp_path, photo_data):
         named = [row[f"name{k}"] for row in csv.DictReader(file) for k in range(1, 6)]
     known = {name.split()[0] for name in named}
     assert all(len(name.split()) > 1 and name[0] == "n" for name in named) and len(known) <= 1000
-    assert imagenet.data.class_names()[0] == "n01440764 tench, Tinca tinca" and len(imagenet.data.class_names()) == 1000
+    assert (
+        imagenet.data.class_names()[0] == "n01440764 tench, Tinca tinca"
+        and len(imagenet.data.class_names()) == 1000
+    )
 
 
 def test_finetune(tmp_path, narrow, lines):
     narrow_model = imagenet.build.build_model(resolve(*narrow), False, CPU)
     path = release_file(tmp_path / "released.pth", narrow_model)
-    args = (*narrow, "--finetune", path, "--epochs", 203, "--start_epoch", 201, "--lr", 1e-10, "--min_lr", 0)
+    args = (
+        *narrow,
+        "--finetune",
+        path,
+        "--epochs",
+        203,
+        "--start_epoch",
+        201,
+        "--lr",
+        1e-10,
+        "--min_lr",
+        0,
+    )
     done = script("imagenet", "train", *args, "--output_dir", tmp_path)
     assert "its head fits and is kept" in done.stdout and "cross_sample_lif: true" in done.stdout
     checkpoint = torch.load(tmp_path / "narrow" / "last.pth", weights_only=True)
     assert checkpoint["cross_sample_lif"] is True and checkpoint["epoch"] == 202
     for name, parameter in narrow_model.named_parameters():
-        torch.testing.assert_close(checkpoint["model"][name], parameter.data, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            checkpoint["model"][name], parameter.data, rtol=0, atol=1e-7, msg=name
+        )
     assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [201, 202]
 
     loaded = imagenet.checkpoint.load_checkpoint(path)
     cfg = resolve(*narrow, "--nb_classes", 7)
     model, cross = imagenet.build.load_model(cfg, CPU, loaded, path, new_head=True)
     assert cross is True and model.head.weight.shape == (7, 64)
-    assert torch.equal(model.stage3[1].attn.q_conv.weight, narrow_model.stage3[1].attn.q_conv.weight)
+    assert torch.equal(
+        model.stage3[1].attn.q_conv.weight, narrow_model.stage3[1].attn.q_conv.weight
+    )
     with pytest.raises(UserError, match=r"head.weight \[2, 64\] instead of \[7, 64\]"):
         imagenet.build.load_model(cfg, CPU, loaded, path)
-    with pytest.raises(UserError, match=r"patch_embed1.*instead of"):  # its head is of 2 classes, so not what is wrong
+    with pytest.raises(
+        UserError, match=r"patch_embed1.*instead of"
+    ):  # its head is of 2 classes, so not what is wrong
         imagenet.build.load_model(resolve(*narrow, "--dim", 32), CPU, loaded, path, new_head=True)
 
     # --eval measures the file that is named, without the need of a train/ folder
@@ -84,7 +118,9 @@ def test_finetune(tmp_path, narrow, lines):
 
 
 def test_moments_of_a_released_optimizer(tmp_path, narrow):
-    """Loaded from a file, they take the very next step that the optimizer takes which wrote them."""
+    """Loaded from a file, they take the very next step that the optimizer takes which
+    wrote them.
+    """
     torch.manual_seed(0)
     model = imagenet.build.build_model(resolve(*narrow), False, CPU)
     optimizer = imagenet.optim.build_optimizer(resolve(*narrow), model)
@@ -112,19 +148,32 @@ def test_released_optimizer_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
     model = imagenet.build.build_model(resolve(*narrow), False, CPU)
     path = release_file(tmp_path / "released.pth", model)
-    done = script("imagenet", "train", *narrow, "--resume", path, "--epochs", 201, "--output_dir", tmp_path)
-    assert "at epoch 200, step 0" in done.stdout and [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]
+    done = script(
+        "imagenet", "train", *narrow, "--resume", path, "--epochs", 201, "--output_dir", tmp_path
+    )
+    assert "at epoch 200, step 0" in done.stdout and [
+        line["epoch"] for line in log_of(tmp_path / "narrow")
+    ] == [200]
     for name, value in {"optimizer": None, "epoch": "199", "step": 1.5, "best": [1]}.items():
         torch.save({**torch.load(path, weights_only=False), name: value}, tmp_path / "wrong.pth")
         flags = (*narrow, "--resume", tmp_path / "wrong.pth", "--output_dir", tmp_path)
         last = lines(imagenet.train.main, *flags).splitlines()[-1]
-        assert last.startswith(f"error: {tmp_path / 'wrong.pth'}: ") and name in last and "finetune" in last
+        assert (
+            last.startswith(f"error: {tmp_path / 'wrong.pth'}: ")
+            and name in last
+            and "finetune" in last
+        )
     optimizer = imagenet.optim.build_optimizer(resolve("--layer_decay", 0.5), model)
     state = optimizer.state_dict()
     state["param_groups"][0]["lr_scale"], state["param_groups"][0]["weight_decay"] = 9, 9
     imagenet.optim.load_optimizer(optimizer, state)
-    assert (optimizer.param_groups[0]["lr_scale"], optimizer.param_groups[0]["weight_decay"]) == (0.5**3, 0.05)
-    state["state"] = {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    assert (optimizer.param_groups[0]["lr_scale"], optimizer.param_groups[0]["weight_decay"]) == (
+        0.5**3,
+        0.05,
+    )
+    state["state"] = {
+        0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    }
     with pytest.raises(ValueError, match="other shapes"):
         imagenet.optim.load_optimizer(optimizer, state)
 
@@ -142,35 +191,70 @@ def test_golden_weights_from_a_released_file(tmp_path):
         logits = model.eval()(golden.input()).numpy()
     want = golden.arrays["release/eval_logits"]
     assert np.abs(logits - want).max() <= 1e-9 * np.abs(want).max()
-    assert np.abs(logits - golden.arrays["per_sample/eval_logits"]).max() > 1e-3 * np.abs(want).max()
+    assert (
+        np.abs(logits - golden.arrays["per_sample/eval_logits"]).max() > 1e-3 * np.abs(want).max()
+    )
 
 
 def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, photo_data):
-    """A released file sets model, input size and semantics, and its published figure stands beside the measured one."""
+    """A released file sets model, input size and semantics, and its published figure stands beside
+    the measured one.
+    """
     build = imagenet.build
     path = release_file(tmp_path / "released.pth", imagenet.model.QKFormer_10_512())
     assert build.md5(path) == subprocess.check_output(["md5sum", path], text=True).split()[0]
-    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04, 32))
+    monkeypatch.setitem(
+        build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04, 32)
+    )
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "photo.jpg").write_bytes(next((photo_data / "val").rglob("*.JPEG")).read_bytes())
-    flags = ("--checkpoint", path, "--predict", tmp_path / "one", "--predictions", tmp_path / "predict.csv")
+    (tmp_path / "one" / "photo.jpg").write_bytes(
+        next((photo_data / "val").rglob("*.JPEG")).read_bytes()
+    )
+    flags = (
+        "--checkpoint",
+        path,
+        "--predict",
+        tmp_path / "one",
+        "--predictions",
+        tmp_path / "predict.csv",
+    )
     text = lines(imagenet.test.main, *flags, "--num_workers", 0)
-    assert "the release's QKFormer_10_512 at 32, 82.04 % in the paper" in text and "warning" not in text
+    assert (
+        "the release's QKFormer_10_512 at 32, 82.04 % in the paper" in text
+        and "warning" not in text
+    )
     assert len(list(csv.DictReader((tmp_path / "predict.csv").read_text().splitlines()))) == 1
 
     # the narrow yml's input size is not the default, so it stays
     path = release_file(tmp_path / "narrow.pth", build.build_model(resolve(*narrow), False, CPU))
-    monkeypatch.setitem(build.RELEASED, build.md5(path), build.Released("QKFormer_10_384", 32, 78.80, 24))
+    monkeypatch.setitem(
+        build.RELEASED, build.md5(path), build.Released("QKFormer_10_384", 32, 78.80, 24)
+    )
     text = lines(imagenet.test.main, *narrow, "--checkpoint", path)
     result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
     figures = f"measured {result['top1']:.2f} %, published 78.80 %"
     assert figures in text and "warning" not in text
-    assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (32, True, 78.80)
+    assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (
+        32,
+        True,
+        78.80,
+    )
     assert figures in lines(imagenet.train.main, *narrow, "--eval", "--finetune", path)
-    text = lines(imagenet.test.main, *narrow, "--checkpoint", path, "--input_size=48", "--cross_sample_lif", "false")
+    text = lines(
+        imagenet.test.main,
+        *narrow,
+        "--checkpoint",
+        path,
+        "--input_size=48",
+        "--cross_sample_lif",
+        "false",
+    )
     result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
     assert (result["input_size"], result["cross_sample_lif"]) == (48, False)
-    assert "tested at 48, since input_size says so" in text and "warning: cross_sample_lif: false" in text
+    assert (
+        "tested at 48, since input_size says so" in text
+        and "warning: cross_sample_lif: false" in text
+    )
     assert "published_top1" not in result and "measured" not in text
 
 
@@ -185,12 +269,23 @@ def test_released_files():
 
 
 def test_101_images_on_two_ranks(tmp_path, narrow):
-    """Each image once and in its batch: one rank and two give the same figures, under both semantics."""
+    """Each image once and in its batch: one rank and two give the same figures, under both
+    semantics.
+    """
     data = photos.make(tmp_path / "data", train=0, val=51, size=48)
     next((data / "val" / photos.CLASSES[1]).iterdir()).unlink()
     model = Golden.fill(imagenet.build.build_model(resolve(*narrow), False, CPU)).float()
     path = release_file(tmp_path / "weights.pth", model)
-    args = (*narrow[:2], "--data_path", data, "--checkpoint", path, "--val_batch_size", 8, "--dist_eval")
+    args = (
+        *narrow[:2],
+        "--data_path",
+        data,
+        "--checkpoint",
+        path,
+        "--val_batch_size",
+        8,
+        "--dist_eval",
+    )
     results = {}
     for cross in ("false", "true"):
         for number in (1, 2):
@@ -204,7 +299,15 @@ def test_101_images_on_two_ranks(tmp_path, narrow):
 
 
 def test_predictions_of_two_ranks(tmp_path, narrow, trained_narrow, photo_data):
-    args = (*narrow, "--checkpoint", tmp_path / "best.pth", "--predict", photo_data / "val", "--val_batch_size", 5)
+    args = (
+        *narrow,
+        "--checkpoint",
+        tmp_path / "best.pth",
+        "--predict",
+        photo_data / "val",
+        "--val_batch_size",
+        5,
+    )
     (tmp_path / "best.pth").write_bytes((trained_narrow[0] / "best.pth").read_bytes())
     texts = []
     for number in (1, 2):
@@ -212,9 +315,13 @@ def test_predictions_of_two_ranks(tmp_path, narrow, trained_narrow, photo_data):
         texts.append((tmp_path / f"{number}.csv").read_text())
     assert texts[0] == texts[1]
     rows = list(csv.DictReader(texts[0].splitlines()))
-    assert all(row[f"name{k}"] == photos.CLASSES[int(row[f"class{k}"])] for row in rows for k in (1, 2))
+    assert all(
+        row[f"name{k}"] == photos.CLASSES[int(row[f"class{k}"])] for row in rows for k in (1, 2)
+    )
     right = [row["class1"] == str(photos.CLASSES.index(Path(row["file"]).parts[0])) for row in rows]
-    assert len(rows) == 48 and 100 * sum(right) / 48 == max(line["test_acc1"] for line in log_of(trained_narrow[0]))
+    assert len(rows) == 48 and 100 * sum(right) / 48 == max(
+        line["test_acc1"] for line in log_of(trained_narrow[0])
+    )
 
 
 def test_test_errors(tmp_path, narrow, lines, trained_narrow):
@@ -228,9 +335,13 @@ def test_test_errors(tmp_path, narrow, lines, trained_narrow):
     assert "not a folder" in last("--checkpoint", best, "--predict", tmp_path / "none", *free)
     assert "holds no images" in last("--checkpoint", best, "--predict", tmp_path, *free)
     gone = tmp_path / "gone" / "predict.csv"
-    assert f"{gone} can't be written" in last("--checkpoint", best, "--predict", tmp_path, "--predictions", gone)
+    assert f"{gone} can't be written" in last(
+        "--checkpoint", best, "--predict", tmp_path, "--predictions", gone
+    )
     free[1].write_text("of before")
     assert "is there already" in last("--checkpoint", best, "--predict", tmp_path, *free)
     assert free[1].read_text() == "of before"
     (tmp_path / "labels.txt").write_text("n1\n")
-    assert "1 lines" in last("--checkpoint", best, "--predict", tmp_path, "--labels", tmp_path / "labels.txt")
+    assert "1 lines" in last(
+        "--checkpoint", best, "--predict", tmp_path, "--labels", tmp_path / "labels.txt"
+    )

@@ -16,7 +16,9 @@ from PIL import Image
 
 def test_evaluation_transform(tmp_path):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 400, 3), dtype=np.uint8))
-    mean, std = (np.array(value)[:, None, None] for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        np.array(value)[:, None, None] for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
     for size, short in ((224, 256), (192, 219), (288, 288), (384, 384)):
         width = int(short * 400 / 300)
         resized = np.asarray(image.resize((width, short), Image.BICUBIC)).transpose(2, 0, 1) / 255
@@ -31,16 +33,24 @@ def test_training_transform():
     names = [type(step).__name__ for step in steps]
     assert names[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment"]
     assert names[-2:] == ["Normalize", "RandomErasing"]
-    assert (steps[0].scale, steps[0].ratio) == ((0.08, 1.0), (3 / 4, 4 / 3)) and "bicubic" in str(steps[0])
+    assert (steps[0].scale, steps[0].ratio) == ((0.08, 1.0), (3 / 4, 4 / 3)) and "bicubic" in str(
+        steps[0]
+    )
     assert (steps[-1].probability, steps[-1].mode) == (0.25, "pixel")
 
 
 @pytest.mark.parametrize("bits", [0, 1, 4])
 def test_posterize(bits):
-    """Pillow of today raises for 0 bits, which timm's increasing severities come to at magnitude 10."""
+    """Pillow of today raises for 0 bits, which timm's increasing severities come to at magnitude
+    10.
+    """
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
-    step = timm.data.auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits)
-    np.testing.assert_array_equal(np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF))
+    step = timm.data.auto_augment.AugmentOp(
+        "PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits
+    )
+    np.testing.assert_array_equal(
+        np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF)
+    )
 
 
 def jpeg(image, **options):
@@ -64,7 +74,9 @@ def test_whole_and_damaged_images(tmp_path):
     ]
     for content in whole:
         path.write_bytes(content)
-        np.testing.assert_array_equal(np.asarray(read(path)), np.asarray(Image.open(path).convert("RGB")))
+        np.testing.assert_array_equal(
+            np.asarray(read(path)), np.asarray(Image.open(path).convert("RGB"))
+        )
     middle = len(plain) // 2
     damaged = {
         plain[:-2] + b"\0\0": "not a whole image",
@@ -74,7 +86,9 @@ def test_whole_and_damaged_images(tmp_path):
         plain[:middle] + b"\xff\x05" + plain[middle + 2 :]: "not a whole image",
         b"<html>404</html>": "(unknown format)",
     }
-    assert [*map(imagenet.images.jpeg_fault, damaged)].count("a JPEG with an illegal marker, FF 05") == 1
+    assert [*map(imagenet.images.jpeg_fault, damaged)].count(
+        "a JPEG with an illegal marker, FF 05"
+    ) == 1
     file = io.BytesIO()
     image.save(file, "PNG")
     png = bytearray(file.getvalue())
@@ -84,14 +98,22 @@ def test_whole_and_damaged_images(tmp_path):
     damaged[bytes(png)] = "not a whole image"
     for content, words in damaged.items():
         path.write_bytes(content)
-        assert not content.startswith(plain[:2]) or imagenet.images.jpeg_fault(content)  # whatever the decoder takes
+        assert not content.startswith(plain[:2]) or imagenet.images.jpeg_fault(
+            content
+        )  # whatever the decoder takes
         with pytest.raises(imagenet.images.BadImage) as caught:
             read(path)
-        assert words in str(caught.value) and str(path) in str(caught.value) and "BytesIO" not in str(caught.value)
+        assert (
+            words in str(caught.value)
+            and str(path) in str(caught.value)
+            and "BytesIO" not in str(caught.value)
+        )
 
 
 def test_mixup_and_workers(narrow):
-    cfg = resolve(*narrow, "--mixup", 0.8, "--cutmix", 1.0, "--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5)
+    cfg = resolve(
+        *narrow, "--mixup", 0.8, "--cutmix", 1.0, "--aa", "rand-m9-mstd0.5-inc1", "--reprob", 0.5
+    )
     train_set = imagenet.data.build_dataset(cfg, True, CPU)
     assert train_set.classes == list(photos.CLASSES)
     runs = []
@@ -130,13 +152,19 @@ def test_bad_images(tmp_path, lines, cut, narrow):
 
     # skipped: the others keep their batches, and the figure is that of the seven
     for cross in ("false", "true"):
-        text = lines(imagenet.test.main, *args, "--on_bad_image", "skip", "--cross_sample_lif", cross)
+        text = lines(
+            imagenet.test.main, *args, "--on_bad_image", "skip", "--cross_sample_lif", cross
+        )
         assert sum(str(bad) in line for line in text.splitlines()) == 1
         loss = json.loads((tmp_path / "test-weights.json").read_text())["loss"]
         model = imagenet.build.build_model(resolve(*narrow), cross == "true", CPU)
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
         transform = imagenet.data.build_transform(resolve(*narrow), train=False)
-        samples = [(p, c) for c, name in enumerate(photos.CLASSES) for p in sorted((folder / "val" / name).iterdir())]
+        samples = [
+            (p, c)
+            for c, name in enumerate(photos.CLASSES)
+            for p in sorted((folder / "val" / name).iterdir())
+        ]
         batches = [[sample for sample in samples[i : i + 3] if sample[0] != bad] for i in (0, 3, 6)]
         losses = []
         for batch in batches:
@@ -162,9 +190,14 @@ def test_bad_training_image_is_replaced(tmp_path, narrow):
     cfg = resolve(*args, "--on_bad_image", "skip")
     dataset = imagenet.data.build_dataset(cfg, True, CPU)
     dataset.transform = imagenet.data.build_transform(cfg, train=False)
-    batches = [list(imagenet.data.train_loader(cfg, dataset, 0, 0, CPU)) for cfg.num_workers in (0, 1)]
+    batches = [
+        list(imagenet.data.train_loader(cfg, dataset, 0, 0, CPU)) for cfg.num_workers in (0, 1)
+    ]
     assert torch.equal(batches[0][0][0], batches[1][0][0])
-    assert torch.equal(dataset[7][0], dataset[0][0]) and sorted(batches[0][0][1].tolist()) == [0] * 5 + [1] * 3
+    assert (
+        torch.equal(dataset[7][0], dataset[0][0])
+        and sorted(batches[0][0][1].tolist()) == [0] * 5 + [1] * 3
+    )
     for path in (folder / "train").rglob("*.JPEG"):
         path.write_bytes(b"no")
     with pytest.raises(UserError, match="none of the 8"):
@@ -179,17 +212,31 @@ def test_bad_layouts(tmp_path, lines, narrow):
     assert "2 classes" in last and "nb_classes is 3" in last and "--nb_classes 2" in last
     last = lines(imagenet.train.main, *args, "--cutmix_minmax", 0.5, 0.2).splitlines()[-1]
     assert "cutmix_minmax is [0.5, 0.2]" in last and "smaller" in last
-    last = lines(imagenet.train.main, *args, "--start_epoch", 3, "--resume", "auto").splitlines()[-1]
-    assert last == "error: start_epoch is 3, but neither finetune nor resume names weights to go on from"
-    last = lines(imagenet.train.main, *args, "--batch_size", 1, "--input_size", 16, "--time_step", 1).splitlines()[-1]
+    last = lines(imagenet.train.main, *args, "--start_epoch", 3, "--resume", "auto").splitlines()[
+        -1
+    ]
+    assert (
+        last
+        == "error: start_epoch is 3, but neither finetune nor resume names weights to go on from"
+    )
+    last = lines(
+        imagenet.train.main, *args, "--batch_size", 1, "--input_size", 16, "--time_step", 1
+    ).splitlines()[-1]
     (tmp_path / "out" / "narrow" / "log.txt.tmp").mkdir(parents=True)
     full = lines(imagenet.train.main, *args, "--batch_size", 4).splitlines()[-1]
     assert full.startswith(f"error: {tmp_path / 'out' / 'narrow'}: can't be written: ")
-    assert "BatchNorm a single value" in last and last.startswith("error: batch_size 1 at input_size 16")
+    assert "BatchNorm a single value" in last and last.startswith(
+        "error: batch_size 1 at input_size 16"
+    )
     last = lines(imagenet.train.main, *args).splitlines()[-1]
-    assert last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images"
+    assert (
+        last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images"
+    )
     (tmp_path / "data" / "val" / photos.CLASSES[0]).rename(tmp_path / "data" / "val" / "n9")
-    assert "train/ and val/ are of different classes" in lines(imagenet.train.main, *args).splitlines()[-1]
+    assert (
+        "train/ and val/ are of different classes"
+        in lines(imagenet.train.main, *args).splitlines()[-1]
+    )
     (tmp_path / "data" / "val" / "n9").rename(tmp_path / "data" / "val" / photos.CLASSES[0])
     for split in ("train", "val"):
         (tmp_path / "data" / split / "n3").mkdir()
@@ -197,16 +244,26 @@ def test_bad_layouts(tmp_path, lines, narrow):
     assert last.startswith("error: ") and "n3 holds no images" in last
     last = lines(imagenet.train.main, *args, "--input_size", 40).splitlines()[-1]
     assert "input_size is 40" in last
-    assert "QKFormer_10_768" in lines(imagenet.train.main, *args, "--model", "resnet50").splitlines()[-1]
+    assert (
+        "QKFormer_10_768"
+        in lines(imagenet.train.main, *args, "--model", "resnet50").splitlines()[-1]
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+        )
 
 
 def test_class_names():
-    """Of wnids with their words, and ImageNet's 1,000 in the order of the labels; others as they are."""
+    """Of wnids with their words, and ImageNet's 1,000 in the order of the labels; others as they
+    are.
+    """
     names = imagenet.data.class_names()
     assert len(names) == 1000 and names == sorted(names)
-    assert names[0] == "n01440764 tench, Tinca tinca" and names[285].split()[1:] == ["Egyptian", "cat"]
+    assert names[0] == "n01440764 tench, Tinca tinca" and names[285].split()[1:] == [
+        "Egyptian",
+        "cat",
+    ]
     assert names[999] == "n15075141 toilet tissue, toilet paper, bathroom tissue"
     assert imagenet.data.class_names(["my cat", "n02124075", "n1"]) == ["my cat", names[285], "n1"]
     wnids = [name.split()[0] for name in names]

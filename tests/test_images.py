@@ -45,7 +45,11 @@ def bad(path, *words):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, on what it takes for metadata
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_cut_anywhere_is_refused(tmp_path, name, capfd):
-    content, path, generator = encode(name, **FORMATS[name]), tmp_path / "image.jpg", random.Random(name)
+    content, path, generator = (
+        encode(name, **FORMATS[name]),
+        tmp_path / "image.jpg",
+        random.Random(name),
+    )
     path.write_bytes(content)
     np.testing.assert_array_equal(images.read_image(path), Image.open(path).convert("RGB"))
     for _ in range(40):
@@ -60,7 +64,9 @@ def test_no_flipped_bit_of_a_png_changes_a_pixel(tmp_path):
         flipped[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         path.write_bytes(flipped)
         try:
-            np.testing.assert_array_equal(images.read_image(path), PIXELS)  # a flip in the end's own checksum
+            np.testing.assert_array_equal(
+                images.read_image(path), PIXELS
+            )  # a flip in the end's own checksum
         except images.BadImage:
             refused += 1
     assert refused > 190
@@ -68,7 +74,9 @@ def test_no_flipped_bit_of_a_png_changes_a_pixel(tmp_path):
 
 @pytest.mark.parametrize("name", ["PNG", "TIFF", "PPM"])
 def test_16_bits_keep_their_range(tmp_path, name):
-    """A ramp over all of the range; PIL's own convert() clips it, so that 255 of 256 values are white."""
+    """A ramp over all of the range; PIL's own convert() clips it, so that 255 of 256 values are
+    white.
+    """
     ramp, path = np.arange(0, 2**16, 16, dtype=np.uint16).reshape(64, 64), tmp_path / "image"
     Image.fromarray(ramp).save(path, name)
     read = np.asarray(images.read_image(path))
@@ -97,7 +105,9 @@ def test_exif_rotation_is_left_alone(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_other_modes_as_PIL_converts_them(tmp_path, mode):
     path = tmp_path / "image"
-    path.write_bytes(encode("TIFF" if mode == "CMYK" else "PNG", Image.fromarray(PIXELS).convert(mode)))
+    path.write_bytes(
+        encode("TIFF" if mode == "CMYK" else "PNG", Image.fromarray(PIXELS).convert(mode))
+    )
     np.testing.assert_array_equal(images.read_image(path), Image.open(path).convert("RGB"))
 
 
@@ -139,11 +149,22 @@ def test_the_order_is_torchvision_s(tmp_path):
     (tmp_path / "train" / "a" / "z.png").symlink_to("../b/2.png")
     samples, classes = images.list_split(tmp_path, True)
     want = ImageFolder(tmp_path / "train")
-    assert samples == want.samples and classes == want.classes == ["C", "a", "b", "d"] and len(samples) == 15
+    assert (
+        samples == want.samples
+        and classes == want.classes == ["C", "a", "b", "d"]
+        and len(samples) == 15
+    )
 
 
 def test_hidden_names_do_not_count(tmp_path):
-    fill(tmp_path, "val/a/1.png", "val/a/._1.png", "val/.cache/1.png", "val/a/.x/1.png", "train/a/1.png")
+    fill(
+        tmp_path,
+        "val/a/1.png",
+        "val/a/._1.png",
+        "val/.cache/1.png",
+        "val/a/.x/1.png",
+        "train/a/1.png",
+    )
     samples, classes = images.list_split(tmp_path, False)
     assert samples == [(str(tmp_path / "val" / "a" / "1.png"), 0)] and classes == ["a"]
 
@@ -153,7 +174,9 @@ def test_links_in_a_loop(tmp_path, target):
     fill(tmp_path, "train/a/1.png", "train/b/1.png")
     (tmp_path / "train" / "a" / "x").symlink_to(target)
     (tmp_path / "train" / "b" / "y").symlink_to("../a")
-    with pytest.raises(images.UserError, match=r"train/[ab]/.*: a link to a folder that it is in") as error:
+    with pytest.raises(
+        images.UserError, match=r"train/[ab]/.*: a link to a folder that it is in"
+    ) as error:
         images.list_split(tmp_path, True)
     assert "\n" not in str(error.value)
 

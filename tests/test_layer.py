@@ -36,7 +36,9 @@ def make_layer(kind, dtype, device="cpu", **options):
 
 
 def both(kind, x, dtype, device="cpu", autocast=None):
-    """(spikes, gradients, buffers, spikes in evaluation) of the fused and of the plain layer, from the same start."""
+    """(spikes, gradients, buffers, spikes in evaluation) of the fused and of the plain layer, from
+    the same start.
+    """
     results = []
     grad = None
     for on in (True, False):
@@ -51,7 +53,9 @@ def both(kind, x, dtype, device="cpu", autocast=None):
         modules.eval()
         with torch.no_grad(), torch.autocast(device, dtype=autocast) if autocast else nullcontext():
             tested = layer.conv_bn_lif(x, *modules, pool=pool)
-        results.append((spikes.detach(), {**gradients, "x": leaf.grad}, dict(modules.named_buffers()), tested))
+        results.append(
+            (spikes.detach(), {**gradients, "x": leaf.grad}, dict(modules.named_buffers()), tested)
+        )
     return results
 
 
@@ -65,7 +69,11 @@ def whole_numbers(dtype, shape=(4, 3, 12, 8, 6)):
 def test_layer_is_the_plain_one(kind):
     x = whole_numbers(torch.float64)
     ours, plain = both(kind, x, torch.float64)
-    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[3], plain[3]) and 0 < plain[0].mean() < 1
+    assert (
+        torch.equal(ours[0], plain[0])
+        and torch.equal(ours[3], plain[3])
+        and 0 < plain[0].mean() < 1
+    )
     for name, want in plain[1].items():
         torch.testing.assert_close(ours[1][name], want, rtol=1e-9, atol=1e-9, msg=name)
     for name, want in plain[2].items():
@@ -96,7 +104,9 @@ def test_image_shown_T_times(kind):
 @compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_flips_few_spikes(kind):
-    """float32 against float32: sums in another order. Flips are counted, in training and in evaluation."""
+    """float32 against float32: sums in another order. Flips are counted, in training and in
+    evaluation.
+    """
     x = whole_numbers(torch.float32, (4, 8, 12, 32, 24))
     ours, plain = both(kind, x, torch.float32)
     for index in (0, 3):
@@ -110,7 +120,9 @@ def test_rounding_flips_few_spikes(kind):
 
 @compiled
 def test_float32_gradients_are_those_of_float64():
-    """Through a whole model, of most initialisations: now and then rounding flips a spike, in the plain path too."""
+    """Through a whole model, of most initialisations: now and then rounding flips a spike, in the
+    plain path too.
+    """
     errors = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -119,18 +131,24 @@ def test_float32_gradients_are_those_of_float64():
         true = copy.deepcopy(ours).double()
         nn.functional.cross_entropy(ours(x), y).backward()
         nn.functional.cross_entropy(true(x.double()), y).backward()
-        got, want = (torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (ours, true))
+        got, want = (
+            torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (ours, true)
+        )
         errors.append(((got - want).norm() / want.norm()).item())
     assert sorted(errors)[2] <= 1e-5, errors
 
 
 @compiled
 def test_mixed_precision():
-    """bfloat16 autocast: the fused layer does not round between BatchNorm and neuron; types are the plain path's."""
+    """bfloat16 autocast: the fused layer does not round between BatchNorm and neuron; types are the
+    plain path's.
+    """
     x = whole_numbers(torch.bfloat16, (4, 8, 12, 32, 24))
     ours, plain = both("1x1", x, torch.float32, autocast=torch.bfloat16)
     assert ours[0].dtype == plain[0].dtype == torch.bfloat16
-    assert {name: a.dtype for name, a in ours[1].items()} == {name: a.dtype for name, a in plain[1].items()}
+    assert {name: a.dtype for name, a in ours[1].items()} == {
+        name: a.dtype for name, a in plain[1].items()
+    }
     assert (ours[0] != plain[0]).float().mean() <= 1e-2
     error = (ours[1]["0.weight"] - plain[1]["0.weight"]).norm() / plain[1]["0.weight"].norm()
     assert error <= 0.1
@@ -142,7 +160,10 @@ def test_each_joins_parameters_and_leaves_them_apart():
     runs = []
     for on in (True, False):
         torch.manual_seed(3)
-        layers = [nn.ModuleList([nn.Conv1d(12, C, 1), nn.BatchNorm1d(C), lif.MultiStepLIF(fused=on)]) for C in (8, 12)]
+        layers = [
+            nn.ModuleList([nn.Conv1d(12, C, 1), nn.BatchNorm1d(C), lif.MultiStepLIF(fused=on)])
+            for C in (8, 12)
+        ]
         layers = nn.ModuleList(layers).double()
         spikes = layer.conv_bn_lif_each(x, *layers)
         sum((s * (i + 1)).square().sum() for i, s in enumerate(spikes)).backward()
@@ -150,7 +171,9 @@ def test_each_joins_parameters_and_leaves_them_apart():
     for a, b in zip(*(spikes for spikes, _ in runs), strict=True):
         assert torch.equal(a, b)
     for which in ("named_parameters", "named_buffers"):
-        for (name, a), (_, b) in zip(*(getattr(layers, which)() for _, layers in runs), strict=True):
+        for (name, a), (_, b) in zip(
+            *(getattr(layers, which)() for _, layers in runs), strict=True
+        ):
             a, b = (a.grad, b.grad) if which == "named_parameters" else (a, b)
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
@@ -185,7 +208,11 @@ def test_what_runs_plain(monkeypatch):
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(modules)
     assert not layer.can_fuse(x, *([module] for module in synchronised))
     assert "SyncBatchNorm: layers run unfused" in lines
-    for wide in (nn.Conv1d(12, 24, 3, padding=1), nn.Conv1d(12, 24, 1, stride=2), nn.Conv2d(12, 24, 1)):
+    for wide in (
+        nn.Conv1d(12, 24, 3, padding=1),
+        nn.Conv1d(12, 24, 1, stride=2),
+        nn.Conv2d(12, 24, 1),
+    ):
         assert not layer.can_fuse(x, [wide], [nn.BatchNorm1d(24)], [lif.MultiStepLIF()])
 
 
@@ -201,7 +228,9 @@ def test_without_a_compiler(monkeypatch):
         got = layer.conv_bn_lif(x, *modules)
         modules[2].fused = False
         assert torch.equal(got, layer.conv_bn_lif(x, *modules))
-        assert len(lines) == 1 and lines[0].startswith("layers run unfused on cpu: no working C++ compiler (")
+        assert len(lines) == 1 and lines[0].startswith(
+            "layers run unfused on cpu: no working C++ compiler ("
+        )
         assert "/nowhere/c++" in lines[0]
     finally:
         fused.host_library.cache_clear()
@@ -225,7 +254,10 @@ def test_saved_tensors_laid_out_anew():
     x = whole_numbers(torch.float64)
     for kind in KINDS:
         gradients = []
-        for hooks in (nullcontext(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x)):
+        for hooks in (
+            nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x),
+        ):
             modules, pool = make_layer(kind, torch.float64)
             leaf = x.clone().requires_grad_()
             with hooks:
@@ -244,15 +276,19 @@ def test_a_single_value_has_no_variance():
         layer.conv_bn_lif(torch.ones(1, 1, 12, 1, 1), *modules)
 
 
-# On a GPU ---------------------------------------------------------------------------------------------------------
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_on_gpu(kind):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    ours, plain = both(kind, whole_numbers(torch.float32, (4, 8, 12, 32, 24)).cuda(), torch.float32, device="cuda")
-    assert (ours[0] != plain[0]).float().mean() <= 1e-4 and (ours[3] != plain[3]).float().mean() <= 1e-4
+    ours, plain = both(
+        kind, whole_numbers(torch.float32, (4, 8, 12, 32, 24)).cuda(), torch.float32, device="cuda"
+    )
+    assert (ours[0] != plain[0]).float().mean() <= 1e-4 and (
+        ours[3] != plain[3]
+    ).float().mean() <= 1e-4
     for name, want in plain[1].items():
         if name != "0.bias":
             assert (ours[1][name] - want).norm() <= 1e-2 * want.norm(), name

@@ -1,4 +1,6 @@
-"""The neuron: its formula, its backends against each other, and the CUDA kernels compiled, and run on the host."""
+"""The neuron: its formula, its backends against each other, and the CUDA kernels compiled, and run
+on the host.
+"""
 
 import copy
 import ctypes
@@ -19,9 +21,14 @@ KERNEL_TYPES = list(lif.CTYPES)
 
 
 def formula(x, tau, v_threshold):
-    """The neuron as the paper writes it, a scalar at a time in Python floats, with its gradient by hand."""
+    """The neuron as the paper writes it, a scalar at a time in Python floats, with its gradient by
+    hand.
+    """
     T, n = x.shape
-    spikes, slopes = torch.zeros(T, n, dtype=torch.float64), torch.zeros(T, n, T, dtype=torch.float64)
+    spikes, slopes = (
+        torch.zeros(T, n, dtype=torch.float64),
+        torch.zeros(T, n, T, dtype=torch.float64),
+    )
     for i in range(n):
         v, dv = 0.0, torch.zeros(T, dtype=torch.float64)  # dv[j] = dv / dx[j]
         for t in range(T):
@@ -36,7 +43,9 @@ def formula(x, tau, v_threshold):
 
 
 @pytest.mark.parametrize("backend", ["torch", "spikingjelly"])
-@pytest.mark.parametrize(("T", "tau", "v_threshold"), [(1, 2.0, 1.0), (4, 2.0, 0.5), (19, 2.0, 1.0), (7, 3.7, 0.8)])
+@pytest.mark.parametrize(
+    ("T", "tau", "v_threshold"), [(1, 2.0, 1.0), (4, 2.0, 0.5), (19, 2.0, 1.0), (7, 3.7, 0.8)]
+)
 def test_formula(backend, T, tau, v_threshold):
     torch.manual_seed(T)
     x = (3 * torch.randn(T, 40, dtype=torch.float64)).requires_grad_()
@@ -45,7 +54,9 @@ def test_formula(backend, T, tau, v_threshold):
     y = lif.MultiStepLIF(tau, v_threshold, backend)(x)
     assert torch.equal(y, spikes) and 0 < spikes.mean() < 1
     (y * weights).sum().backward()
-    torch.testing.assert_close(x.grad, torch.einsum("ti,tij->ji", weights, slopes), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        x.grad, torch.einsum("ti,tij->ji", weights, slopes), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -89,7 +100,9 @@ def test_compiles_without_graph_breaks(monkeypatch):
 
 
 def test_spikingjelly_tools():
-    """Monitors, operation counters, reset_net and set_step_mode take our neuron for one of spikingjelly's."""
+    """Monitors, operation counters, reset_net and set_step_mode take our neuron for one of
+    spikingjelly's.
+    """
     torch.manual_seed(3)
     models = load("cifar10").model
     model = models.QKFormer(embed_dims=32, num_heads=2).eval()
@@ -133,7 +146,9 @@ def test_log_line(caplog):
     with caplog.at_level(logging.INFO, logger="qkformer"):
         for _ in range(3):
             lif.MultiStepLIF()(torch.zeros(2, 2))
-    assert [record.getMessage() for record in caplog.records] == ["LIF neurons: torch backend on cpu"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "LIF neurons: torch backend on cpu"
+    ]
 
 
 def test_errors():
@@ -147,26 +162,38 @@ def test_errors():
         lif.MultiStepLIF().step_mode = "s"
 
 
-# The CUDA source without a GPU ------------------------------------------------------------------------------------
+# The CUDA source without a GPU --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvrtc(arch):
     from cuda.bindings import nvrtc
-    from cupy._core.core import assemble_cupy_compiler_options  # with CuPy's own headers, as it will compile them
+    from cupy._core.core import (
+        assemble_cupy_compiler_options,
+    )  # with CuPy's own headers, as it will compile them
 
     error, program = nvrtc.nvrtcCreateProgram(lif.CUDA_SOURCE.encode(), b"lif.cu", 0, [], [])
-    names = [f"{kernel}<{ctype}>" for kernel in ("lif_forward", "lif_backward") for ctype in lif.CTYPES.values()]
+    names = [
+        f"{kernel}<{ctype}>"
+        for kernel in ("lif_forward", "lif_backward")
+        for ctype in lif.CTYPES.values()
+    ]
     for name in names:
         nvrtc.nvrtcAddNameExpression(program, name.encode())
     options = [f"--gpu-architecture={arch}", *assemble_cupy_compiler_options(lif.NVRTC_OPTIONS)]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1] + 1)  # written in place: not one of Python's shared bytes
+    (error,) = nvrtc.nvrtcCompileProgram(
+        program, len(options), [option.encode() for option in options]
+    )
+    log = bytes(
+        nvrtc.nvrtcGetProgramLogSize(program)[1] + 1
+    )  # written in place: not one of Python's shared bytes
     nvrtc.nvrtcGetProgramLog(program, log)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
     assert nvrtc.nvrtcGetCUBINSize(program)[1] > 0
     for name in names:
-        assert nvrtc.nvrtcGetLoweredName(program, name.encode())[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS
+        assert (
+            nvrtc.nvrtcGetLoweredName(program, name.encode())[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS
+        )
 
 
 HOST = """
@@ -208,7 +235,9 @@ PARAMETERS = {
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory):
-    """The kernels' own source, compiled for this processor: a loop stands for the threads (three too many)."""
+    """The kernels' own source, compiled for this processor: a loop stands for the threads (three
+    too many).
+    """
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("host")
@@ -217,7 +246,9 @@ def host_kernels(tmp_path_factory):
         for index, ctype in enumerate(lif.CTYPES.values()):
             names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(", "))
             text = parameters.format(c=ctype)
-            wrappers += WRAPPER.format(kernel=kernel, index=index, parameters=text, ctype=ctype, names=names)
+            wrappers += WRAPPER.format(
+                kernel=kernel, index=index, parameters=text, ctype=ctype, names=names
+            )
     source = re.sub("#include <cuda_.*>", "", lif.CUDA_SOURCE)
     (folder / "lif.cpp").write_text(HOST.format(source=source, wrappers=wrappers))
     command = ["g++", "-O2", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
@@ -227,8 +258,14 @@ def host_kernels(tmp_path_factory):
 
 @pytest.fixture
 def host(host_kernels, monkeypatch):
-    """lif_forward and lif_backward as they are, but for the launch: it runs the kernels here, on CPU tensors."""
-    convert = {torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_longlong, float: ctypes.c_float}
+    """lif_forward and lif_backward as they are, but for the launch: it runs the kernels here, on
+    CPU tensors.
+    """
+    convert = {
+        torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
+        int: ctypes.c_longlong,
+        float: ctypes.c_float,
+    }
     launched = []
 
     def launch(name, *args):
@@ -251,7 +288,9 @@ def layouts(x):
 
 
 def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
-    """cupy's operators on x, in any layout, against the torch backend; returns the strides of the output."""
+    """cupy's operators on x, in any layout, against the torch backend; returns the strides of the
+    output.
+    """
     ours, plain = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
     y, z = lif.lif_forward(ours, tau, v_threshold), lif.torch_lif(plain, tau, v_threshold)
     y.backward(grad)
@@ -259,12 +298,16 @@ def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
     assert y.dtype == x.dtype and torch.equal(y, z) and 0 < z.float().mean() < 1
     assert ours.grad.dtype == x.dtype
     # the sigmoid's last bits; in 16 bits then one rounding
-    torch.testing.assert_close(ours.grad, plain.grad, rtol={2: 8e-3, 4: 2e-6}[x.element_size()], atol=1e-6)
+    torch.testing.assert_close(
+        ours.grad, plain.grad, rtol={2: 8e-3, 4: 2e-6}[x.element_size()], atol=1e-6
+    )
     return y.stride()
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-@pytest.mark.parametrize("shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (37, 2, 1, 3, 2)])
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (37, 2, 1, 3, 2)]
+)
 def test_kernels_on_host(host, dtype, shape):
     torch.manual_seed(sum(shape))
     values, grads = (2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
@@ -275,7 +318,9 @@ def test_kernels_on_host(host, dtype, shape):
         if shape[0] > 1 and index in (1, 2):
             assert strides == x.stride()  # the layout is kept
         copied = host[-2][3].data_ptr() != x.data_ptr()
-        assert copied == (index == 4 and shape[0] > 1 and shape[1] > 1)  # and nothing is copied that is dense
+        assert copied == (
+            index == 4 and shape[0] > 1 and shape[1] > 1
+        )  # and nothing is copied that is dense
 
 
 def test_broadcast_input_is_not_copied(host):
@@ -297,18 +342,22 @@ def test_operators_are_registered_right(host):
     x = torch.randn(4, 3, 5, requires_grad=True)
     torch.library.opcheck(lif.lif_forward, (x, 2.0, 1.0))
     torch.library.opcheck(lif.lif_backward, (torch.randn(4, 3, 5), x.detach(), 2.0, 1.0))
-    compiled = torch.compile(lambda x: lif.lif_forward(x * 1.5, 2.0, 1.0), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: lif.lif_forward(x * 1.5, 2.0, 1.0), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(x), lif.torch_lif(x * 1.5, 2.0, 1.0))
     with torch.inference_mode():
         assert torch.equal(lif.lif_forward(x, 2.0, 1.0), lif.torch_lif(x, 2.0, 1.0))
 
 
-# On a GPU ---------------------------------------------------------------------------------------------------------
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 @gpu
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
-@pytest.mark.parametrize("shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (128, 8, 64, 7, 7)])
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (128, 8, 64, 7, 7)]
+)
 def test_cupy(dtype, shape):
     torch.manual_seed(sum(shape))
     values, grads = (2 * torch.randn(shape)).to(dtype).cuda(), torch.randn(shape).to(dtype).cuda()

@@ -1,4 +1,6 @@
-"""cifar10/model.py against the golden numbers, the paper's parameter counts and what it promises."""
+"""cifar10/model.py against the golden numbers, the paper's parameter counts and what it
+promises.
+"""
 
 import pytest
 import timm
@@ -14,7 +16,9 @@ def test_golden(semantics):
     golden = Golden("cifar10")
 
     def build(fused):
-        return cifar10.model.QKFormer(T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused)
+        return cifar10.model.QKFormer(
+            T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
+        )
 
     check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics)
 
@@ -22,7 +26,9 @@ def test_golden(semantics):
 def test_state_dict():
     meta = Golden("cifar10").meta
     model = timm.create_model("QKFormer")
-    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta["state_dict"]
+    assert [[name, list(value.shape)] for name, value in model.state_dict().items()] == meta[
+        "state_dict"
+    ]
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_706_234
 
 
@@ -54,14 +60,22 @@ def heads_of(attention, x, which):
     """q, k or v of an attention, by einsum, as [T, B, heads, channels, tokens]."""
     conv, bn, lif = (getattr(attention, f"{which}_{part}") for part in ("conv", "bn", "lif"))
     y = torch.einsum("oc,tbcn->tbon", conv.weight[..., 0], x.flatten(3))
-    y = (y - bn.running_mean[:, None]) / (bn.running_var[:, None] + bn.eps).sqrt() * bn.weight[:, None]
+    y = (
+        (y - bn.running_mean[:, None])
+        / (bn.running_var[:, None] + bn.eps).sqrt()
+        * bn.weight[:, None]
+    )
     return lif(y + bn.bias[:, None]).unflatten(2, (attention.num_heads, -1))
 
 
 def project(attention, x, like):
     conv, bn = attention.proj_conv, attention.proj_bn
     y = torch.einsum("oc,tbcn->tbon", conv.weight[..., 0], x) + conv.bias[:, None]
-    y = (y - bn.running_mean[:, None]) / (bn.running_var[:, None] + bn.eps).sqrt() * bn.weight[:, None]
+    y = (
+        (y - bn.running_mean[:, None])
+        / (bn.running_var[:, None] + bn.eps).sqrt()
+        * bn.weight[:, None]
+    )
     return attention.proj_lif(y + bn.bias[:, None]).reshape(like.shape)
 
 
@@ -70,7 +84,9 @@ def test_attention_formula(kind):
     torch.manual_seed(0)
     attention = Golden.fill(cifar10.model.ATTENTION[kind](32, 4)).eval()
     for bn in (attention.q_bn, attention.k_bn):
-        bn.bias.data += 1.5  # enough spikes for every threshold to be crossed by some sums and missed by others
+        bn.bias.data += (
+            1.5  # enough spikes for every threshold to be crossed by some sums and missed by others
+        )
     x = spikes(3, 2, 32, 4, 6)
     q, k = heads_of(attention, x, "q"), heads_of(attention, x, "k")
     lif = attention.attn_lif
@@ -81,7 +97,9 @@ def test_attention_formula(kind):
         y = lif(torch.einsum("tbhcn->tbhc", q))[..., None] * k
     else:
         v = heads_of(attention, x, "v")
-        weights = torch.einsum("tbhcn,tbhcm->tbhnm", q, k)  # the quadratic order: attention map first
+        weights = torch.einsum(
+            "tbhcn,tbhcm->tbhnm", q, k
+        )  # the quadratic order: attention map first
         y = lif(0.125 * torch.einsum("tbhnm,tbhcm->tbhcn", weights, v))
     assert 0.02 < y.mean() < 0.98
     assert torch.equal(attention(x), project(attention, y.flatten(2, 3), x))
@@ -91,19 +109,26 @@ def test_attention_formula(kind):
 @pytest.mark.parametrize("cross", [False, True])
 def test_batch_independence(attention, cross):
     torch.manual_seed(1)
-    model = Golden.fill(cifar10.model.QKFormer(**SMALL, attention=attention, cross_sample_lif=cross)).eval()
+    model = Golden.fill(
+        cifar10.model.QKFormer(**SMALL, attention=attention, cross_sample_lif=cross)
+    ).eval()
     images = torch.randn(6, 3, 16, 16).double()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     with torch.no_grad():
         together = model(images)
         alone = torch.cat([model(image[None]) for image in images])
         shuffled = model(images[order])
-    same = [torch.allclose(together, other, rtol=0, atol=1e-12) for other in (alone, shuffled[order.argsort()])]
+    same = [
+        torch.allclose(together, other, rtol=0, atol=1e-12)
+        for other in (alone, shuffled[order.argsort()])
+    ]
     assert same == [not cross, not cross]
 
 
 def test_static_image_is_convolved_once(monkeypatch):
-    """The same frames as a view of one image and as T copies of it: same output, gradients and running statistics."""
+    """The same frames as a view of one image and as T copies of it: same output, gradients and
+    running statistics.
+    """
     torch.manual_seed(2)
     image = torch.randn(3, 3, 16, 8).double()
     models = [Golden.fill(cifar10.model.QKFormer(**SMALL)) for _ in range(2)]
@@ -115,7 +140,9 @@ def test_static_image_is_convolved_once(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
     outputs = []
-    for model, frames in zip(models, (image.expand(4, *image.shape), image.repeat(4, 1, 1, 1, 1)), strict=True):
+    for model, frames in zip(
+        models, (image.expand(4, *image.shape), image.repeat(4, 1, 1, 1, 1)), strict=True
+    ):
         outputs.append(model.forward_features(frames))
         outputs[-1].square().sum().backward()
     assert calls == [3, 12]
@@ -135,9 +162,13 @@ def test_other_T_and_sizes(T, size):
 
 
 def test_not_square():
-    """Turning the image turns the features of an SSA block with it: height and width are not mixed up."""
+    """Turning the image turns the features of an SSA block with it: height and width are not mixed
+    up.
+    """
     torch.manual_seed(3)
-    block = Golden.fill(cifar10.model.Block(16, 4, 4, "ssa", 0.0, cifar10.lif.MultiStepLIF, False)).eval()
+    block = Golden.fill(
+        cifar10.model.Block(16, 4, 4, "ssa", 0.0, cifar10.lif.MultiStepLIF, False)
+    ).eval()
     x = spikes(2, 3, 16, 4, 6)
     assert torch.equal(block(x).transpose(3, 4), block(x.transpose(3, 4)))
 
@@ -145,7 +176,11 @@ def test_not_square():
 def test_drop_path():
     torch.manual_seed(4)
     model = cifar10.model.QKFormer(**SMALL, drop_path=0.3)
-    rates = [block.drop_path.drop_prob for stage in (model.stage1, model.stage2, model.stage3) for block in stage]
+    rates = [
+        block.drop_path.drop_prob
+        for stage in (model.stage1, model.stage2, model.stage3)
+        for block in stage
+    ]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
     x = torch.ones(4, 4000, 1)
     y = cifar10.model.DropPath(0.3).train()(x)
@@ -182,7 +217,9 @@ def test_wrong_keywords(keywords, words):
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 30), (2, 3, 33, 32), (4, 2, 3, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 32, 30), (2, 3, 33, 32), (4, 2, 3, 32, 32)]
+)
 def test_wrong_input(shape):
     with pytest.raises(ValueError, match=str(list(shape)).replace("[", r"\[").replace("]", r"\]")):
         cifar10.model.QKFormer(**SMALL)(torch.zeros(shape))

@@ -1,4 +1,6 @@
-"""The models as timm's and PyTorch's tools use them: heads, features, meta tensors, exported graphs, copies."""
+"""The models as timm's and PyTorch's tools use them: heads, features, meta tensors, exported
+graphs, copies.
+"""
 
 import copy
 import io
@@ -21,7 +23,9 @@ FOLDERS = {
 def make(name, **kwargs):
     entry, options, shape = FOLDERS[name]
     torch.manual_seed(0)
-    model = getattr(load(name).model, entry)(embed_dims=32, num_heads=2, num_classes=7, **options, **kwargs)
+    model = getattr(load(name).model, entry)(
+        embed_dims=32, num_heads=2, num_classes=7, **options, **kwargs
+    )
     return model, torch.rand(shape)
 
 
@@ -42,7 +46,9 @@ def test_head_and_features(name):
         assert model(x.double()).shape == (2, 5) and model.num_classes == 5
         assert not model.head.bias.any() and 0 < model.head.weight.std() < 0.03
         model.reset_classifier(0)
-        assert model(x.double()).shape == (2, 32) and isinstance(model.get_classifier(), torch.nn.Identity)
+        assert model(x.double()).shape == (2, 32) and isinstance(
+            model.get_classifier(), torch.nn.Identity
+        )
     wrong = x[:, :, :1] if x.dim() == 5 else x[:, :1]
     with pytest.raises(ValueError, match="input of shape"):
         model.forward_features(wrong)

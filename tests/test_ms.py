@@ -1,4 +1,6 @@
-"""MS-QKFormer, cifar10/ms.py and imagenet/ms.py: golden numbers, formulas, and the fused path against the plain one."""
+"""MS-QKFormer, cifar10/ms.py and imagenet/ms.py: golden numbers, formulas, and the fused path
+against the plain one.
+"""
 
 import copy
 
@@ -35,7 +37,7 @@ def make_model(name, **options):
     return model.double(), torch.rand(shape, dtype=torch.float64) * 2
 
 
-# The model --------------------------------------------------------------------------------------------------------
+# The model ----------------------------------------------------------------------------------------
 
 
 def test_golden_cifar10():
@@ -78,17 +80,27 @@ def test_state_dict():
         (imagenet.ms.MSQKFormer_10_768(T=1), 64_962_760, 12),
     ):
         assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-        assert {block.attn.num_heads for block in (*model.stage1, *model.stage2, *model.stage3)} == {heads}
+        assert {
+            block.attn.num_heads for block in (*model.stage1, *model.stage2, *model.stage3)
+        } == {heads}
 
 
 def test_initialisation():
     model = imagenet.ms.MSQKFormer_10_384()
     convolution, line = model.patch_embed3.proj4_conv.weight, model.stage3[0].attn.q_conv.weight
-    assert convolution.std().item() == pytest.approx(0.02, rel=0.02) and convolution.abs().max() > 0.07
+    assert (
+        convolution.std().item() == pytest.approx(0.02, rel=0.02) and convolution.abs().max() > 0.07
+    )
     assert model.stage3[0].mlp.fc1_conv.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert line.abs().max() <= 384**-0.5  # PyTorch's default, uniform
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02) and not model.head.bias.any()
-    assert cifar10.ms.MSQKFormer().patch_embed3.max_embed1.embed_conv.weight.abs().max() <= (384 * 9) ** -0.5
+    assert (
+        model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        and not model.head.bias.any()
+    )
+    assert (
+        cifar10.ms.MSQKFormer().patch_embed3.max_embed1.embed_conv.weight.abs().max()
+        <= (384 * 9) ** -0.5
+    )
 
 
 @pytest.mark.parametrize("kind", ["token", "channel", "ssa"])
@@ -97,7 +109,9 @@ def test_attention_formula(kind):
     torch.manual_seed(0)
     attention = Golden.fill(cifar10.ms.MS_ATTENTION[kind](32, 4)).eval()
     for bn in (attention.q_bn, attention.k_bn):
-        bn.bias.data += 1.5  # enough spikes for every threshold to be crossed by some sums and missed by others
+        bn.bias.data += (
+            1.5  # enough spikes for every threshold to be crossed by some sums and missed by others
+        )
     x = torch.randn(3, 2, 32, 4, 6, dtype=torch.float64) * 2
     first = attention.x_lif if kind == "ssa" else attention.proj_lif
 
@@ -119,7 +133,9 @@ def test_attention_formula(kind):
     elif kind == "channel":
         y = lif.torch_lif(torch.einsum("tbhcn->tbhc", q), 2.0, 0.5)[..., None] * k
     else:
-        weights = torch.einsum("tbhcn,tbhcm->tbhnm", q, k)  # the quadratic order: attention map first
+        weights = torch.einsum(
+            "tbhcn,tbhcm->tbhnm", q, k
+        )  # the quadratic order: attention map first
         y = lif.torch_lif(0.125 * torch.einsum("tbhnm,tbhcm->tbhcn", weights, heads("v")), 2.0, 0.5)
     assert 0.005 < y.mean() < 0.98 and 0.02 < first(x).mean() < 0.98
     want = normalised("proj", y.flatten(2, 3)).reshape(x.shape)
@@ -131,11 +147,18 @@ def test_mlp_is_maxformers(ratio):
     """spikingjelly's own MLP with membrane shortcuts, with a second one where the ratio is 1."""
     torch.manual_seed(0)
     ours = Golden.fill(cifar10.ms.MSMLP(16, 16 * ratio)).train()
-    neurons = {"tau": 2.0, "detach_reset": True, "surrogate_function": ours.fc1_lif.surrogate_function}
+    neurons = {
+        "tau": 2.0,
+        "detach_reset": True,
+        "surrogate_function": ours.fc1_lif.surrogate_function,
+    }
     theirs = maxformer._SpatialMLP(16, 16 * ratio, None, neurons).double().train()
     names = {"fc1_conv": "fc1", "fc1_bn": "bn1", "fc2_conv": "fc2", "fc2_bn": "bn2"}
     theirs.load_state_dict(
-        {names[key.split(".")[0]] + "." + key.split(".")[1]: v for key, v in ours.state_dict().items()}
+        {
+            names[key.split(".")[0]] + "." + key.split(".")[1]: v
+            for key, v in ours.state_dict().items()
+        }
     )
     x = torch.randn(4, 2, 16, 3, 5, dtype=torch.float64) * 2
     leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -163,7 +186,9 @@ def test_not_square():
     for kind in cifar10.ms.MS_ATTENTION:
         block = Golden.fill(cifar10.ms.MSBlock(16, 4, 4, kind, 0.0, lif.MultiStepLIF)).eval()
         x = torch.randn(2, 3, 16, 4, 6, dtype=torch.float64)
-        torch.testing.assert_close(block(x).transpose(3, 4), block(x.transpose(3, 4)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            block(x).transpose(3, 4), block(x.transpose(3, 4)), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_keywords():
@@ -171,9 +196,16 @@ def test_keywords():
     assert model.eval()(torch.rand(2, 2, 8, 20).double()).shape == (2, 48)
     features = model.forward_features(torch.rand(5, 2, 2, 8, 8).double())
     assert features.shape == (5, 2, 48) and set(features.unique().tolist()) <= {0.0, 1.0}
-    rates = [block.drop_path.drop_prob for stage in (model.stage1, model.stage2, model.stage3) for block in stage]
+    rates = [
+        block.drop_path.drop_prob
+        for stage in (model.stage1, model.stage2, model.stage3)
+        for block in stage
+    ]
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
-    assert cifar10.ms.MSQKFormer(cross_sample_lif="auto", **SMALL["cifar10"][0]).head.out_features == 10
+    assert (
+        cifar10.ms.MSQKFormer(cross_sample_lif="auto", **SMALL["cifar10"][0]).head.out_features
+        == 10
+    )
     assert timm.create_model("MSQKFormer_10_384", T=1, embed_dims=32, num_heads=2, depths=4)(
         torch.rand(1, 3, 32, 16)
     ).shape == (1, 1000)
@@ -208,7 +240,7 @@ def test_wrong_input(name, size):
         make_model(name)[0](torch.zeros(2, 3, size, size))
 
 
-# Its paths --------------------------------------------------------------------------------------------------------
+# Its paths ----------------------------------------------------------------------------------------
 
 
 def step(model, x):
@@ -271,7 +303,9 @@ def test_fused_is_the_plain_one(name, options):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("on", [True, False])
 def test_checkpoint_stages(name, on):
-    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic depth; less saved."""
+    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic
+    depth; less saved.
+    """
     results, saved = [], []
     for stages in ((), (1, 3)):
         model, x = make_model(name, drop_path=0.3, checkpoint_stages=stages, fused=on)
@@ -291,7 +325,7 @@ def test_model_compiles(monkeypatch):
     check_same(step(model, x), want)
 
 
-# Its layers -------------------------------------------------------------------------------------------------------
+# Its layers ---------------------------------------------------------------------------------------
 
 KINDS = {
     "1x1": (nn.Conv2d, (12, 24, 1), {}, False),
@@ -334,7 +368,9 @@ def test_conv_bn_is_the_plain_one(kind, static):
             tested = preact.conv_bn(x.expand(4, 3, 12, 8, 6), *modules.eval(), pool=pool)
         results.append((y.detach(), gradients, {**dict(modules.named_buffers()), "tested": tested}))
     check_same(*results)
-    assert (results[0][1].get("0.bias", torch.zeros(1)) == 0).all()  # in front of BatchNorm, exactly
+    assert (
+        results[0][1].get("0.bias", torch.zeros(1)) == 0
+    ).all()  # in front of BatchNorm, exactly
 
 
 @compiled
@@ -357,7 +393,9 @@ def test_who_hooks_a_module_sees_it_called():
     modules, _ = make_layer("1x1", True)
     x, called = torch.rand(4, 3, 12, 8, 6).double(), []
     for module in modules:
-        handle = module.register_forward_hook(lambda module, *_: called.append(type(module).__name__))
+        handle = module.register_forward_hook(
+            lambda module, *_: called.append(type(module).__name__)
+        )
         preact.conv_bn(preact.fire(x, modules[2]), *modules)
         handle.remove()
     assert called == ["Conv2d", "BatchNorm2d", "MultiStepLIF"]
@@ -372,7 +410,9 @@ def test_a_single_value_has_no_variance():
 
 @compiled
 def test_float32_gradients_are_those_of_float64():
-    """Through a whole model, of most initialisations: now and then rounding flips a spike, in the plain path too."""
+    """Through a whole model, of most initialisations: now and then rounding flips a spike, in the
+    plain path too.
+    """
     errors = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -381,24 +421,36 @@ def test_float32_gradients_are_those_of_float64():
         true = copy.deepcopy(ours).double()
         nn.functional.cross_entropy(ours(x), y).backward()
         nn.functional.cross_entropy(true(x.double()), y).backward()
-        got, want = (torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (ours, true))
+        got, want = (
+            torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (ours, true)
+        )
         errors.append(((got - want).norm() / want.norm()).item())
     assert sorted(errors)[1] <= 1e-4, errors
 
 
-# Its recipes ------------------------------------------------------------------------------------------------------
+# Its recipes --------------------------------------------------------------------------------------
 
 
 def recipe(folder, name):
     options = folder.options
-    return folder.config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["-c", name])[0]
+    return folder.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["-c", name]
+    )[0]
 
 
-@pytest.mark.parametrize(("folder", "name"), [("cifar10", "cifar10.yml"), ("cifar100", "cifar100.yml")])
+@pytest.mark.parametrize(
+    ("folder", "name"), [("cifar10", "cifar10.yml"), ("cifar100", "cifar100.yml")]
+)
 def test_recipe_cifar(folder, name):
     folder = load(folder)
     ours, base = recipe(folder, "ms.yml"), recipe(folder, name)
-    want = {"model": "MSQKFormer", "batch_size": 128, "lr": 1.5e-3, "cutmix": 0.5, "warmup_lr": 8e-5}
+    want = {
+        "model": "MSQKFormer",
+        "batch_size": 128,
+        "lr": 1.5e-3,
+        "cutmix": 0.5,
+        "warmup_lr": 8e-5,
+    }
     changed = {key: value for key, value in vars(ours).items() if value != getattr(base, key)}
     assert {key: changed[key] for key in want} == want
     assert changed.keys() - want.keys() <= {"config", "experiment"}
@@ -409,8 +461,17 @@ def test_recipe_cifar(folder, name):
 
 
 def test_recipe_imagenet():
-    small, large, base = (recipe(imagenet, f"{name}.yml") for name in ("ms_10_384", "ms_10_768_t1", "imagenet"))
-    want = {"blr": 1.35e-3, "min_lr": 2.5e-6, "mixup": 0.25, "cutmix": 1.0, "mixup_prob": 0.5, "reprob": 0.0}
+    small, large, base = (
+        recipe(imagenet, f"{name}.yml") for name in ("ms_10_384", "ms_10_768_t1", "imagenet")
+    )
+    want = {
+        "blr": 1.35e-3,
+        "min_lr": 2.5e-6,
+        "mixup": 0.25,
+        "cutmix": 1.0,
+        "mixup_prob": 0.5,
+        "reprob": 0.0,
+    }
     want = {**want, "model": "MSQKFormer_10_384", "batch_size": 64, "accum_iter": 1}
     changed = {key: value for key, value in vars(small).items() if value != getattr(base, key)}
     assert {key: changed[key] for key in want} == want

@@ -33,11 +33,15 @@ def test_learning_rates_of_the_published_run():
 def test_weight_decay_groups():
     model = cifar10.model.QKFormer(embed_dims=32, num_heads=2)
     optimizer, *_ = cifar10.train.build_optimizer(resolve(), model)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.06 if parameter.ndim > 1 else 0.0), name
-    assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups)
+    assert all(
+        group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups
+    )
 
 
 def make_cifar(folder, monkeypatch, train=40, test=10):
@@ -47,11 +51,15 @@ def make_cifar(folder, monkeypatch, train=40, test=10):
     generator = np.random.RandomState(0)
     base = folder / "cifar-10-batches-py"
     base.mkdir(parents=True)
-    for name, size in [(f"data_batch_{i}", train // 5) for i in range(1, 6)] + [("test_batch", test)]:
+    for name, size in [(f"data_batch_{i}", train // 5) for i in range(1, 6)] + [
+        ("test_batch", test)
+    ]:
         images = generator.randint(0, 256, (size, 3072), dtype=np.uint8)
         labels = [int(label) for label in generator.randint(0, 10, size)]
         (base / name).write_bytes(pickle.dumps({"data": images, "labels": labels}))
-    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    (base / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"class {i}" for i in range(10)]})
+    )
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
 
@@ -63,7 +71,9 @@ def test_cifar_batches(tmp_path, monkeypatch):
     names = [type(step).__name__ for step in train_set.transform.transforms]
     names.remove("RandomResizedCropAndInterpolation")  # of the whole image, to its own size
     assert names[:2] == ["RandomHorizontalFlip", "RandAugment"] and len(names) == 3
-    assert torch.as_tensor(train_set[0][0]).dtype == torch.uint8  # not yet normalised: mixup comes first
+    assert (
+        torch.as_tensor(train_set[0][0]).dtype == torch.uint8
+    )  # not yet normalised: mixup comes first
     batches = list(cifar10.data.train_loader(cfg, train_set, 0, 0, CPU))
     assert len(batches) == 5 and batches[0][0].shape == (8, 3, 32, 32)
     assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
@@ -77,33 +87,59 @@ def test_cifar_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 4])
 def test_posterize(bits):
-    """timm's increasing severities come to 0 bits at magnitude 10, for which today's Pillow raises."""
+    """timm's increasing severities come to 0 bits at magnitude 10, for which today's
+    Pillow raises.
+    """
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
-    step = timm.data.auto_augment.AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits)
-    np.testing.assert_array_equal(np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF))
+    step = timm.data.auto_augment.AugmentOp(
+        "PosterizeIncreasing", prob=1.0, magnitude=10 - 2.5 * bits
+    )
+    np.testing.assert_array_equal(
+        np.asarray(step(image)), np.asarray(image) & (0xFF << (8 - bits) & 0xFF)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mixup_off_epoch_reaches_the_workers(workers):
-    cfg = resolve("-c", "quickstart.yml", "--mixup", 0.5, "--mixup-off-epoch", 2, "--smoothing", 0.1, "-j", workers)
+    cfg = resolve(
+        "-c",
+        "quickstart.yml",
+        "--mixup",
+        0.5,
+        "--mixup-off-epoch",
+        2,
+        "--smoothing",
+        0.1,
+        "-j",
+        workers,
+    )
     dataset = cifar10.data.build_dataset(cfg, True, CPU)
     for epoch in range(4):
-        targets = torch.cat([targets for _, targets in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU)])
+        targets = torch.cat(
+            [targets for _, targets in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU)]
+        )
         two_classes = ((targets > 0.011).sum(1) == 2).float().mean()
         assert two_classes > 0.5 if epoch < 2 else two_classes == 0
         assert targets.min().item() == pytest.approx(0.01)  # smoothed in either case
     cfg.mixup_off_epoch = 0
-    targets = torch.cat([targets for _, targets in cifar10.data.train_loader(cfg, dataset, 399, 0, CPU)])
+    targets = torch.cat(
+        [targets for _, targets in cifar10.data.train_loader(cfg, dataset, 399, 0, CPU)]
+    )
     assert ((targets > 0.011).sum(1) == 2).float().mean() > 0.5
 
 
 def test_shares_of_the_ranks():
     for size, batch, world in ((101, 8, 3), (64, 8, 2), (50000, 64, 1)):
-        parts = [cifar10.engine.train_batches(size, batch, 7, 3, ranks(rank, world)) for rank in range(world)]
+        parts = [
+            cifar10.engine.train_batches(size, batch, 7, 3, ranks(rank, world))
+            for rank in range(world)
+        ]
         indices = [index for part in parts for batch_indices, _ in part for index in batch_indices]
         assert len(indices) == len(set(indices)) == size // (batch * world) * batch * world
         assert len({seed for part in parts for _, seed in part}) == len(parts) * len(parts[0])
-        whole = [cifar10.engine.test_batches(size, batch, ranks(rank, world)) for rank in range(world)]
+        whole = [
+            cifar10.engine.test_batches(size, batch, ranks(rank, world)) for rank in range(world)
+        ]
         order = [whole[i % world][i // world][0] for i in range(-(-size // batch))]
         assert [index for indices in order for index in indices] == list(range(size))
         assert all(len(indices) == batch for indices in order[:-1])
@@ -112,7 +148,9 @@ def test_shares_of_the_ranks():
 
 
 def test_batches_do_not_depend_on_what_came_before():
-    cfg = resolve("-c", "quickstart.yml", "--mixup", 0.5, "--hflip", 0.5, "--aa", "rand-m9-n1-mstd0.4-inc1")
+    cfg = resolve(
+        "-c", "quickstart.yml", "--mixup", 0.5, "--hflip", 0.5, "--aa", "rand-m9-n1-mstd0.4-inc1"
+    )
     dataset = cifar10.data.build_dataset(cfg, True, CPU)
     state = torch.get_rng_state()
     runs = []
@@ -131,8 +169,14 @@ def test_batches_do_not_depend_on_what_came_before():
     [
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # python in a batch script
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "a"}, ("1", "2", "a")),
-        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-04]"}, ("3", "4", "gpu03")),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NODELIST": "x1,x2"}, ("0", "4", "x1")),
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[03-04]"},
+            ("3", "4", "gpu03"),
+        ),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NODELIST": "x1,x2"},
+            ("0", "4", "x1"),
+        ),
     ],
 )
 def test_tasks_of_slurm(env, want):

@@ -73,14 +73,19 @@ def test_debug_mode():
     s = fire(3, 6)
     s.data.mul_(0.5)
     assert spikes.save(s).dtype == torch.uint8
-    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="marked as spikes"):
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.raises(RuntimeError, match="marked as spikes"),
+    ):
         spikes.save(s)
 
 
 @pytest.mark.parametrize("operator", [torch.mul, torch.matmul, torch.add])
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 def test_product(operator, scale):
-    """Equal to the operator in values and gradients, for spikes and for analog values, broadcast too."""
+    """Equal to the operator in values and gradients, for spikes and for analog values, broadcast
+    too.
+    """
     results = []
     for on in (True, False):
         s = fire(3, 5, 5).detach().double()

@@ -28,19 +28,34 @@ def test_run_and_its_folder(trained_on_digits):
     assert "cross_sample_lif: false" in text and "torch backend" in text and "parameters" in text
     log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [0, 1, 2]
-    fields = "epoch lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
+    fields = (
+        "epoch lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
+    )
     assert all(set(fields.split()) <= set(line) for line in log)
     assert list(folder.glob("events.out.tfevents.*"))
     lines = [line for line in text.splitlines() if ", step " in line]
-    assert [line.split(":")[0] for line in lines] == [f"epoch {epoch}, step 22/22" for epoch in range(3)]
-    for line, epoch in zip(lines, log, strict=True):  # the loss is that of the step itself, not of the one before
-        assert f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.3g}, " in line and " left, " in line
-    assert f"best top-1 {max(line['test_acc1'] for line in log):.2f} %" in text and "best.pth" in text
+    assert [line.split(":")[0] for line in lines] == [
+        f"epoch {epoch}, step 22/22" for epoch in range(3)
+    ]
+    for line, epoch in zip(
+        lines, log, strict=True
+    ):  # the loss is that of the step itself, not of the one before
+        assert (
+            f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.3g}, " in line and " left, " in line
+        )
+    assert (
+        f"best top-1 {max(line['test_acc1'] for line in log):.2f} %" in text and "best.pth" in text
+    )
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["dim"] == 16 and args["mixup"] == 0.5 and set(args) == set(cifar10.options.KEYS)
-    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".pth") == ["best.pth", "last.pth"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".pth") == [
+        "best.pth",
+        "last.pth",
+    ]
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    assert {"model", "optimizer", "scheduler", "scaler", "epoch", "best", "rng", "config"} <= set(checkpoint)
+    assert {"model", "optimizer", "scheduler", "scaler", "epoch", "best", "rng", "config"} <= set(
+        checkpoint
+    )
     assert checkpoint["cross_sample_lif"] is False and checkpoint["epoch"] == 2
 
     done = script("cifar10", "test", "-c", folder / "args.yaml")
@@ -54,24 +69,60 @@ def test_run_and_its_folder(trained_on_digits):
 def test_first_step_and_number_of_epochs(tmp_path, monkeypatch, capsys):
     """The first step's line has its own loss; a line says how many epochs there are, and why."""
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    flags = (*SMALL, "--workers", 0, "--output", tmp_path, "--epochs", 1, "--cooldown-epochs", 1, "--log-interval", 1)
+    flags = (
+        *SMALL,
+        "--workers",
+        0,
+        "--output",
+        tmp_path,
+        "--epochs",
+        1,
+        "--cooldown-epochs",
+        1,
+        "--log-interval",
+        1,
+    )
     cifar10.train.main(on_cpu(flags))
     lines = capsys.readouterr().out.splitlines()
     assert "2 epochs of 22 steps (epochs 1 + 1 of cooldown_epochs at min_lr)" in lines
-    losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines if line.startswith("epoch 0, step ")]
+    losses = [
+        float(re.search(r"loss ([\d.]+)", line)[1])
+        for line in lines
+        if line.startswith("epoch 0, step ")
+    ]
     assert len(losses) == 22 and 2 < losses[0] < 3  # chance is 2.3; a mean over the steps so far
     board = EventAccumulator(str(tmp_path / "quickstart" / "steps")).Reload()
     points = [event.value for event in board.Scalars("step/loss")]
     means = [sum(points[: step + 1]) / (step + 1) for step in range(22)]
     assert losses == pytest.approx(means, abs=1e-4) and len(points) == 44
     names = EventAccumulator(str(tmp_path / "quickstart")).Reload().Tags()["scalars"]
-    assert {"loss/train", "loss/test", "accuracy/top1", "accuracy/top5", "speed/images_per_second"} <= set(names)
-    assert not any("/" not in name for name in names)  # all in groups, no curve of the epoch's number
+    assert {
+        "loss/train",
+        "loss/test",
+        "accuracy/top1",
+        "accuracy/top5",
+        "speed/images_per_second",
+    } <= set(names)
+    assert not any(
+        "/" not in name for name in names
+    )  # all in groups, no curve of the epoch's number
 
 
 def test_killed_and_resumed(trained_on_digits, tmp_path):
-    """SIGKILL within an epoch: the same command goes on from the last epoch's end, to the same weights."""
-    args = [*RANDOM, "--output", tmp_path, "--experiment", "killed", "--resume", "auto", "--log-interval", 1]
+    """SIGKILL within an epoch: the same command goes on from the last epoch's end, to the same
+    weights.
+    """
+    args = [
+        *RANDOM,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "killed",
+        "--resume",
+        "auto",
+        "--log-interval",
+        1,
+    ]
     process = start("cifar10", *args)
     for line in process.stdout:
         if line.startswith("epoch 1, step 7/"):
@@ -144,12 +195,16 @@ def test_two_ranks_stop_together_and_resume(tmp_path):
 
 
 def test_101_samples_on_two_ranks():
-    """Each sample once and in its batch: one rank and two give the same figures, under both semantics."""
+    """Each sample once and in its batch: one rank and two give the same figures, under both
+    semantics.
+    """
     results = {}
     for cross in ("false", "true"):
         for number in (1, 2):
             args = (ROOT / "tests", cross, "-c", "quickstart.yml", "--val-batch-size", 8)
-            done = script("cifar10", "../tests/eval_101", *args, ranks=number, env={"PYTHONPATH": "."})
+            done = script(
+                "cifar10", "../tests/eval_101", *args, ranks=number, env={"PYTHONPATH": "."}
+            )
             line = next(line for line in done.stdout.splitlines() if line.startswith("METRICS"))
             results[cross, number] = json.loads(line.partition(" ")[2])
     assert results["false", 1] == results["false", 2] and results["true", 1] == results["true", 2]
@@ -200,13 +255,27 @@ def test_failed_resume_changes_nothing(trained_on_digits):
     before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
     args = [*RANDOM, "--output", folder.parent, "--experiment", "whole", "--resume", "auto"]
     one_line(script("cifar10", "train", *args, "--dim", 32, check=False), "dim is 32", "of dim 16")
-    one_line(script("cifar10", "train", *args, "--opt", "sgd", check=False), "last.pth", "adamw", "sgd")
+    one_line(
+        script("cifar10", "train", *args, "--opt", "sgd", check=False), "last.pth", "adamw", "sgd"
+    )
     assert {path.name: path.read_bytes() for path in folder.rglob("*.*")} == before
 
 
 def test_resume_on_another_number_of_ranks(tmp_path):
-    """Within an epoch: it goes on behind the samples that were seen, in the same order of the epoch."""
-    args = [*SMALL, "--epochs", 2, "--log-interval", 1, "--output", tmp_path, "--experiment", "ranks"]
+    """Within an epoch: it goes on behind the samples that were seen, in the same order of the
+    epoch.
+    """
+    args = [
+        *SMALL,
+        "--epochs",
+        2,
+        "--log-interval",
+        1,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "ranks",
+    ]
     process = start("cifar10", *args, ranks=2)
     for line in process.stdout:
         if line.startswith("epoch 1, step 4/"):
@@ -218,7 +287,9 @@ def test_resume_on_another_number_of_ranks(tmp_path):
     assert 4 <= step < 11
     done = script("cifar10", "train", *args, "--resume", "auto")
     assert f"epoch 1, step {2 * step}" in done.stdout and "64 images a step" in done.stdout
-    assert f"epoch 1, step {2 * step + 1}/22" in done.stdout and len(log_of(tmp_path / "ranks")) == 2
+    assert (
+        f"epoch 1, step {2 * step + 1}/22" in done.stdout and len(log_of(tmp_path / "ranks")) == 2
+    )
 
 
 def test_start_epoch(tmp_path):
@@ -238,7 +309,9 @@ def test_signal_during_evaluation(trained_on_digits, tmp_path):
     assert "SIGTERM: stopped in epoch 1 after step 22" in process.stdout.read()
     assert process.wait() == 143
     script("cifar10", "train", *args, "--resume", "auto")
-    assert same(*(weights_of(path / "last.pth") for path in (tmp_path / "stopped", trained_on_digits[0])))
+    assert same(
+        *(weights_of(path / "last.pth") for path in (tmp_path / "stopped", trained_on_digits[0]))
+    )
 
 
 @pytest.mark.parametrize("batch", [64, 1024])
@@ -247,10 +320,30 @@ def test_divergence(tmp_path, batch, monkeypatch):
     for name in ("lr", "min_lr", "weight_decay"):  # more than the keys allow
         key = dataclasses.replace(cifar10.options.KEYS[name], high=1e38)
         monkeypatch.setitem(cifar10.options.KEYS, name, key)
-    args = [*SMALL, "--output", tmp_path, "--batch-size", batch, "--warmup-epochs", 0, "--experiment", "wild"]
+    args = [
+        *SMALL,
+        "--output",
+        tmp_path,
+        "--batch-size",
+        batch,
+        "--warmup-epochs",
+        0,
+        "--experiment",
+        "wild",
+    ]
     script("cifar10", "train", *args, "--epochs", 1)
     before = (tmp_path / "wild" / "last.pth").read_bytes()
-    wild = ["--lr", "1e38", "--min-lr", "1e38", "--weight-decay", "1e3", "--opt", "sgd", "--no-resume-opt"]
+    wild = [
+        "--lr",
+        "1e38",
+        "--min-lr",
+        "1e38",
+        "--weight-decay",
+        "1e3",
+        "--opt",
+        "sgd",
+        "--no-resume-opt",
+    ]
     with pytest.raises(cifar10.config.UserError) as error:
         cifar10.train.main(on_cpu([*args, *wild, "--epochs", 2, "--resume", "auto"]))
     words = ("step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")

@@ -2,8 +2,9 @@
 
     TRIAL=100 python -m pytest -n 0 -s -m long tests/test_trial.py
 
-TRIAL is how often each fault is provoked (default 2), SEED where the moments start (default 0). A line for each
-folder and fault says how often it struck, and how the run ended. docs/faults.md has a table of them.
+TRIAL is how often each fault is provoked (default 2), SEED where the moments start (default 0). A
+line for each folder and fault says how often it struck, and how the run ended. docs/faults.md has a
+table of them.
 """
 
 import contextlib
@@ -37,19 +38,53 @@ class Trial:
             self.args = [*RANDOM, "--epochs", 2]
         elif folder == "imagenet":
             mixing = ["--mixup", 0.5, "--drop_path", 0.2, "--reprob", 0.5, "--save_minutes", 1e-6]
-            self.args = [*narrow, *mixing, "--batch_size", 8, "--epochs", 2, "--num_workers", 1, "--log_interval", 1]
+            self.args = [
+                *narrow,
+                *mixing,
+                "--batch_size",
+                8,
+                "--epochs",
+                2,
+                "--num_workers",
+                1,
+                "--log_interval",
+                1,
+            ]
             self.output = "--output_dir"
         else:  # conversion included: each run starts from recordings
             self.output = "--output-dir"
-            self.args = [*SMALL, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--batch-size", 8]
+            self.args = [
+                *SMALL,
+                "--epochs",
+                2,
+                "--warmup-epochs",
+                0,
+                "--cooldown-epochs",
+                0,
+                "--batch-size",
+                8,
+            ]
             self.args += ["--T-train", 1, "--drop-path", 0.2, "--workers", 1]
 
     def arguments(self, name):
         data = self.place / name
         if "dvs" in self.folder and not data.exists():
-            write(self.folder, data, **({"samples": 10} if self.folder == "cifar10-dvs" else {"trials": 1}))
+            write(
+                self.folder,
+                data,
+                **({"samples": 10} if self.folder == "cifar10-dvs" else {"trials": 1}),
+            )
         path = ["--data-path", data] if "dvs" in self.folder else []
-        return [*self.args, *path, self.output, self.place / "out", "--experiment", name, "--resume", "auto"]
+        return [
+            *self.args,
+            *path,
+            self.output,
+            self.place / "out",
+            "--experiment",
+            name,
+            "--resume",
+            "auto",
+        ]
 
     def whole(self, ranks=1):
         """Seconds that the run takes which nothing befalls."""
@@ -183,9 +218,22 @@ def test_small_shared_memory(tmp_path, narrow):
     """As in a container without --shm-size: a line and an end, not a wait without one."""
     mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"'
     trial = Trial("cifar10", tmp_path, narrow)
-    args = ["unshare", "-m", "sh", "-c", mount, sys.executable, "train.py", *map(str, trial.arguments("small"))]
-    done = subprocess.run(args, cwd=cifar10.config.HERE, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    args = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        mount,
+        sys.executable,
+        "train.py",
+        *map(str, trial.arguments("small")),
+    ]
+    done = subprocess.run(
+        args, cwd=cifar10.config.HERE, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, (
+        done.stdout + done.stderr
+    )
     assert "--shm-size" in done.stdout and done.stderr.count("error: ") == 1
     assert torch.load(tmp_path / "out" / "small" / "last.pth", weights_only=True)["step"] >= 0
     trial.struck = 1

@@ -1,25 +1,28 @@
-"""Time and memory of a training step and of inference, for our models and what they are compared with, in one run.
+"""Time and memory of a training step and of inference, for our models and what they are compared
+with, in one run.
 
 Usage:
-    python tools/bench.py                                             # HST-10-384, batch 32 on a GPU, 2 on a CPU
-    python tools/bench.py --published --json bench.json               # all models, growth with T, size and batch
-    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
-    python tools/bench.py --model cifar10 MSQKFormer --batch 16       # with and without membrane shortcuts
-    python tools/bench.py --profile trace.json                        # PyTorch's profiler, for chrome://tracing
-    python tools/bench.py --bytes                                     # bytes moved and saved, by parts of the model
+    python tools/bench.py                                             # HST-10-384, batch 32 on a
+    GPU, 2 on a CPU python tools/bench.py --published --json bench.json               # all models,
+    growth with T, size and batch python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6
+    --paths fast compiled python tools/bench.py --model cifar10 MSQKFormer --batch 16       # with
+    and without membrane shortcuts python tools/bench.py --profile trace.json
+    # PyTorch's profiler, for chrome://tracing python tools/bench.py --bytes
+    # bytes moved and saved, by parts of the model
 
 What is compared:
     fast          the folder's model as it comes
     plain         fused: false, backend: torch; module by module, the neuron in PyTorch
-    release-like  fused: false, backend: spikingjelly; as in the authors' release, with spikingjelly's neuron
-    spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
-    compiled      fast, through torch.compile; not by default
-    checkpointed  fast, with the activations of stages 1 and 2 computed again; not by default
+    release-like  fused: false, backend: spikingjelly; as in the authors' release, with
+    spikingjelly's neuron spikingjelly  spikingjelly's own QKFormer (ImageNet models only) compiled
+    fast, through torch.compile; not by default checkpointed  fast, with the activations of stages 1
+    and 2 computed again; not by default
 
-They take turns, so that a machine that warms up or slows down does so for all; figures are medians over the rounds,
-with the spread between the quartiles. On a GPU in float16 mixed precision, timed by CUDA events, memory is the peak
-of allocated tensors; on a CPU in float32, memory is what autograd saves for the backward pass. --dtype bfloat16 on a
-CPU counts the memory of 16-bit mixed precision.
+They take turns, so that a machine that warms up or slows down does so for all; figures are medians
+over the rounds, with the spread between the quartiles. On a GPU in float16 mixed precision, timed
+by CUDA events, memory is the peak of allocated tensors; on a CPU in float32, memory is what
+autograd saves for the backward pass. --dtype bfloat16 on a CPU counts the memory of 16-bit mixed
+precision.
 """
 
 import argparse
@@ -40,11 +43,14 @@ from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
 
 ROOT = Path(__file__).resolve().parent.parent
-IMAGENET = tuple(f"{name}_10_{dim}" for name in ("QKFormer", "MSQKFormer") for dim in (384, 512, 768))
+IMAGENET = tuple(
+    f"{name}_10_{dim}" for name in ("QKFormer", "MSQKFormer") for dim in (384, 512, 768)
+)
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")  # MSQKFormer is that of cifar10/
 EVENT = ("dvs128-gesture", "cifar10-dvs")
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
-# Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the default.
+# Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the
+# default.
 PUBLISHED = [
     (["QKFormer_10_384"], [32, 64], None, None),
     (["QKFormer_10_512"], [32], None, None),
@@ -59,7 +65,9 @@ PUBLISHED = [
 
 @functools.cache
 def import_folder(folder):
-    """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other folders."""
+    """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other
+    folders.
+    """
     for module in ("model", "layer", "fused", "lif", "spikes", "ms", "preact"):
         sys.modules.pop(module, None)
     sys.path.insert(0, str(ROOT / folder))
@@ -95,7 +103,9 @@ def set_up(name):
 
 def make_input(name, batch, T, size, device):
     shape = (batch, T, 2, size, size) if name in EVENT else (batch, 3, size, size)
-    return (torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)).to(device)
+    return (torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)).to(
+        device
+    )
 
 
 class Candidate:
@@ -107,7 +117,9 @@ class Candidate:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda or None)
         self.scaler = torch.amp.GradScaler(x.device.type, enabled=dtype == torch.float16)
         mixed = dtype != torch.float32
-        self.autocast = functools.partial(torch.autocast, x.device.type, dtype=dtype if mixed else None, enabled=mixed)
+        self.autocast = functools.partial(
+            torch.autocast, x.device.type, dtype=dtype if mixed else None, enabled=mixed
+        )
         self.seconds = {"train": [], "infer": []}
         self.memory = 0.0
         if compiled:
@@ -170,7 +182,8 @@ def bench(name, batch, T, size, paths, rounds, device, dtype):
         model = build(name, path, T, models)
         if model is None:
             continue
-        # What the others hold on a GPU is in everybody's peak; so each is measured alone, and moved away meanwhile.
+        # What the others hold on a GPU is in everybody's peak; so each is measured alone, and moved
+        # away meanwhile.
         for other in candidates.values():
             other.model.cpu()
         held = torch.cuda.memory_allocated() if x.is_cuda else 0  # by the others' optimizers
@@ -193,7 +206,9 @@ def measure(candidates, name, batch, T, size, rounds):
     rows = []
     for path, candidate in candidates.items():
         for kind, seconds in candidate.seconds.items():
-            low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            low, median, high = (
+                statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+            )
             rows.append(
                 {
                     "model": name,
@@ -213,15 +228,22 @@ def measure(candidates, name, batch, T, size, rounds):
 
 def print_table(rows):
     print(f"{'model':17} {'batch':>5} {'T':>3} {'size':>4}  {'':6}", end="")
-    print(f"{'path':13} {'images/s':>9} {'ms':>9} {'spread':>7} {'fast is':>8} {'memory MB':>10} {'fast has':>8}")
+    print(
+        f"{'path':13} {'images/s':>9} {'ms':>9} {'spread':>7} {'fast is':>8} {'memory MB':>10} "
+        f"{'fast has':>8}"
+    )
     for row in rows:
         same = ("model", "batch", "T", "size", "kind")
         fast = [r for r in rows if r["path"] == "fast" and all(r[key] == row[key] for key in same)]
         faster = f"{row['seconds'] / fast[0]['seconds']:7.2f}x" if fast else ""
-        smaller = f"{100 * fast[0]['train_memory_mb'] / row['train_memory_mb']:6.0f} %" if fast else ""
+        smaller = (
+            f"{100 * fast[0]['train_memory_mb'] / row['train_memory_mb']:6.0f} %" if fast else ""
+        )
         print(
-            f"{row['model']:17} {row['batch']:5} {row['T']:3} {row['size']:4}  {row['kind']:6}{row['path']:13} "
-            f"{row['images_per_second']:9.1f} {1000 * row['seconds']:9.1f} {100 * row['spread']:6.1f}% {faster:>8} "
+            f"{row['model']:17} {row['batch']:5} {row['T']:3} {row['size']:4}  "
+            f"{row['kind']:6}{row['path']:13} "
+            f"{row['images_per_second']:9.1f} {1000 * row['seconds']:9.1f} "
+            f"{100 * row['spread']:6.1f}% {faster:>8} "
             f"{row['train_memory_mb']:10.0f} {smaller:>8}"
         )
 
@@ -233,29 +255,56 @@ def configurations(arguments, on_gpu):
         for name in models:
             for batch in batches or [32 if on_gpu else 2]:
                 for T in Ts or [16 if name in EVENT else 4]:
-                    for size in sizes or [128 if name in EVENT else 224 if name in IMAGENET else 32]:
+                    for size in sizes or [
+                        128 if name in EVENT else 224 if name in IMAGENET else 32
+                    ]:
                         yield name, batch, T, size
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["QKFormer_10_384"], choices=(*IMAGENET, *FOLDERS, "MSQKFormer"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["QKFormer_10_384"],
+        choices=(*IMAGENET, *FOLDERS, "MSQKFormer"),
+    )
     parser.add_argument("--batch", nargs="+", type=int, help="default: 32 on a GPU, 2 on a CPU")
     parser.add_argument("--T", nargs="+", type=int, help="default: 4; event models 16")
-    parser.add_argument("--size", nargs="+", type=int, help="default: 224; CIFAR 32; event models 128")
-    parser.add_argument("--published", action="store_true", help="the published batches of all models, and growth")
-    parser.add_argument("--paths", nargs="+", default=PATHS, choices=(*PATHS, "compiled", "checkpointed"))
+    parser.add_argument(
+        "--size", nargs="+", type=int, help="default: 224; CIFAR 32; event models 128"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="the published batches of all models, and growth"
+    )
+    parser.add_argument(
+        "--paths", nargs="+", default=PATHS, choices=(*PATHS, "compiled", "checkpointed")
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--profile", metavar="FILE", help="write a trace of one training step of the first path there")
-    parser.add_argument("--bytes", action="store_true", help="no timing: bytes moved and saved, by parts of the model")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="write a trace of one training step of the first path there",
+    )
+    parser.add_argument(
+        "--bytes",
+        action="store_true",
+        help="no timing: bytes moved and saved, by parts of the model",
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
     machine = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -266,14 +315,21 @@ def main():
     rows = []
     for name, batch, T, size in configurations(arguments, device.type == "cuda"):
         if arguments.bytes:
-            found = traffic.table(name, import_models(name), make_input(name, batch, T, size, "cpu"), T)
+            found = traffic.table(
+                name, import_models(name), make_input(name, batch, T, size, "cpu"), T
+            )
             traffic.print_table(found)
             rows += found
             continue
         try:
-            found, candidates = bench(name, batch, T, size, arguments.paths, arguments.rounds, device, dtype)
+            found, candidates = bench(
+                name, batch, T, size, arguments.paths, arguments.rounds, device, dtype
+            )
         except torch.OutOfMemoryError as error:
-            print(f"{name}, batch {batch}, T {T}, size {size}: {str(error).splitlines()[0]}", flush=True)
+            print(
+                f"{name}, batch {batch}, T {T}, size {size}: {str(error).splitlines()[0]}",
+                flush=True,
+            )
             continue
         rows += found
         print_table(found)
@@ -283,7 +339,9 @@ def main():
             trace.export_chrome_trace(arguments.profile)
             arguments.profile = None
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Usage:
     python tools/copies.py          # exit code 1 and a line for each copy that differs
     python tools/copies.py --fix    # rewrite those copies from their source
 
-Each data set folder is self-contained, so code is copied, not imported. Three kinds of copies are checked:
+Each data set folder is self-contained, so code is copied, not imported. Three kinds of copies are
+checked:
 - the files named in SAME, which are alike to the byte in every folder;
 - a file whose first line is `# Copied from cifar10/data.py`: the rest of it is that file;
-- a class, function, method or assignment behind a line `# Copied from cifar10/model.py`: it is the one of the same
+- a class, function, method or assignment behind a line `# Copied from cifar10/model.py`: it is the
+one of the same
   name there. `# Copied from cifar10/model.py with mlp1->fc1, ssa->attn` replaces words on the way.
 A class or function that is a copy but is not marked as one is reported too.
 """
@@ -46,7 +48,9 @@ SHORT = 4  # definitions of fewer lines need no mark
 
 
 def definitions(text):
-    """{dotted name: (first line, last line)} of what can be copied, decorators included; lines count from 0."""
+    """{dotted name: (first line, last line)} of what can be copied, decorators included; lines
+    count from 0.
+    """
     found = {}
 
     def visit(nodes, prefix):
@@ -80,7 +84,9 @@ def check_file(root, path):
     def source(match):
         file = root / match[1]
         if not file.is_file():
-            raise SystemExit(f"{path.relative_to(root)}: copied from {match[1]}, which does not exist")
+            raise SystemExit(
+                f"{path.relative_to(root)}: copied from {match[1]}, which does not exist"
+            )
         return replaced(file.read_text(), match[2])
 
     if lines and (match := MARKER.match(lines[0])):
@@ -98,7 +104,9 @@ def check_file(root, path):
         original = source(match)
         there = definitions(original).get(name)
         if name is None or there is None:
-            problems.append(f"line {number + 1}: nothing here that is in {match[1]} under the same name")
+            problems.append(
+                f"line {number + 1}: nothing here that is in {match[1]} under the same name"
+            )
             continue
         marked.add(name)
         start, end = have[name]
@@ -112,10 +120,17 @@ def check_file(root, path):
     first = root / FOLDERS[0] / path.name
     if path != first and first.is_file() and path.name not in SAME:
         original = first.read_text()
-        theirs = {name: original.splitlines()[start : end + 1] for name, (start, end) in definitions(original).items()}
+        theirs = {
+            name: original.splitlines()[start : end + 1]
+            for name, (start, end) in definitions(original).items()
+        }
         for name, (start, end) in have.items():
             inside = any(name == outer or name.startswith(f"{outer}.") for outer in marked)
-            if not inside and end - start + 1 > SHORT and theirs.get(name) == text.splitlines()[start : end + 1]:
+            if (
+                not inside
+                and end - start + 1 > SHORT
+                and theirs.get(name) == text.splitlines()[start : end + 1]
+            ):
                 marked.add(name)
                 problems.append(f"{name} is a copy of {FOLDERS[0]}/{path.name}; mark it as one")
     return ("\n".join(lines) + "\n" if edits else text), problems
@@ -142,8 +157,12 @@ def check(root, fix=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check that copied code has not drifted from its source.")
-    parser.add_argument("--fix", action="store_true", help="rewrite the copies that differ from their source")
+    parser = argparse.ArgumentParser(
+        description="Check that copied code has not drifted from its source."
+    )
+    parser.add_argument(
+        "--fix", action="store_true", help="rewrite the copies that differ from their source"
+    )
     arguments = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     if arguments.fix:

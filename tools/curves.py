@@ -3,10 +3,12 @@
 Usage:
     python tools/curves.py cifar10/output/cifar10                        # writes curves.png there
     python tools/curves.py imagenet/output/imagenet imagenet/output/imagenet-2 --out both.png
-    python tools/curves.py log.txt --curve hst_10_512                    # a log of the release's, or timm's summary.csv
+    python tools/curves.py log.txt --curve hst_10_512                    # a log of the release's,
+    or timm's summary.csv
 
-A run is a folder of ours, still running or not, or a log: our log.txt or that of the release's ImageNet script (one
-JSON a line), timm's summary.csv, or one of the curves themselves. What it is compared with follows from its args.yaml.
+A run is a folder of ours, still running or not, or a log: our log.txt or that of the release's
+ImageNet script (one JSON a line), timm's summary.csv, or one of the curves themselves. What it is
+compared with follows from its args.yaml.
 """
 
 import argparse
@@ -22,13 +24,17 @@ import yaml
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-# Names of a log's columns: ours and the release's, timm's, and that of the event curve, taken within the epoch.
+# Names of a log's columns: ours and the release's, timm's, and that of the event curve, taken
+# within the epoch.
 NAMES = {
     "train_loss": ("train_loss", "train_loss_at_iter_512"),
     "test_loss": ("test_loss", "eval_loss"),
     "top1": ("test_acc1", "eval_top1"),
 }
-DIFFER = "dataset model dim layer num_heads T time_step img_size input_size epochs batch_size accum_iter lr blr".split()
+DIFFER = (
+    "dataset model dim layer num_heads T time_step img_size input_size epochs batch_size "
+    "accum_iter lr blr"
+).split()
 COLOURS = ("#c1272d", "#0060ad", "#2b8a3e", "#8e44ad", "#d9730d")
 GREY = "#8a8a8a"
 
@@ -39,7 +45,9 @@ class CurveError(Exception):
 
 @dataclass
 class Published:
-    """A published run: its title, folder and yml, top-1 % of the paper, and the time it took on 8 V100 of 32 GB."""
+    """A published run: its title, folder and yml, top-1 % of the paper, and the time it took on 8
+    V100 of 32 GB.
+    """
 
     title: str
     folder: str
@@ -49,10 +57,18 @@ class Published:
 
 
 PUBLISHED = {
-    "hst_10_384": Published("HST-10-384, ImageNet 224²", "imagenet", "imagenet.yml", 78.80, 4 * 24 + 12),
-    "hst_10_512": Published("HST-10-512, ImageNet 224²", "imagenet", "hst_10_512.yml", 82.04, 5 * 24 + 22),
-    "hst_10_768": Published("HST-10-768, ImageNet 224²", "imagenet", "hst_10_768.yml", 84.22, 12 * 24 + 23),
-    "finetune_384": Published("HST-10-768 carried on at 384²", "imagenet", "finetune_384.yml", 85.65),
+    "hst_10_384": Published(
+        "HST-10-384, ImageNet 224²", "imagenet", "imagenet.yml", 78.80, 4 * 24 + 12
+    ),
+    "hst_10_512": Published(
+        "HST-10-512, ImageNet 224²", "imagenet", "hst_10_512.yml", 82.04, 5 * 24 + 22
+    ),
+    "hst_10_768": Published(
+        "HST-10-768, ImageNet 224²", "imagenet", "hst_10_768.yml", 84.22, 12 * 24 + 23
+    ),
+    "finetune_384": Published(
+        "HST-10-768 carried on at 384²", "imagenet", "finetune_384.yml", 85.65
+    ),
     "cifar10": Published("CIFAR-10", "cifar10", "cifar10.yml", 96.18),
     "cifar100": Published("CIFAR-100", "cifar100", "cifar100.yml", 81.15),
     "cifar10-dvs": Published("CIFAR10-DVS", "cifar10-dvs", "cifar10-dvs.yml", 84.0),
@@ -62,7 +78,9 @@ PUBLISHED = {
 
 @dataclass
 class Run:
-    """Epochs of a log, {epoch: {"train_loss", "test_loss", "top1", maybe "seconds"}}, and its args.yaml, or None."""
+    """Epochs of a log, {epoch: {"train_loss", "test_loss", "top1", maybe "seconds"}}, and its
+    args.yaml, or None.
+    """
 
     name: str
     epochs: dict = field(default_factory=dict)
@@ -70,7 +88,9 @@ class Run:
 
     def series(self, name):
         """(number of epochs done, value) of each epoch, as two lists."""
-        return [epoch + 1 for epoch in self.epochs], [values[name] for values in self.epochs.values()]
+        return [epoch + 1 for epoch in self.epochs], [
+            values[name] for values in self.epochs.values()
+        ]
 
     @property
     def best(self):
@@ -84,14 +104,19 @@ def read_run(path):
         raise CurveError(f"no such run: {path}")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        path = next((path / name for name in ("log.txt", "summary.csv") if (path / name).is_file()), path / "log.txt")
+        path = next(
+            (path / name for name in ("log.txt", "summary.csv") if (path / name).is_file()),
+            path / "log.txt",
+        )
     config = None
     try:
         if (folder / "args.yaml").is_file():
             config = yaml.safe_load((folder / "args.yaml").read_text())
         if not path.is_file():
             if config is None:
-                raise CurveError(f"{folder}: not a run: it has no log.txt, summary.csv or args.yaml")
+                raise CurveError(
+                    f"{folder}: not a run: it has no log.txt, summary.csv or args.yaml"
+                )
             return Run(folder.name, {}, config)
         text = path.read_text(errors="replace")
     except OSError as error:
@@ -100,11 +125,17 @@ def read_run(path):
         raise CurveError(f"{folder / 'args.yaml'}: not a yml") from None
     rows = read_csv(text) if path.suffix == ".csv" else read_json(text, path)
     name = folder.name if path.name in ("log.txt", "summary.csv") else path.stem
-    return Run(name, dict(sorted(convert(row, path) for row in rows)), config if isinstance(config, dict) else None)
+    return Run(
+        name,
+        dict(sorted(convert(row, path) for row in rows)),
+        config if isinstance(config, dict) else None,
+    )
 
 
 def read_csv(text):
-    """The rows of a csv; the last one is left out where it is not whole, as of a run that goes on."""
+    """The rows of a csv; the last one is left out where it is not whole, as of a run
+    that goes on.
+    """
     lines = text.splitlines()
     rows = list(csv.DictReader(lines))
     return rows[:-1] if rows and (None in rows[-1].values() or not text.endswith("\n")) else rows
@@ -118,7 +149,9 @@ def read_json(text, path):
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise CurveError(f"{path}, line {number}: not a line of a log (one JSON each)") from None
+                raise CurveError(
+                    f"{path}, line {number}: not a line of a log (one JSON each)"
+                ) from None
     return rows
 
 
@@ -137,7 +170,9 @@ def convert(row, path):
 
 
 def recognise(run):
-    """The name in PUBLISHED of the run that this one is to be compared with, from its args.yaml; None if unknown."""
+    """The name in PUBLISHED of the run that this one is to be compared with, from its args.yaml;
+    None if unknown.
+    """
     config = run.config or {}
     model, dataset, classes = (config.get(name) for name in ("model", "dataset", "num_classes"))
     if "QKFormer_10_" in str(model):  # of MS-QKFormer too, of which there is no published run
@@ -152,7 +187,9 @@ def recognise(run):
 
 
 def differences(run, published):
-    """["key value (published value)"] of what the run's configuration has other than the published run's yml."""
+    """["key value (published value)"] of what the run's configuration has other than the published
+    run's yml.
+    """
     folder, theirs, yml = ROOT / published.folder, {}, published.yml
     while yml:
         values = yaml.safe_load((folder / yml).read_text())
@@ -198,9 +235,13 @@ def verdict(run, release):
     line = f"after {last + 1} epochs you have {have:.2f} %"
     if last in release.epochs:
         line += f", the release had {release.epochs[last]['top1']:.2f} %"
-    first = next((epoch for epoch, values in release.epochs.items() if values["top1"] >= have), None)
+    first = next(
+        (epoch for epoch, values in release.epochs.items() if values["top1"] >= have), None
+    )
     if release.epochs:
-        line += f"; it had yours after {first + 1}" if first is not None else "; it never came that far"
+        line += (
+            f"; it had yours after {first + 1}" if first is not None else "; it never came that far"
+        )
     return line
 
 
@@ -214,7 +255,9 @@ def cost(run, published):
         parts.append(f"the published run took {days} d {hours} h on 8 V100 of 32 GB")
     if seconds and epochs:
         mean = sum(seconds) / len(seconds)
-        parts.append(f"yours takes {duration(mean)} an epoch, {duration(mean * epochs)} for {epochs}")
+        parts.append(
+            f"yours takes {duration(mean)} an epoch, {duration(mean * epochs)} for {epochs}"
+        )
     return "; ".join(parts) or None
 
 
@@ -226,21 +269,38 @@ def duration(seconds):
 
 
 def draw(runs, release, published, path):
-    """Write the picture: loss on the left, accuracy on the right, the release in grey under the runs."""
-    matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    """Write the picture: loss on the left, accuracy on the right, the release in grey under the
+    runs.
+    """
+    matplotlib.rcParams.update(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for run, colour, order in [(release, GREY, 1), *((run, COLOURS[i % 5], 2) for i, run in enumerate(runs))]:
+    for run, colour, order in [
+        (release, GREY, 1),
+        *((run, COLOURS[i % 5], 2) for i, run in enumerate(runs)),
+    ]:
         style = {"color": colour, "zorder": order, "linewidth": 1.6 if order == 2 else 1.3}
         style |= {"marker": "o", "markersize": 3} if len(run.epochs) <= 30 else {}
         left.plot(*run.series("train_loss"), **style, label=f"{run.name}, training")
-        left.plot(*run.series("test_loss"), **style, linestyle=(0, (3, 2)), label=f"{run.name}, test")
+        left.plot(
+            *run.series("test_loss"), **style, linestyle=(0, (3, 2)), label=f"{run.name}, test"
+        )
         label = f"{run.name}, best {run.best:.2f} %" if run.epochs else None
         right.plot(*run.series("top1"), **style, label=label)
-    right.axhline(published.top1, color=GREY, linewidth=0.8, linestyle=":", label=f"paper, {published.top1:.2f} %")
+    right.axhline(
+        published.top1,
+        color=GREY,
+        linewidth=0.8,
+        linestyle=":",
+        label=f"paper, {published.top1:.2f} %",
+    )
     left.set(ylabel="loss")
     right.set(ylabel="top-1 %", ylim=(0, 101))
-    ours, theirs = (max((max(run.epochs, default=0) for run in group), default=0) for group in (runs, [release]))
+    ours, theirs = (
+        max((max(run.epochs, default=0) for run in group), default=0) for group in (runs, [release])
+    )
     for axes in (left, right):
         axes.set_xlabel("epochs done")
         axes.grid(color="#e6e6e6", linewidth=0.7)
@@ -252,20 +312,29 @@ def draw(runs, release, published, path):
     figure.suptitle(published.title)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # matplotlib names the kinds of picture that it can write
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # matplotlib names the kinds of picture that it can write
         raise CurveError(f"{path}: can't be written: {error}") from None
 
 
 def compare(paths, curve=None, out=None):
-    """Print the table of every run and draw them; returns the picture's path, None where there is no epoch yet."""
+    """Print the table of every run and draw them; returns the picture's path, None where there is
+    no epoch yet.
+    """
     runs = [read_run(path) for path in paths]
     names = {curve} if curve else {recognise(run) for run in runs} - {None}
     if not names:
         raise CurveError(
-            f"{paths[0]}: no args.yaml says what to compare it with; name it: --curve {' | '.join(PUBLISHED)}"
+            f"{paths[0]}: no args.yaml says what to compare it with; name it: --curve "
+            f"{' | '.join(PUBLISHED)}"
         )
     if len(names) > 1:
-        raise CurveError(f"these runs belong to {', '.join(sorted(names))}; draw them apart, or name one with --curve")
+        raise CurveError(
+            f"these runs belong to {', '.join(sorted(names))}; draw them apart, or name one with "
+            f"--curve"
+        )
     [name] = names
     if name not in PUBLISHED:
         raise CurveError(f"no curve {name}; there are {', '.join(PUBLISHED)}")
@@ -274,11 +343,15 @@ def compare(paths, curve=None, out=None):
     if file.is_file():
         release = Run("release", read_run(file).epochs)
         print(
-            f"{published.title}: the release's log (cross_sample_lif: true), {len(release.epochs)} epochs, "
+            f"{published.title}: the release's log (cross_sample_lif: true), {len(release.epochs)} "
+            f"epochs, "
             f"best top-1 {release.best:.2f} %"
         )
     else:
-        print(f"{published.title}: no log of the release's is known; the paper has {published.top1:.2f} %")
+        print(
+            f"{published.title}: no log of the release's is known; the paper has "
+            f"{published.top1:.2f} %"
+        )
     for run in runs:
         print(f"\n{run.name}")
         if other := differences(run, published):
@@ -304,8 +377,12 @@ def compare(paths, curve=None, out=None):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log")
-    parser.add_argument("--curve", help=f"the published run to compare with: {', '.join(PUBLISHED)}")
-    parser.add_argument("--out", metavar="PNG", help="picture to write [curves.png beside the first run]")
+    parser.add_argument(
+        "--curve", help=f"the published run to compare with: {', '.join(PUBLISHED)}"
+    )
+    parser.add_argument(
+        "--out", metavar="PNG", help="picture to write [curves.png beside the first run]"
+    )
     arguments = parser.parse_args(argv)
     try:
         compare(arguments.runs, arguments.curve, arguments.out)

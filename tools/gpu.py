@@ -1,22 +1,23 @@
 """Everything that a first GPU is asked, in one go: is it right, is it fast, where does the time go?
 
 Usage:
-    python tools/gpu.py --out gpu                       # all stages, at most 2.5 hours on a quiet GPU
-    python tools/gpu.py --out gpu --stages step kernels
-    python tools/gpu.py --out gpu --device cpu --small  # tiny, to try this script itself
+    python tools/gpu.py --out gpu                       # all stages, at most 2.5 hours on a quiet
+    GPU python tools/gpu.py --out gpu --stages step kernels python tools/gpu.py --out gpu --device
+    cpu --small  # tiny, to try this script itself
 
-Each stage is a process with a time limit, and one that fails does not stop the others. Stages, in their order:
+Each stage is a process with a time limit, and one that fails does not stop the others. Stages, in
+their order:
     environment  GPU, driver, versions, compilers
-    tests        the tests marked for a GPU; golden numbers through all backends, in float64 and float32
-    step         a training step of HST-10-384: time of the host, of the GPU, by kernel; where the host waits
-    kernels      each kernel at each of its shapes in that step, beside a copy of as many bytes
-    products     weight gradients of 1x1 layers, in float16 and summed in float32, against float64
-    bench        tools/bench.py at batch 32 and 64
-    graphs       inference as a CUDA graph
-    compiled     inference through torch.compile
-    sanitizer    compute-sanitizer's memcheck and racecheck over the kernels' tests
-    photos       imagenet/quickstart.yml in float16 with the scaler, stopped and resumed once, and in float32
-In the folder --out: STAGE.json and STAGE.log of each, profiles as text, summary.json; a table of all at the end.
+    tests        the tests marked for a GPU; golden numbers through all backends, in float64 and
+    float32 step         a training step of HST-10-384: time of the host, of the GPU, by kernel;
+    where the host waits kernels      each kernel at each of its shapes in that step, beside a copy
+    of as many bytes products     weight gradients of 1x1 layers, in float16 and summed in float32,
+    against float64 bench        tools/bench.py at batch 32 and 64 graphs       inference as a CUDA
+    graph compiled     inference through torch.compile sanitizer    compute-sanitizer's memcheck and
+    racecheck over the kernels' tests photos       imagenet/quickstart.yml in float16 with the
+    scaler, stopped and resumed once, and in float32
+In the folder --out: STAGE.json and STAGE.log of each, profiles as text, summary.json; a table of
+all at the end.
 """
 
 import argparse
@@ -51,11 +52,15 @@ def one_stage(name, arguments):
     """In a process of its own: STAGE.json in --out."""
     run = Run(arguments)
     line, rows = getattr(stages, name)(run)
-    (run.out / f"{name}.json").write_text(json.dumps({"line": line, "rows": rows}, indent=1, default=str) + "\n")
+    (run.out / f"{name}.json").write_text(
+        json.dumps({"line": line, "rows": rows}, indent=1, default=str) + "\n"
+    )
 
 
 def start_stage(name, arguments, out):
-    """{stage, status, seconds, line}: ok, failed, timed out or skipped, with the last line of the log for a reason."""
+    """{stage, status, seconds, line}: ok, failed, timed out or skipped, with the last line of the
+    log for a reason.
+    """
     if name in NEEDS_GPU and torch.device(arguments.device).type != "cuda":
         return {"stage": name, "status": "skipped", "seconds": 0.0, "line": "needs a GPU"}
     result, log = out / f"{name}.json", out / f"{name}.log"
@@ -65,7 +70,9 @@ def start_stage(name, arguments, out):
     start, status = time.perf_counter(), "ok"
     with open(log, "w") as file:
         # a session of its own, so that what it started ends with it
-        process = subprocess.Popen([*map(str, words)], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [*map(str, words)], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             process.wait(LIMITS[name])
         except subprocess.TimeoutExpired:
@@ -76,16 +83,29 @@ def start_stage(name, arguments, out):
                 process.wait()
     if status == "ok" and process.returncode:
         status = "failed"
-    line = json.loads(result.read_text())["line"] if status == "ok" else (log.read_text().splitlines() or [""])[-1]
-    return {"stage": name, "status": status, "seconds": round(time.perf_counter() - start, 1), "line": line[:200]}
+    line = (
+        json.loads(result.read_text())["line"]
+        if status == "ok"
+        else (log.read_text().splitlines() or [""])[-1]
+    )
+    return {
+        "stage": name,
+        "status": status,
+        "seconds": round(time.perf_counter() - start, 1),
+        "line": line[:200],
+    }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--stages", nargs="+", choices=LIMITS, default=[*LIMITS])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny models and few rounds: figures mean nothing")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models and few rounds: figures mean nothing"
+    )
     parser.add_argument("--one", choices=LIMITS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:

@@ -1,4 +1,6 @@
-"""What the stages of tools/gpu.py share: the model that is asked, clocks, commands, the tests' modules."""
+"""What the stages of tools/gpu.py share: the model that is asked, clocks, commands, the tests'
+modules.
+"""
 
 import statistics
 import subprocess
@@ -16,10 +18,16 @@ class Run:
     """What a stage is told: `device`, `small`, `out`."""
 
     def __init__(self, arguments):
-        self.device, self.small, self.out = torch.device(arguments.device), arguments.small, Path(arguments.out)
+        self.device, self.small, self.out = (
+            torch.device(arguments.device),
+            arguments.small,
+            Path(arguments.out),
+        )
         self.on_gpu = self.device.type == "cuda"
         self.dtype = torch.float16 if self.on_gpu else torch.float32
-        self.name, self.size, self.T = ("cifar10", 32, 2) if self.small else ("QKFormer_10_384", 224, 4)
+        self.name, self.size, self.T = (
+            ("cifar10", 32, 2) if self.small else ("QKFormer_10_384", 224, 4)
+        )
         self.batch = 2 if self.small else 32
 
     def candidate(self, path="fast"):
@@ -30,7 +38,9 @@ class Run:
         return tables.Candidate(tables.build(self.name, path, self.T, models), x, self.dtype, False)
 
     def lively(self):
-        """A candidate in evaluation whose neurons fire; with the weights of a start the logits could be 0."""
+        """A candidate in evaluation whose neurons fire; with the weights of a start the logits
+        could be 0.
+        """
         candidate = self.candidate()
         conftest().Golden.fill(candidate.model).float().eval()
         return candidate
@@ -70,7 +80,9 @@ class Run:
         """Output of a command, which is in the stage's log too."""
         words = [*map(str, words)]
         print("$", *words, flush=True)
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         print(done.stdout, flush=True)
         if check and done.returncode:
             raise RuntimeError(f"exit code {done.returncode} of {' '.join(words[:6])}")

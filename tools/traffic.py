@@ -1,10 +1,12 @@
-"""Bytes that a training step moves and saves, counted operator by operator; `bench.py --bytes` prints them.
+"""Bytes that a training step moves and saves, counted operator by operator; `bench.py --bytes`
+prints them.
 
-Moved: every tensor that an operator of PyTorch reads or writes, forward and backward, once per operator, but what
-BatchNorm normalises twice, since its sums come first; views move nothing. Saved: what autograd keeps from the forward
-for the backward pass, parameters left out. Both are counted under bfloat16 autocast on a CPU, where tensors have the
-sizes of float16 autocast on a GPU. A neuron is one operator here as it is one kernel there: the release's reads its
-input and writes spikes, membranes before and after the reset; ours writes spikes and recomputes the membranes.
+Moved: every tensor that an operator of PyTorch reads or writes, forward and backward, once per
+operator, but what BatchNorm normalises twice, since its sums come first; views move nothing. Saved:
+what autograd keeps from the forward for the backward pass, parameters left out. Both are counted
+under bfloat16 autocast on a CPU, where tensors have the sizes of float16 autocast on a GPU. A
+neuron is one operator here as it is one kernel there: the release's reads its input and writes
+spikes, membranes before and after the reset; ours writes spikes and recomputes the membranes.
 """
 
 import sys
@@ -17,7 +19,9 @@ MB = 2**20
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Within it, `total` grows by the bytes that autograd saves, each memory once, the model's parameters left out."""
+    """Within it, `total` grows by the bytes that autograd saves, each memory once, the model's
+    parameters left out.
+    """
 
     def __init__(self, model):
         self.known = {parameter.data_ptr() for parameter in model.parameters()}
@@ -55,14 +59,28 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         name = operator.name()
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in operator._schema.returns)
-        if not view and not name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")):
-            twice = args if name in ("aten::native_batch_norm", "aten::native_batch_norm_backward") else ()
+        view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in operator._schema.returns
+        )
+        if not view and not name.startswith(
+            ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")
+        ):
+            twice = (
+                args
+                if name in ("aten::native_batch_norm", "aten::native_batch_norm_backward")
+                else ()
+            )
             tensors = tree_leaves((args, kwargs, result, twice))
             if not operator._schema.returns:  # it writes to arguments
                 places = zip(operator._schema.arguments, args, strict=False)
-                tensors += [arg for place, arg in places if place.alias_info is not None and place.alias_info.is_write]
-            self.total += sum(size(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+                tensors += [
+                    arg
+                    for place, arg in places
+                    if place.alias_info is not None and place.alias_info.is_write
+                ]
+            self.total += sum(
+                size(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)
+            )
         return result
 
 
@@ -107,13 +125,19 @@ def parts(model):
             yield name.replace("patch_embed", "SPEDS-"), module
         if name.startswith("stage"):
             for block in module:
-                attention = next(module for key, module in block.named_children() if key in ("tssa", "ssa", "attn"))
+                attention = next(
+                    module
+                    for key, module in block.named_children()
+                    if key in ("tssa", "ssa", "attn")
+                )
                 yield f"{name} attention", attention
                 yield f"{name} MLP", block.mlp
 
 
 def count(model, x, spikes):
-    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind; `spikes` is the module."""
+    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind; `spikes`
+    is the module.
+    """
     inputs, hooks = {}, []
 
     def record(module, args):
@@ -141,7 +165,9 @@ def count(model, x, spikes):
 
 
 def table(name, models, x, T):
-    """Rows {model, kind, path, moved_mb, saved_mb}, per image, of the release's way of computing and the fast one."""
+    """Rows {model, kind, path, moved_mb, saved_mb}, per image, of the release's way of computing
+    and the fast one.
+    """
     entry = getattr(models, name if "QKFormer" in name else "QKFormer")
     rows = []
     spikes = sys.modules["spikes"]
@@ -152,21 +178,39 @@ def table(name, models, x, T):
         for key, node in model.named_modules():
             # A layer that is to run fused must keep its neuron as it is.
             if isinstance(node, models.MultiStepLIF) and (membranes or key.endswith("attn_lif")):
-                arguments = {"tau": node.tau, "v_threshold": node.v_threshold, "membranes": membranes}
-                node.multi_step_forward = lambda x, arguments=arguments: spikes.mark(neuron(x, **arguments)[0])
+                arguments = {
+                    "tau": node.tau,
+                    "v_threshold": node.v_threshold,
+                    "membranes": membranes,
+                }
+                node.multi_step_forward = lambda x, arguments=arguments: spikes.mark(
+                    neuron(x, **arguments)[0]
+                )
         for kind, (moved, saved) in count(model, x, spikes).items():
-            row = {"model": name, "kind": kind, "path": path, "moved_mb": moved / len(x), "saved_mb": saved / len(x)}
+            row = {
+                "model": name,
+                "kind": kind,
+                "path": path,
+                "moved_mb": moved / len(x),
+                "saved_mb": saved / len(x),
+            }
             rows.append(row)
     return rows
 
 
 def print_table(rows):
     """MB per image, before (release-like) and after (fast)."""
-    paths = {path: [row for row in rows if row["path"] == path] for path in ("release-like", "fast")}
-    print(f"{rows[0]['model']:18}{'moved MB':>10}{'fast':>10}{'':8}{'saved MB':>10}{'fast':>10}   per image")
+    paths = {
+        path: [row for row in rows if row["path"] == path] for path in ("release-like", "fast")
+    }
+    print(
+        f"{rows[0]['model']:18}{'moved MB':>10}{'fast':>10}{'':8}{'saved MB':>10}{'fast':>10}   "
+        f"per image"
+    )
     pairs = list(zip(*paths.values(), strict=True))
     total = {
-        path: {key: sum(row[key] for row in found) for key in ("moved_mb", "saved_mb")} for path, found in paths.items()
+        path: {key: sum(row[key] for row in found) for key in ("moved_mb", "saved_mb")}
+        for path, found in paths.items()
     }
     pairs.append(tuple({"kind": "all", **values} for values in total.values()))
     for before, after in pairs:
