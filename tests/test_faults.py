@@ -435,7 +435,7 @@ ODD = {
     ),
     "exp_avg_sq": lambda c: moments(c, "exp_avg_sq", torch.ones(3)),
     "optimizer state": lambda c: moments(c, "step", "abc"),
-    "no step": lambda c: c["optimizer"]["state"][0].pop("step"),
+    "optimizer state (": lambda c: c["optimizer"]["state"][0].pop("step"),
     "scaler": lambda c: c.update(scaler={"scale": math.nan}),
     "rng": lambda c: c.update(rng=["x"]),
     "rng ": lambda c: c.update(rng=7),
