@@ -161,4 +161,6 @@ def make(download, samples=10, archive=True, seed=0):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python {Path(__file__).name} FOLDER")
     print(f"{len(make(sys.argv[1]))} samples")

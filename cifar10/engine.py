@@ -3,6 +3,7 @@
 import atexit
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -53,6 +54,11 @@ class Batches(Dataset):
             raise
 
 
+def usable_cores():
+    """Cores that this process may use: more workers than these would only wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class BatchLoader(DataLoader):
     """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError.
 
@@ -64,7 +70,7 @@ class BatchLoader(DataLoader):
             Batches(dataset, collate),
             batch_size=None,
             sampler=batches,
-            num_workers=min(workers, len(batches)),
+            num_workers=min(workers, len(batches), usable_cores()),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that it leaves PyTorch's own alone
         )
@@ -83,8 +89,7 @@ class BatchLoader(DataLoader):
         if self.fault:
             logger.warning(
                 f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
-                f"lack of "
-                "memory, or /dev/shm is full (docker run --shm-size=8g, or workers: 0)"
+                "lack of memory, or /dev/shm is full (docker run --shm-size=8g, or workers: 0)"
             )
             for key in self.sampler[done:]:
                 batch = self.dataset[key]

@@ -60,11 +60,14 @@ class Numbered(Dataset):
 
 def find(attend, open_test_set, read, suffixes):
     """What `attend` names, Numbered: a test sample's number, a file, or the files of a folder."""
-    if attend.isdigit():
+    if attend.isdecimal():
         dataset = open_test_set()
         if int(attend) >= len(dataset):
             raise UserError(f"attend is {attend}; the test set ends with sample {len(dataset) - 1}")
-        label = int(dataset[int(attend)][1])
+        sample = dataset[int(attend)]
+        if sample is None:
+            raise UserError(f"attend: test sample {attend} can't be read")
+        label = int(sample[1])
         return Numbered(Subset(dataset, [int(attend)]), [f"test-{attend}"], label)
     path = Path(attend)
     files = [path] if path.is_file() else []

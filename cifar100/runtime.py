@@ -130,9 +130,8 @@ def unused_gpu():
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
         f"device: auto takes the CPU. There is an NVIDIA card, but PyTorch {torch.__version__}, "
-        f"built {built}, "
-        "can't use it: pip install -r requirements.txt (CUDA 13) or requirements-cu12.txt (older "
-        "drivers and cards)"
+        f"built {built}, can't use it: pip install -r requirements.txt (CUDA 13) or "
+        "requirements-cu12.txt (older drivers and cards)"
     )
 
 

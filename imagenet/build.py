@@ -292,8 +292,7 @@ def measure(cfg, given, ranks, path):
         metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
-        f"{metrics.loss:.4f}, "
-        f"{metrics.images_per_second:.0f} images/s"
+        f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
     )
     result = {"checkpoint": str(path), **metrics._asdict(), "input_size": cfg.input_size}
     result["cross_sample_lif"] = cross_sample_lif

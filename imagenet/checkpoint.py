@@ -295,6 +295,5 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
         return recorded, f"{SEMANTICS[recorded]}, as {path} records"
     return True, (
         f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
-        f"{SEMANTICS[True]}; "
-        "set cross_sample_lif: false if it was trained with the paper's"
+        f"{SEMANTICS[True]}; set cross_sample_lif: false if it was trained with the paper's"
     )

@@ -79,4 +79,6 @@ def make(folder, train=64, val=24, size=96):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python {Path(__file__).name} FOLDER [TRAIN VAL]")
     print(make(sys.argv[1], *map(int, sys.argv[2:])))

@@ -344,8 +344,7 @@ def compare(paths, curve=None, out=None):
         release = Run("release", read_run(file).epochs)
         print(
             f"{published.title}: the release's log (cross_sample_lif: true), {len(release.epochs)} "
-            f"epochs, "
-            f"best top-1 {release.best:.2f} %"
+            f"epochs, best top-1 {release.best:.2f} %"
         )
     else:
         print(
