@@ -14,8 +14,9 @@ from energy import counting
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
+from ranks import Ranks
 from runs import shown, write_result
-from runtime import Ranks, logger
+from runtime import logger
 from weights import architecture, steps_of
 
 MODELS = {name: getattr(models, name) for name in models.__all__}  # those registered with timm

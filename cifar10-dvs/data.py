@@ -12,9 +12,9 @@ from torchvision.datasets import DatasetFolder
 
 import shapes
 from augment import augment
+from batches import BatchLoader, test_batches, train_batches
 from config import UserError
 from convert import prepare, read_array
-from engine import BatchLoader, test_batches, train_batches
 from runtime import logger
 
 # folder in it: archive

@@ -96,11 +96,11 @@ class Run:
         self.ranks.from_main(self.open_files)
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
-            lr = self.optimizer.param_groups[0]["lr"]
             try:
                 speed = self.train_epoch()
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
+                lr = self.optimizer.param_groups[-1]["lr"]
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
                 said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
                 raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
@@ -119,7 +119,7 @@ class Run:
             test, *averaged = tested
             record = {
                 "epoch": self.epoch,
-                "lr": lr,
+                **self.own_record(),
                 "train_loss": self.meter.mean,
                 "test_loss": test.loss,
                 "test_acc1": test.top1,
@@ -140,9 +140,9 @@ class Run:
                 + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
                 + f", {record['seconds']:.0f} s"
             )
-            self.scheduler.step(self.epoch + 1, test.top1)
             self.meter = self.new_meter()
             self.epoch += 1
+            self.epoch_done()
             self.save(*(["best.pth"] if is_best else []), "last.pth")
         if self.best >= 0:
             logger.info(f"best top-1 {self.best:.2f} %: {shown(self.folder / 'best.pth')}")

@@ -19,8 +19,9 @@ import options
 from attend import show
 from build import load_tested, measure
 from config import load_config
+from ranks import Ranks
 from runs import find_checkpoint
-from runtime import Ranks, logger, run, set_up_log
+from runtime import logger, run, set_up_log
 
 
 # Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir, cudnn.benchmark->cudnn.deterministic

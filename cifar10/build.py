@@ -15,8 +15,9 @@ from energy import counting
 from engine import evaluate, make_autocast
 from fused import available
 from lif import resolve_backend
+from ranks import Ranks
 from runs import shown, write_result
-from runtime import Ranks, logger
+from runtime import logger
 from weights import architecture, steps_of
 
 # @register_model of timm puts a model's name into its file's __all__.

@@ -18,8 +18,9 @@ import options
 from attend import show
 from build import load_tested, measure
 from config import load_config
+from ranks import Ranks
 from runs import find_checkpoint
-from runtime import Ranks, logger, run, set_up_log
+from runtime import logger, run, set_up_log
 
 
 def main(argv=None):

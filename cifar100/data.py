@@ -14,8 +14,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
+from batches import BatchLoader, test_batches, train_batches
 from config import UserError
-from engine import BatchLoader, test_batches, train_batches
 from images import list_split, read_image
 from options import NUM_CLASSES
 from runtime import logger

@@ -18,18 +18,12 @@ import options
 from build import load_model, measure, settle
 from checkpoint import check_optimizer, load_checkpoint, load_weights, number
 from config import UserError, load_config
-from engine import (
-    Progress,
-    Skips,
-    check_weights,
-    load_optimizer,
-    make_autocast,
-)
+from engine import Progress, Skips, check_weights, load_optimizer, make_autocast
 from loop import Run
 from loss import TET
+from ranks import Ranks
 from runs import find_checkpoint, find_run, open_run, shown
 from runtime import (
-    Ranks,
     StopSignal,
     get_rng_state,
     logger,

@@ -23,8 +23,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import photos
+from batches import BatchLoader, test_batches, train_batches
 from config import UserError
-from engine import BatchLoader, test_batches, train_batches
 from images import BadImage, list_images, list_split, read_image
 from runtime import logger
 

@@ -25,8 +25,9 @@ from attend import show
 from build import load_tested, measure
 from config import UserError, load_config
 from engine import make_autocast, progress
+from ranks import Ranks
 from runs import find_checkpoint
-from runtime import Ranks, logger, run, set_up_log
+from runtime import logger, run, set_up_log
 
 
 @torch.inference_mode()

@@ -25,9 +25,9 @@ from config import UserError, load_config
 from engine import Progress, Skips, check_weights, make_autocast
 from loop import Run
 from loss import TET
+from ranks import Ranks
 from runs import open_run, shown
 from runtime import (
-    Ranks,
     StopSignal,
     get_rng_state,
     logger,

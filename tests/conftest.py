@@ -64,7 +64,7 @@ def build_model(modules, cfg, cross_sample_lif=False):
     """The model that this folder's train.py builds."""
     register(modules)
     try:
-        return modules.build.build_model(cfg, cross_sample_lif, modules.runtime.Ranks("cpu"))
+        return modules.build.build_model(cfg, cross_sample_lif, modules.ranks.Ranks("cpu"))
     finally:
         register(load("cifar10"))
 

@@ -12,7 +12,8 @@ import options
 from build import build_model
 from config import load_config
 from engine import evaluate, make_autocast
-from runtime import Ranks, run
+from ranks import Ranks
+from runtime import run
 
 sys.path.insert(1, sys.argv.pop(1))
 from conftest import Golden

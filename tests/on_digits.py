@@ -6,7 +6,7 @@ import pytest
 from conftest import load, script
 
 cifar10 = load("cifar10")
-CPU = cifar10.runtime.Ranks("cpu")
+CPU = cifar10.ranks.Ranks("cpu")
 SMALL = [
     "-c",
     "quickstart.yml",

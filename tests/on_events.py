@@ -33,7 +33,7 @@ def resolve(folder, *argv):
 
 
 def cpu(folder):
-    return folder.runtime.Ranks("cpu")
+    return folder.ranks.Ranks("cpu")
 
 
 def small_model(folder, **kwargs):

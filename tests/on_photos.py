@@ -15,7 +15,7 @@ from conftest import ROOT, load, on_cpu, script, start
 
 imagenet = load("imagenet")
 photos = imagenet.photos
-CPU = imagenet.runtime.Ranks("cpu")
+CPU = imagenet.ranks.Ranks("cpu")
 UserError = imagenet.config.UserError
 NARROW = {  # HST-5-64 at 32 x 32
     "base": str(ROOT / "imagenet" / "imagenet.yml"),

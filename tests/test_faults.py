@@ -20,6 +20,7 @@ from on_digits import SMALL, cifar10, resolve
 
 UserError = cifar10.config.UserError
 runs, runtime, engine = cifar10.runs, cifar10.runtime, cifar10.engine
+Ranks, first_host = cifar10.ranks.Ranks, cifar10.ranks.first_host
 
 
 def forked(function, output=None):
@@ -81,7 +82,7 @@ class Numbers(torch.utils.data.Dataset):
 def loader(dataset, collate=torch.cat):
     """Batches of two, made by two workers."""
     batches = [([i, i + 1], i) for i in range(0, len(dataset), 2)]
-    return engine.BatchLoader(dataset, collate, batches, 2, False)
+    return cifar10.batches.BatchLoader(dataset, collate, batches, 2, False)
 
 
 def workers():
@@ -92,7 +93,7 @@ def workers():
 def test_workers_are_deaf_to_signals(method, monkeypatch):
     """All signals that end a run leave its workers alone, however they are started."""
     if method == "forkserver":  # where what a worker is sent has to be importable
-        monkeypatch.setitem(sys.modules, "engine", engine)
+        monkeypatch.setitem(sys.modules, "batches", cifar10.batches)
         monkeypatch.syspath_prepend(str(cifar10.config.HERE))
     batches = loader(range(12), collate=sum)
     batches.multiprocessing_context = method
@@ -130,7 +131,7 @@ def test_workers_end_with_their_parent(tmp_path, killed):
         (tmp_path / "pids").write_text(" ".join(map(str, workers())))
         if killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        engine.end_workers()
+        cifar10.batches.end_workers()
         multiprocessing.util._exit_function()
 
     assert ended(forked(main)) == (-signal.SIGKILL if killed else 0)
@@ -200,7 +201,7 @@ def two_ranks(tmp_path, function, timeout_minutes=10):
             "MASTER_PORT": port,
         }
         os.environ.update(place)
-        ranks = runtime.Ranks("cpu", timeout_minutes)
+        ranks = Ranks("cpu", timeout_minutes)
         runtime.set_up_log(ranks)
         runtime.run(lambda: function(ranks))
 
@@ -232,7 +233,7 @@ def test_lost_rank(tmp_path, number):
 
 
 def test_a_rank_says_what_it_waits_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "FIRST_WORD", 0.05)
+    monkeypatch.setattr(cifar10.ranks, "FIRST_WORD", 0.05)
     pids = two_ranks(
         tmp_path, lambda ranks: ranks.from_main(lambda: time.sleep(1), "makes frames") or 0
     )
@@ -253,7 +254,7 @@ def test_a_rank_says_what_it_waits_for(tmp_path, monkeypatch):
     ],
 )
 def test_first_host_of_a_list(hosts, first):
-    assert runtime.first_host(hosts) == first
+    assert first_host(hosts) == first
 
 
 # Folders, logs and curves
@@ -372,7 +373,7 @@ def test_names_of_any_bytes(tmp_path, capfd):
     assert str(read["config"]["output"]) == str(folder)
 
     def main():
-        runtime.set_up_log(runtime.Ranks("cpu"))
+        runtime.set_up_log(Ranks("cpu"))
         runtime.logger.info(f"writing to {folder}")
 
     assert ended(forked(main, tmp_path / "out")) == 0

@@ -159,7 +159,7 @@ def test_cudnn_is_timed_as_it_is_used(name):
     """tools/bench.py and test.py set cuDNN as train.py of the folder does."""
     folder = ROOT / (name if name in bench.FOLDERS else "imagenet")
     said = [
-        re.findall(r"cudnn\.(\w+) = True", (folder / script).read_text())
+        re.findall(r"cudnn\.(\w+) = (?:True|not cfg)", (folder / script).read_text())
         for script in ("train.py", "test.py")
     ]
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
@@ -190,7 +190,7 @@ def test_many_rows_on_gpu(dtype):
 
 
 def test_a_card_that_is_not_used(monkeypatch, tmp_path):
-    runtime = cifar10.runtime
+    runtime = cifar10.ranks
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -199,7 +199,7 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
             runtime, "Path", lambda path, there=there: tmp_path if there else tmp_path / "none"
         )
         monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-        note = runtime.Ranks("auto").note
+        note = cifar10.ranks.Ranks("auto").note
         assert (note is not None) == there
         if there:
             assert (
@@ -207,9 +207,9 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
                 and "requirements-cu12.txt" in note
                 and "\n" not in note
             )
-            assert runtime.Ranks("cpu").note is None  # as it was asked for
+            assert cifar10.ranks.Ranks("cpu").note is None  # as it was asked for
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-            assert runtime.Ranks("auto").note is None
+            assert cifar10.ranks.Ranks("auto").note is None
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 

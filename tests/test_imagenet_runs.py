@@ -57,7 +57,7 @@ def test_curves_for_tensorboard(trained_narrow):
 
 
 def test_slurm_variables():
-    convert = imagenet.runtime.slurm_ranks
+    convert = imagenet.ranks.slurm_ranks
     env = {
         "SLURM_PROCID": "5",
         "SLURM_STEP_NUM_TASKS": "16",

@@ -141,7 +141,7 @@ def test_only_rank_0_makes_them(quick, tmp_path):
     cfg = resolve(quick, "-c", "quickstart.yml", "--data-path", tmp_path)
     with pytest.raises(quick.config.UserError):
         quick.data.build_dataset(
-            cfg, True, SimpleNamespace(from_main=lambda function: tmp_path / "nowhere")
+            cfg, True, SimpleNamespace(from_main=lambda *_: tmp_path / "nowhere")
         )
     assert not any(tmp_path.iterdir())
 

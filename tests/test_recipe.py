@@ -131,19 +131,19 @@ def test_mixup_off_epoch_reaches_the_workers(workers):
 def test_shares_of_the_ranks():
     for size, batch, world in ((101, 8, 3), (64, 8, 2), (50000, 64, 1)):
         parts = [
-            cifar10.engine.train_batches(size, batch, 7, 3, ranks(rank, world))
+            cifar10.batches.train_batches(size, batch, 7, 3, ranks(rank, world))
             for rank in range(world)
         ]
         indices = [index for part in parts for batch_indices, _ in part for index in batch_indices]
         assert len(indices) == len(set(indices)) == size // (batch * world) * batch * world
         assert len({seed for part in parts for _, seed in part}) == len(parts) * len(parts[0])
         whole = [
-            cifar10.engine.test_batches(size, batch, ranks(rank, world)) for rank in range(world)
+            cifar10.batches.test_batches(size, batch, ranks(rank, world)) for rank in range(world)
         ]
         order = [whole[i % world][i // world][0] for i in range(-(-size // batch))]
         assert [index for indices in order for index in indices] == list(range(size))
         assert all(len(indices) == batch for indices in order[:-1])
-    first, second = (cifar10.engine.train_batches(101, 8, 7, epoch, CPU) for epoch in (0, 1))
+    first, second = (cifar10.batches.train_batches(101, 8, 7, epoch, CPU) for epoch in (0, 1))
     assert first != second and len(first) == 12
 
 
@@ -180,7 +180,7 @@ def test_batches_do_not_depend_on_what_came_before():
     ],
 )
 def test_tasks_of_slurm(env, want):
-    assert cifar10.runtime.started_by_srun(env) == (want is not None)
+    assert cifar10.ranks.started_by_srun(env) == (want is not None)
     if want:
-        ranks = cifar10.runtime.slurm_ranks(env)
+        ranks = cifar10.ranks.slurm_ranks(env)
         assert (ranks["RANK"], ranks["WORLD_SIZE"], ranks["MASTER_ADDR"]) == want

@@ -33,6 +33,8 @@ SAME = (
     "yml.py",
     "runtime.py",
     "engine.py",
+    "batches.py",
+    "ranks.py",
     "checkpoint.py",
     "weights.py",
     "runs.py",
