@@ -110,7 +110,8 @@ class Trainer(Run):
         why = (
             f" (epochs {cfg.epochs} + {cooldown} of cooldown_epochs at min_lr)" if cooldown else ""
         )
-        logger.info(f"{self.num_epochs} epochs of {self.steps} steps{why}")
+        epochs = "1 epoch" if self.num_epochs == 1 else f"{self.num_epochs} epochs"
+        logger.info(f"{epochs} of {self.steps} steps{why}")
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
             logger.info(
                 "amp: float16 needs a GPU; this run is in float32 (amp_dtype: bfloat16 works on a "

@@ -64,7 +64,7 @@ class Progress:
         """Say how the epoch goes after step `done`. True where a line is due, on every rank."""
         run = self.run
         due = done % self.interval == 0 or done == run.steps
-        if due:
+        if due or done == self.first + 1:  # else the bar would begin with no loss at all
             run.meter.flush()  # with the loss of this very step
         if due or not self.bar.disable:
             speed = self.speed(done)
