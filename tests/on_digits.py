@@ -3,7 +3,7 @@ run with them.
 """
 
 import pytest
-from conftest import load, script
+from conftest import load, on_cpu, script
 
 cifar10 = load("cifar10")
 CPU = cifar10.ranks.Ranks("cpu")
@@ -51,3 +51,13 @@ def trained_on_digits(tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
     done = script("cifar10", "train", *RANDOM, "--output", output, "--experiment", "whole")
     return output / "whole", done.stdout
+
+
+def call(main, capsys, *argv):
+    """What main() printed, and its cifar10.config.UserError as the scripts print it."""
+    capsys.readouterr()
+    try:
+        main(on_cpu(argv))
+        return capsys.readouterr().out
+    except cifar10.config.UserError as error:
+        return capsys.readouterr().out + f"error: {error}"
