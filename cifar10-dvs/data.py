@@ -92,7 +92,7 @@ def open_frames(cfg, folder, train):
 
 
 # Copied from dvs128-gesture/data.py
-def load_frames(path, T):
+def load_frames(path, T, remedy="remove it to have it made again"):
     """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has none of that shape."""
     try:
         frames = read_array(path, "frames")
@@ -103,14 +103,15 @@ def load_frames(path, T):
     except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         wrong = f"not the frames of a sample ({reason})"
-        raise UserError(f"{path}: {wrong}; remove it to have it made again") from None
+        raise UserError(f"{path}: {wrong}; {remedy}") from None
     return torch.from_numpy(frames.astype(np.float32))
 
 
 # Copied from dvs128-gesture/data.py
 def file_reader(cfg):
     """(path of a sample's frames -> the sample without its label, the suffixes of such files)."""
-    return partial(load_frames, T=cfg.T), (".npz",)
+    wanted = f"attend takes an .npz with `frames` of shape [{cfg.T}, 2, {HEIGHT}, {WIDTH}]"
+    return partial(load_frames, T=cfg.T, remedy=wanted), (".npz",)
 
 
 # Copied from dvs128-gesture/data.py

@@ -5,11 +5,10 @@ the checkpoint.
 Network, input and data set are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
-    python test.py --data-path ./data                          # the newest best.pth under output/
+    python test.py                     # the newest best.pth under output/; writes test-best.json
     python test.py --data-path ./data --checkpoint output/cifar10-dvs/best.pth
-    python test.py --data-path ./data --energy                 # firing rates and energy too:
-    energy-best.csv, .json python test.py --data-path ./data --attend 8               # draws
-    attention/test-8.png beside the checkpoint
+    python test.py --energy            # firing rates and energy too: energy-best.csv and .json
+    python test.py --attend 8          # draws attention/test-8.png beside the checkpoint
 """
 
 import torch
@@ -35,9 +34,9 @@ def main(argv=None):
         logger.info(note)
     torch.backends.cudnn.deterministic = True  # as in training
     path = find_checkpoint(cfg, cfg.output_dir)
-    if cfg.attend is None:
+    if cfg.energy or cfg.attend is None:
         measure(cfg, given, ranks, path)
-    else:
+    if cfg.attend is not None:
         model, _ = load_tested(cfg, given, ranks, path)
         show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
     return 0

@@ -2,9 +2,10 @@
 """Train QKFormer on CIFAR10-DVS.
 
 Usage:
-    python train.py --data-path ./data                         # the published run,
-    cifar10-dvs.yml python train.py --data-path ./data --T 10 python -m torch.distributed.launch
-    --nproc_per_node=2 train.py
+    python train.py --data-path ./data           # the published run, cifar10-dvs.yml
+    python train.py --data-path ./data --T 10
+    python train.py -c quickstart.yml            # minutes on a CPU, no download
+    python -m torch.distributed.launch --nproc_per_node=2 train.py
 """
 
 import torch

@@ -4,11 +4,10 @@ the checkpoint.
 Network, input and data set are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
-    python test.py                                             # the newest best.pth under output/
-    python test.py --checkpoint output/cifar10/best.pth        # writes
-    output/cifar10/test-best.json python test.py --energy                                    #
-    firing rates and energy too: energy-best.csv, .json python test.py --attend 8
-    # draws output/cifar10/attention/test-8.png
+    python test.py                     # the newest best.pth under output/; writes test-best.json
+    python test.py --checkpoint output/cifar10/best.pth
+    python test.py --energy            # firing rates and energy too: energy-best.csv and .json
+    python test.py --attend 8          # draws attention/test-8.png beside the checkpoint
 """
 
 import torch
@@ -33,9 +32,9 @@ def main(argv=None):
         logger.info(note)
     torch.backends.cudnn.benchmark = True  # as in training
     path = find_checkpoint(cfg, cfg.output)
-    if cfg.attend is None:
+    if cfg.energy or cfg.attend is None:
         measure(cfg, given, ranks, path)
-    else:
+    if cfg.attend is not None:
         model, _ = load_tested(cfg, given, ranks, path)
         show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
     return 0

@@ -1,9 +1,10 @@
 """Train QKFormer on DVS128 Gesture.
 
 Usage:
-    python train.py --data-path ./data                         # the published run,
-    dvs128-gesture.yml python train.py --data-path ./data --T 10 python -m torch.distributed.launch
-    --nproc_per_node=2 train.py
+    python train.py --data-path ./data           # the published run, dvs128-gesture.yml
+    python train.py --data-path ./data --T 10
+    python train.py -c quickstart.yml            # minutes on a CPU, no download
+    python -m torch.distributed.launch --nproc_per_node=2 train.py
 """
 
 import torch

@@ -4,13 +4,12 @@ the checkpoint.
 Network and input are those that the checkpoint was trained with; a flag goes over them.
 
 Usage:
-    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth      # writes
-    test-best.json there python test.py --checkpoint hst_10_384.pth       # one of the release's:
-    its model and input size are known python test.py --checkpoint hst_10_384.pth --predict photos
-    --predictions photos.csv python test.py --checkpoint hst_10_384.pth --energy              #
-    firing rates and energy too python test.py --checkpoint hst_10_384.pth --attend photo.jpg    #
-    draws its attention torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth
-    # the same figures, sooner
+    python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth
+    python test.py --checkpoint hst_10_384.pth     # one of the release's: model and size are known
+    python test.py --checkpoint hst_10_384.pth --predict photos --predictions photos.csv
+    python test.py --checkpoint hst_10_384.pth --energy              # firing rates and energy too
+    python test.py --checkpoint hst_10_384.pth --attend photo.jpg    # draws its attention
+    torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth  # the same figures, sooner
 """
 
 import csv
@@ -121,19 +120,18 @@ def main(argv=None):
         logger.info(note)
     torch.backends.cudnn.benchmark = True  # as in training
     path = find_checkpoint(cfg, cfg.output_dir)
+    if cfg.energy or (cfg.attend is None and not cfg.predict):
+        measure(cfg, given, ranks, path)
     if cfg.attend is not None:
         model, *_ = load_tested(cfg, given, ranks, path)
         show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
-        return 0
-    if not cfg.predict:
-        measure(cfg, given, ranks, path)
-        return 0
-    predictions = Path(cfg.predictions)
-    ranks.from_main(lambda: check_predictions(predictions))
-    tested = load_tested(cfg, given, ranks, path)
-    column, names = class_names(cfg, tested.classes)
-    rows = predict(cfg, ranks, tested.model, names)
-    ranks.from_main(lambda: write_predictions(predictions, rows, column))
+    if cfg.predict:
+        predictions = Path(cfg.predictions)
+        ranks.from_main(lambda: check_predictions(predictions))
+        tested = load_tested(cfg, given, ranks, path)
+        column, names = class_names(cfg, tested.classes)
+        rows = predict(cfg, ranks, tested.model, names)
+        ranks.from_main(lambda: write_predictions(predictions, rows, column))
     return 0
 
 

@@ -1,10 +1,12 @@
 """Train QKFormer on ImageNet.
 
 Usage:
-    torchrun --nproc_per_node=8 train.py --data_path /data/imagenet              # the published
-    HST-10-384 run torchrun --nproc_per_node=8 train.py -c hst_10_768.yml --resume auto         #
-    starts, or goes on where it was torchrun --nproc_per_node=8 train.py -c finetune_384.yml
-    --finetune hst_10_768.pth python train.py --eval --finetune hst_10_384.pth
+    torchrun --nproc_per_node=8 train.py --data_path /data/imagenet      # the published HST-10-384
+    torchrun --nproc_per_node=8 train.py -c hst_10_768.yml --resume auto      # starts, or goes on
+    torchrun --nproc_per_node=8 train.py -c finetune_384.yml --finetune hst_10_768.pth
+    python train.py --eval --finetune hst_10_384.pth
+    python train.py -c quickstart.yml                               # a minute on a CPU, no download
+
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 

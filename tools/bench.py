@@ -2,21 +2,20 @@
 with, in one run.
 
 Usage:
-    python tools/bench.py                                             # HST-10-384, batch 32 on a
-    GPU, 2 on a CPU python tools/bench.py --published --json bench.json               # all models,
-    growth with T, size and batch python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6
-    --paths fast compiled python tools/bench.py --model cifar10 MSQKFormer --batch 16       # with
-    and without membrane shortcuts python tools/bench.py --profile trace.json
-    # PyTorch's profiler, for chrome://tracing python tools/bench.py --bytes
-    # bytes moved and saved, by parts of the model
+    python tools/bench.py                        # HST-10-384, batch 32 on a GPU, 2 on a CPU
+    python tools/bench.py --published --json bench.json    # all models; growth with T, size, batch
+    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
+    python tools/bench.py --model cifar10 MSQKFormer --batch 16    # and with membrane shortcuts
+    python tools/bench.py --profile trace.json   # PyTorch's profiler, for chrome://tracing
+    python tools/bench.py --bytes                # bytes moved and saved, by parts of the model
 
 What is compared:
     fast          the folder's model as it comes
     plain         fused: false, backend: torch; module by module, the neuron in PyTorch
-    release-like  fused: false, backend: spikingjelly; as in the authors' release, with
-    spikingjelly's neuron spikingjelly  spikingjelly's own QKFormer (ImageNet models only) compiled
-    fast, through torch.compile; not by default checkpointed  fast, with the activations of stages 1
-    and 2 computed again; not by default
+    release-like  fused: false, backend: spikingjelly; as in the authors' release
+    spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
+    compiled      fast, through torch.compile; not by default
+    checkpointed  fast, with the activations of stages 1 and 2 computed again; not by default
 
 They take turns, so that a machine that warms up or slows down does so for all; figures are medians
 over the rounds, with the spread between the quartiles. On a GPU in float16 mixed precision, timed

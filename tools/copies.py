@@ -9,8 +9,9 @@ checked:
 - the files named in SAME, which are alike to the byte in every folder;
 - a file whose first line is `# Copied from cifar10/data.py`: the rest of it is that file;
 - a class, function, method or assignment behind a line `# Copied from cifar10/model.py`: it is the
-one of the same
-  name there. `# Copied from cifar10/model.py with mlp1->fc1, ssa->attn` replaces words on the way.
+  one of the same name there. `# Copied from cifar10/model.py with mlp1->fc1, ssa->attn` replaces
+  words on the way.
+
 A class or function that is a copy but is not marked as one is reported too.
 """
 

@@ -3,8 +3,7 @@
 Usage:
     python tools/curves.py cifar10/output/cifar10                        # writes curves.png there
     python tools/curves.py imagenet/output/imagenet imagenet/output/imagenet-2 --out both.png
-    python tools/curves.py log.txt --curve hst_10_512                    # a log of the release's,
-    or timm's summary.csv
+    python tools/curves.py log.txt --curve hst_10_512     # the release's log, or timm's summary.csv
 
 A run is a folder of ours, still running or not, or a log: our log.txt or that of the release's
 ImageNet script (one JSON a line), timm's summary.csv, or one of the curves themselves. What it is

@@ -1,21 +1,25 @@
 """Everything that a first GPU is asked, in one go: is it right, is it fast, where does the time go?
 
 Usage:
-    python tools/gpu.py --out gpu                       # all stages, at most 2.5 hours on a quiet
-    GPU python tools/gpu.py --out gpu --stages step kernels python tools/gpu.py --out gpu --device
-    cpu --small  # tiny, to try this script itself
+    python tools/gpu.py --out gpu                  # all stages, at most 2.5 hours on a quiet GPU
+    python tools/gpu.py --out gpu --stages step kernels
+    python tools/gpu.py --out gpu --device cpu --small      # tiny, to try this script itself
 
 Each stage is a process with a time limit, and one that fails does not stop the others. Stages, in
 their order:
     environment  GPU, driver, versions, compilers
-    tests        the tests marked for a GPU; golden numbers through all backends, in float64 and
-    float32 step         a training step of HST-10-384: time of the host, of the GPU, by kernel;
-    where the host waits kernels      each kernel at each of its shapes in that step, beside a copy
-    of as many bytes products     weight gradients of 1x1 layers, in float16 and summed in float32,
-    against float64 bench        tools/bench.py at batch 32 and 64 graphs       inference as a CUDA
-    graph compiled     inference through torch.compile sanitizer    compute-sanitizer's memcheck and
-    racecheck over the kernels' tests photos       imagenet/quickstart.yml in float16 with the
-    scaler, stopped and resumed once, and in float32
+    tests        those marked for a GPU; golden numbers, all backends, in float64 and float32
+    step         a training step of HST-10-384: time of the host, of the GPU, by kernel; where the
+                 host waits
+    kernels      each kernel at each of its shapes in that step, beside a copy of as many bytes
+    products     weight gradients of 1x1 layers, in float16 and summed in float32, against float64
+    bench        tools/bench.py at batch 32 and 64
+    graphs       inference as a CUDA graph
+    compiled     inference through torch.compile
+    sanitizer    compute-sanitizer's memcheck and racecheck over the kernels' tests
+    photos       imagenet/quickstart.yml in float16 with the scaler, stopped and resumed once, and
+                 in float32
+
 In the folder --out: STAGE.json and STAGE.log of each, profiles as text, summary.json; a table of
 all at the end.
 """
