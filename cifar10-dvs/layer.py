@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from lif import MultiStepLIF
+from lif import ALPHA, MultiStepLIF
 from spikes import largest, mark, save, traced
 
 aten = torch.ops.aten
@@ -163,7 +163,7 @@ def changed(module):
         return f"its {kind.__name__} has hooks that run before it"
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return ""  # such as a monitor's; no line each time
-    if kind is MultiStepLIF and not module.is_usual():
+    if kind is MultiStepLIF and not (module.is_usual() and module.alpha == ALPHA):
         return f"its {kind.__name__} has attributes that no kernel knows"
     return None
 

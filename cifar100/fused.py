@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lif import ALPHA, CTYPES, NAMESPACE, NVRTC_OPTIONS, cupy_error, say
+from lif import ALPHA, say
+from lif_cuda import CTYPES, NAMESPACE, NVRTC_OPTIONS, cupy_error
 
 # Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
 MAX_T = 64

@@ -10,7 +10,7 @@ from conftest import load
 from torch import nn
 
 cifar10 = load("cifar10")
-lif, fused, layer = cifar10.lif, cifar10.fused, cifar10.layer
+lif, lif_cuda, fused, layer = cifar10.lif, cifar10.lif_cuda, cifar10.fused, cifar10.layer
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
 CL = torch.channels_last
@@ -191,10 +191,10 @@ def test_nvrtc(arch, T):
     from cuda.bindings import nvrtc
     from cupy._core.core import assemble_cupy_compiler_options
 
-    for dtype in lif.CTYPES:
+    for dtype in lif_cuda.CTYPES:
         error, program = nvrtc.nvrtcCreateProgram(fused.SOURCE.encode(), b"fused.cu", 0, [], [])
         options = assemble_cupy_compiler_options(
-            (*lif.NVRTC_OPTIONS, *fused.defines(dtype, T, lif.CTYPES))
+            (*lif_cuda.NVRTC_OPTIONS, *fused.defines(dtype, T, lif_cuda.CTYPES))
         )
         options = [f"--gpu-architecture={arch}", *options]
         (error,) = nvrtc.nvrtcCompileProgram(
@@ -260,7 +260,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     def launch(name, T, y, *args):
         key = (y.dtype, T)
         if key not in libraries:
-            types = {**lif.CTYPES, torch.float64: "double"}
+            types = {**lif_cuda.CTYPES, torch.float64: "double"}
             path = tmp_path / f"{len(libraries)}.so"
             command = [
                 "g++",
@@ -312,7 +312,7 @@ def test_cuda_side_on_host(cuda_on_host, dtype):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", lif.CTYPES)
+@pytest.mark.parametrize("dtype", lif_cuda.CTYPES)
 @pytest.mark.parametrize(("T", "steps", "C"), CASES)
 def test_kernels_on_gpu(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C, device="cuda")
@@ -320,7 +320,7 @@ def test_kernels_on_gpu(dtype, T, steps, C):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", lif.CTYPES)
+@pytest.mark.parametrize("dtype", lif_cuda.CTYPES)
 @pytest.mark.parametrize("size", [*SIZES, (56, 56)])
 def test_pooling_on_gpu(dtype, size):
     check_pooling(dtype, 40, size, device="cuda")

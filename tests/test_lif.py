@@ -3,21 +3,17 @@ on the host.
 """
 
 import copy
-import ctypes
 import logging
-import re
-import shutil
-import subprocess
 
 import pytest
 import torch
 from conftest import importable, load
 from spikingjelly.activation_based import functional, monitor, neuron, op_counter
 
-lif = load("cifar10").lif
+lif, lif_cuda = load("cifar10").lif, load("cifar10").lif_cuda
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-KERNEL_TYPES = list(lif.CTYPES)
+KERNEL_TYPES = list(lif_cuda.CTYPES)
 
 
 def formula(x, tau, v_threshold):
@@ -165,22 +161,27 @@ def test_errors():
 # The CUDA source without a GPU --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_nvrtc(arch):
+    """Every kind of neuron."""
     from cuda.bindings import nvrtc
     from cupy._core.core import (
         assemble_cupy_compiler_options,
     )  # with CuPy's own headers, as it will compile them
 
-    error, program = nvrtc.nvrtcCreateProgram(lif.CUDA_SOURCE.encode(), b"lif.cu", 0, [], [])
+    error, program = nvrtc.nvrtcCreateProgram(lif_cuda.CUDA_SOURCE.encode(), b"lif.cu", 0, [], [])
     names = [
-        f"{kernel}<{ctype}>"
+        lif_cuda._instance(kernel, dtype, kind)
         for kernel in ("lif_forward", "lif_backward")
-        for ctype in lif.CTYPES.values()
+        for dtype in lif_cuda.CTYPES
+        for kind in lif.NEURONS
     ]
     for name in names:
         nvrtc.nvrtcAddNameExpression(program, name.encode())
-    options = [f"--gpu-architecture={arch}", *assemble_cupy_compiler_options(lif.NVRTC_OPTIONS)]
+    options = [
+        f"--gpu-architecture={arch}",
+        *assemble_cupy_compiler_options(lif_cuda.NVRTC_OPTIONS),
+    ]
     (error,) = nvrtc.nvrtcCompileProgram(
         program, len(options), [option.encode() for option in options]
     )
@@ -194,88 +195,6 @@ def test_nvrtc(arch):
         assert (
             nvrtc.nvrtcGetLoweredName(program, name.encode())[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS
         )
-
-
-HOST = """
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#define __global__
-typedef _Float16 __half;
-struct __nv_bfloat16 {{  // the upper half of a float, rounded to nearest even
-    uint16_t bits;
-    explicit __nv_bfloat16(float value) {{
-        uint32_t word;
-        std::memcpy(&word, &value, 4);
-        bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    }}
-    explicit operator float() const {{
-        const uint32_t word = static_cast<uint32_t>(bits) << 16;
-        float value;
-        std::memcpy(&value, &word, 4);
-        return value;
-    }}
-}};
-struct Index {{ long long x; }};
-static Index blockIdx, blockDim{{1}}, threadIdx{{0}};
-{source}
-{wrappers}
-"""
-WRAPPER = """
-extern "C" void {kernel}_{index}(long long n, {parameters}) {{
-    for (blockIdx.x = 0; blockIdx.x < n + 3; ++blockIdx.x) {kernel}<{ctype}>(n, {names});
-}}
-"""
-PARAMETERS = {
-    "lif_forward": "long long T, long long x_step, const {c}* x, {c}* y, float tau, float v_threshold",
-    "lif_backward": "long long T, long long x_step, const {c}* x, const {c}* g, {c}* y, "
-    "float tau, float v_threshold, float alpha",
-}
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory):
-    """The kernels' own source, compiled for this processor: a loop stands for the threads (three
-    too many).
-    """
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("host")
-    wrappers = ""
-    for kernel, parameters in PARAMETERS.items():
-        for index, ctype in enumerate(lif.CTYPES.values()):
-            names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(", "))
-            text = parameters.format(c=ctype)
-            wrappers += WRAPPER.format(
-                kernel=kernel, index=index, parameters=text, ctype=ctype, names=names
-            )
-    source = re.sub("#include <cuda_.*>", "", lif.CUDA_SOURCE)
-    (folder / "lif.cpp").write_text(HOST.format(source=source, wrappers=wrappers))
-    command = ["g++", "-O2", "-ffp-contract=off", "-std=c++17", "-w", "-shared", "-fPIC"]
-    subprocess.run([*command, "-o", folder / "lif.so", folder / "lif.cpp"], check=True)
-    return ctypes.CDLL(str(folder / "lif.so"))
-
-
-@pytest.fixture
-def host(host_kernels, monkeypatch):
-    """lif_forward and lif_backward as they are, but for the launch: it runs the kernels here, on
-    CPU tensors.
-    """
-    convert = {
-        torch.Tensor: lambda x: ctypes.c_void_p(x.data_ptr()),
-        int: ctypes.c_longlong,
-        float: ctypes.c_float,
-    }
-    launched = []
-
-    def launch(name, *args):
-        x = args[3]
-        function = getattr(host_kernels, f"{name}_{KERNEL_TYPES.index(x.dtype)}")
-        function(*(convert[type(arg)](arg) for arg in args))
-        launched.append(args)
-
-    monkeypatch.setattr(lif, "_launch", launch)
-    return launched
 
 
 def layouts(x):
@@ -292,7 +211,7 @@ def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
     output.
     """
     ours, plain = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
-    y, z = lif.lif_forward(ours, tau, v_threshold), lif.torch_lif(plain, tau, v_threshold)
+    y, z = lif.cupy_lif(ours, tau, v_threshold), lif.torch_lif(plain, tau, v_threshold)
     y.backward(grad)
     z.backward(grad)
     assert y.dtype == x.dtype and torch.equal(y, z) and 0 < z.float().mean() < 1
@@ -328,7 +247,7 @@ def test_broadcast_input_is_not_copied(host):
     image = (2 * torch.randn(3, 5, 4)).requires_grad_()
     frames = image.expand(4, 3, 5, 4)
     grad = torch.randn(4, 3, 5, 4)
-    y = lif.lif_forward(frames, 2.0, 1.0)
+    y = lif.cupy_lif(frames, 2.0, 1.0)
     assert host[-1][2:4][0] == 0 and host[-1][3].data_ptr() == image.data_ptr()
     y.backward(grad)
     ours, image.grad = image.grad, None
@@ -340,14 +259,18 @@ def test_broadcast_input_is_not_copied(host):
 
 def test_operators_are_registered_right(host):
     x = torch.randn(4, 3, 5, requires_grad=True)
-    torch.library.opcheck(lif.lif_forward, (x, 2.0, 1.0))
-    torch.library.opcheck(lif.lif_backward, (torch.randn(4, 3, 5), x.detach(), 2.0, 1.0))
+    for kind in lif.NEURONS:
+        rate = torch.tensor(0.3, requires_grad=True) if kind == "plif" else None
+        constants = 2.0, 1.0, 3.0, kind, rate
+        torch.library.opcheck(lif.lif_forward, (x, *constants))
+        constants = (*constants[:4], None if rate is None else rate.detach())
+        torch.library.opcheck(lif_cuda.lif_backward, (torch.randn(4, 3, 5), x.detach(), *constants))
     compiled = torch.compile(
-        lambda x: lif.lif_forward(x * 1.5, 2.0, 1.0), fullgraph=True, backend="aot_eager"
+        lambda x: lif.cupy_lif(x * 1.5, 2.0, 1.0), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(x), lif.torch_lif(x * 1.5, 2.0, 1.0))
     with torch.inference_mode():
-        assert torch.equal(lif.lif_forward(x, 2.0, 1.0), lif.torch_lif(x, 2.0, 1.0))
+        assert torch.equal(lif.cupy_lif(x, 2.0, 1.0), lif.torch_lif(x, 2.0, 1.0))
 
 
 # On a GPU -----------------------------------------------------------------------------------------
@@ -376,7 +299,7 @@ def test_cupy_on_another_stream_and_compiled(monkeypatch):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = lif.lif_forward(x * 1.5, 2.0, 1.0)
+        got = lif.cupy_lif(x * 1.5, 2.0, 1.0)
     stream.synchronize()
     assert torch.equal(got, want)
     node = lif.MultiStepLIF(backend="cupy")

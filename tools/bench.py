@@ -67,7 +67,7 @@ def import_folder(folder):
     """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other
     folders.
     """
-    for module in ("model", "layer", "fused", "lif", "spikes", "ms", "preact"):
+    for module in ("model", "layer", "fused", "lif", "lif_cuda", "spikes", "ms", "preact"):
         sys.modules.pop(module, None)
     sys.path.insert(0, str(ROOT / folder))
     with warnings.catch_warnings():

@@ -26,6 +26,8 @@ SAME = (
     "spikes.py",
     "head.py",
     "lif.py",
+    "lif_cuda.py",
+    "lif.cu",
     "layer.py",
     "fused.py",
     "fused.cu",
