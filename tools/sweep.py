@@ -1,14 +1,15 @@
-"""Accuracy, energy and time of one checkpoint against the number of time steps.
+"""Accuracy, energy and time of one checkpoint against the number of time steps and the size.
 
 Usage, from anywhere:
     python tools/sweep.py cifar10                           # T = 1 2 4 8 16, the newest best.pth
+    python tools/sweep.py cifar10 --size 12 16 24 --rounds 3
     python tools/sweep.py imagenet --checkpoint best.pth --T 1 2 4 6 -- --data_path /data/imagenet
     python tools/sweep.py dvs128-gesture --T 4 8 16 -- --data_path /data/gesture
 
-Each T is two runs of the folder's test.py: one for accuracy and images per second, and one with
---energy, which counts layer by layer and takes longer. What comes behind `--` goes to test.py. The
-table goes to sweep-NAME.json and sweep-NAME.png beside the checkpoint NAME.pth. Weights and
-statistics of BatchNorm stay those of the T that was trained.
+Each T and size is tested by the folder's test.py: --rounds times for accuracy and time, of which
+the fastest counts, and once with --energy, which counts layer by layer and takes longer. What comes
+behind `--` goes to test.py. The table goes to sweep-NAME.json and sweep-NAME.png beside the
+checkpoint NAME.pth. Weights and statistics of BatchNorm stay those that were trained.
 """
 
 import argparse
@@ -22,14 +23,22 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
+FOLDERS = {  # {folder: the flags of T and, where there are several, of the size}
+    "cifar10": ("--time_step", "--img_size"),
+    "cifar100": ("--time_step", "--img_size"),
+    "dvs128-gesture": ("--T", None),
+    "cifar10-dvs": ("--T", None),
+    "imagenet": ("--time_step", "--input_size"),
+}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Accuracy, energy and time against T.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", choices=FOLDERS)
     parser.add_argument("--checkpoint", type=Path, help="default: the folder's newest best.pth")
     parser.add_argument("--T", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--size", type=int, nargs="+", help="default: that of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=1, help="timed runs, default 1")
     parser.epilog = "Flags of test.py come behind --."
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
@@ -42,61 +51,77 @@ def parse(argv):
             parser.error(f"no best.pth under {args.folder}/output; train, or name a --checkpoint")
     if not args.checkpoint.is_file():
         parser.error(f"no such checkpoint: {args.checkpoint}")
-    if min(args.T) < 1:
-        parser.error("T is at least 1")
+    if min(args.T) < 1 or args.rounds < 1:
+        parser.error("T and rounds are at least 1")
+    if args.size and FOLDERS[args.folder][1] is None:
+        parser.error(f"size: the recordings of {args.folder} have one size")
     args.checkpoint = args.checkpoint.resolve()
     return args
 
 
-def test(main, args, T, place, *flags):
+def run_test(main, args, place, T, size, *flags):
     """What the folder's test.py writes beside the checkpoint, which is in `place` by a link."""
     link = place / args.checkpoint.name
-    steps = "--T" if args.folder in ("dvs128-gesture", "cifar10-dvs") else "--time_step"
+    steps, pixels = FOLDERS[args.folder]
+    flags = ["--checkpoint", link, steps, T, *([pixels, size] if size else []), *flags]
     with contextlib.redirect_stdout(io.StringIO()):
-        main([*map(str, (*args.rest, "--checkpoint", link, steps, T, *flags))])
+        main([*args.rest, *map(str, flags)])
     kind = "energy" if "--energy" in flags else "test"
     return json.loads(link.with_name(f"{kind}-{link.stem}.json").read_text())
 
 
 def sweep(main, args):
-    """[{T, top1, energy, ann, sops, images_per_second}], each printed as it comes."""
-    print("  T  top-1 %        mJ   ANN, mJ   SOPs, M  images/s", flush=True)
+    """[{T, size, top1, loss, energy, ann, sops, images_per_second}], each printed as it comes."""
+    print("  T  size  top-1 %        mJ   ANN, mJ   SOPs, M  images/s", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / args.checkpoint.name).symlink_to(args.checkpoint)
-        test(main, args, args.T[0], Path(place))  # the first run compiles, and is not timed
-        for T in args.T:
-            result = test(main, args, T, Path(place))
-            counted = test(main, args, T, Path(place), "--energy")
-            row = {name: result[name] for name in ("top1", "loss", "images_per_second")}
-            row.update({name: counted[name] for name in ("energy", "ann", "sops")})
-            rows.append({"T": T, **row})
-            print(
-                f"{T:>3} {row['top1']:>8.2f} {row['energy']:>9.4g} {row['ann']:>9.4g} "
-                f"{row['sops'] / 1e6:>9.4g} {row['images_per_second']:>9.0f}",
-                flush=True,
-            )
+        place = Path(place)
+        (place / args.checkpoint.name).symlink_to(args.checkpoint)
+        for size in args.size or [None]:
+            run_test(main, args, place, args.T[0], size)  # this one compiles, and is not timed
+            for T in args.T:
+                results = [run_test(main, args, place, T, size) for _ in range(args.rounds)]
+                counted = run_test(main, args, place, T, size, "--energy")
+                row = {"T": T, "size": size, **{n: results[0][n] for n in ("top1", "loss")}}
+                row["images_per_second"] = max(result["images_per_second"] for result in results)
+                row.update({name: counted[name] for name in ("energy", "ann", "sops")})
+                rows.append(row)
+                print(
+                    f"{T:>3} {size or '':>5} {row['top1']:>8.2f} {row['energy']:>9.4g} "
+                    f"{row['ann']:>9.4g} {row['sops'] / 1e6:>9.4g} "
+                    f"{row['images_per_second']:>9.0f}",
+                    flush=True,
+                )
     return rows
 
 
-def draw(path, rows):
+def draw(path, rows, title):
+    """The PNG: top-1, energy and time against T, a line for each size."""
     from matplotlib.figure import Figure
 
-    steps = [row["T"] for row in rows]
-    curves = {
-        "top-1, %": [row["top1"] for row in rows],
-        "energy, mJ an image": [row["energy"] for row in rows],
-        "time, ms an image": [1e3 / row["images_per_second"] for row in rows],
-    }
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(1, 3), curves.items(), strict=True):
-        axes.plot(steps, values, "o-")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    places = accuracy, energy, time = figure.subplots(1, 3)
+    for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
+        of_size = sorted((row for row in rows if row["size"] == size), key=lambda row: row["T"])
+        steps, color = [row["T"] for row in of_size], f"C{number}"
+        times = [1e3 / row["images_per_second"] for row in of_size]
+        top1, spent, ann = ([row[n] for row in of_size] for n in ("top1", "energy", "ann"))
+        name = f"{size} x {size}" if size else "the network"
+        accuracy.plot(steps, top1, "o-", color=color, markersize=4, label=name)
+        energy.plot(steps, spent, "o-", color=color, markersize=4)
+        energy.plot(steps, ann, ":", color=color, label=f"energy of the ANN equivalent of {name}")
+        time.plot(steps, times, "o-", color=color, markersize=4)
+    names = ("top-1, %", "energy of a sample, mJ", "time of a sample, ms")
+    for axes, name in zip(places, names, strict=True):
+        axes.set_title(name, fontsize=10)
         axes.set_xlabel("time steps T")
-        axes.set_title(title, fontsize=10)
+        axes.set_xticks(sorted({row["T"] for row in rows}))
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if not title.startswith("top-1"):
-            axes.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    accuracy.set_ylim(0, 104)
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv=None):
@@ -111,7 +136,7 @@ def main(argv=None):
     path = args.checkpoint.with_name(f"sweep-{args.checkpoint.stem}.json")
     try:
         path.write_text(json.dumps(rows, indent=1) + "\n")
-        draw(path.with_suffix(".png"), rows)
+        draw(path.with_suffix(".png"), rows, f"{path.parent.name}/{args.checkpoint.name}")
         print(f"written: {path} and .png")
     except ImportError:
         print(f"written: {path}; a plot needs matplotlib (pip install matplotlib)")
