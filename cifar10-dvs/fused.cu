@@ -1,197 +1,470 @@
-// The kernels of fused.py, for two compilers: NVRTC (GPUs) and the system's C++ compiler (CPUs). fused.py says with -D
-// what scalar_t (tensors), real_t (arithmetic), STEPS and PARTS are. Tensors are in memory rows of channels.
+// The kernels of fused.py, for two compilers: NVRTC (GPUs) and the system's C++ compiler (CPUs).
+// kernels.py says with -D what these are: scalar_t (of tensors), real_t (of arithmetic), INDEX,
+// STEPS, LANES and CHARGE. Tensors are in memory rows of channels.
 
+typedef INDEX index_t;
+typedef unsigned char byte_t;
 #ifdef __CUDACC_RTC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define INLINE __device__ __forceinline__
-#define ENTRY extern "C" __global__
-#define ROWS(row)                                                                                                      \
-    for (index_t row = index_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows; row += gridDim.y * blockDim.y)
-#define CHANNELS(channel)                                                                                              \
-    if (const index_t channel = index_t(blockIdx.x) * blockDim.x + threadIdx.x; channel < channels)
+#define ENTRY extern "C" __global__ void
+#define UNROLL _Pragma("unroll")
+// Threads of a block: x for groups of LANES channels, y for rows. Its neighbours read neighbours.
+#define ROWS(row)                                                                       \
+    for (index_t row = index_t(blockIdx.y) * blockDim.y + threadIdx.y; row < rows;      \
+         row += gridDim.y * blockDim.y)
+#define CHANNELS(channel)                                                               \
+    if (const index_t channel = LANES * (index_t(blockIdx.x) * blockDim.x + threadIdx.x); \
+        channel < channels)
+#define EACH(row, channel) CHANNELS(channel) ROWS(row)
+// A channel for a column of threads, the first of which writes what they find together.
+#define COLUMNS(channel)                                                                \
+    if (const index_t channel = index_t(blockIdx.x) * blockDim.x + threadIdx.x; true)
+#define WRITES(channel) (threadIdx.y == 0 && channel < channels)
+INLINE float reciprocal(float x) { return __fdividef(1.0f, x); }  // of x >= 1, to 2 ulp
+INLINE double root(double x) { return sqrt(x); }
 #else
-#define ROWS(row) _Pragma("omp parallel for") for (index_t row = 0; row < rows; ++row)
-#define CHANNELS(channel) _Pragma("omp simd") for (index_t channel = 0; channel < channels; ++channel)
 #define INLINE static inline __attribute__((always_inline))
-#define ENTRY extern "C"
+#define ENTRY extern "C" void
+#define UNROLL _Pragma("GCC unroll 64")
+#define ROWS(row) _Pragma("omp parallel for") for (index_t row = 0; row < rows; ++row)
+#define CHANNELS(channel) \
+    _Pragma("omp simd") for (index_t channel = 0; channel < channels; ++channel)
+#define EACH(row, channel) ROWS(row) CHANNELS(channel)
+#define COLUMNS(channel) CHANNELS(channel)
+#define WRITES(channel) true
 extern "C" __attribute__((const, simd("notinbranch"))) float expf(float);
 extern "C" __attribute__((const, simd("notinbranch"))) double exp(double);
-struct __nv_bfloat16 {
-    unsigned short bits;
-    explicit __nv_bfloat16(float value) {
-        const unsigned word = __builtin_bit_cast(unsigned, value);
-        bits = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    }
-    operator float() const { return __builtin_bit_cast(float, unsigned(bits) << 16); }
-};
+INLINE float reciprocal(float x) { return 1 / x; }
+INLINE double root(double x) { return __builtin_sqrt(x); }
+enum class bfloat16 : unsigned short {};  // a number to the compiler: a struct does not vectorise
+INLINE float real(bfloat16 x) { return __builtin_bit_cast(float, unsigned(x) << 16); }
+INLINE void set(bfloat16& place, float x) {
+    const unsigned word = __builtin_bit_cast(unsigned, x);
+    place = bfloat16((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
 #endif
-#define EACH(row, channel) ROWS(row) CHANNELS(channel)
-typedef long long index_t;
 INLINE float exponential(float x) { return expf(x); }
 INLINE double exponential(double x) { return exp(x); }
-INLINE void store(scalar_t* place, real_t value) { *place = scalar_t(value); }  // inlined, bfloat16 vectorises
+INLINE double reciprocal(double x) { return 1 / x; }
+
+// Between the types of memory and of arithmetic.
+template <class Scalar>
+INLINE real_t real(const Scalar& x) { return real_t(x); }
+template <class Scalar>
+INLINE void set(Scalar& place, real_t x) { place = Scalar(x); }
+
+// LANES neighbouring channels, one load or store of a GPU.
+struct alignas(sizeof(scalar_t) * LANES) Pack {
+    scalar_t lane[LANES];
+};
+struct alignas(LANES) Bytes {
+    byte_t lane[LANES];
+};
+#ifdef __CUDACC_RTC__
+INLINE Pack load(const scalar_t* place) { return *reinterpret_cast<const Pack*>(place); }
+INLINE Bytes load(const byte_t* place) { return *reinterpret_cast<const Bytes*>(place); }
+INLINE void store(scalar_t* place, const Pack& pack) { *reinterpret_cast<Pack*>(place) = pack; }
+INLINE void store(byte_t* place, const Bytes& bytes) { *reinterpret_cast<Bytes*>(place) = bytes; }
+#else
+INLINE Pack load(const scalar_t* place) { return {*place}; }
+INLINE Bytes load(const byte_t* place) { return {*place}; }
+INLINE void store(scalar_t* place, const Pack& pack) { *place = pack.lane[0]; }
+INLINE void store(byte_t* place, const Bytes& bytes) { *place = bytes.lane[0]; }
+#endif
+#define EACH_LANE(k) UNROLL for (int k = 0; k < LANES; ++k)
 INLINE index_t clamp(index_t i, index_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
-// Neuron i of n. Its input at step t is scale * y[t * step + i] + shift; step is 0 for an image shown STEPS times.
-INLINE void fire_one(index_t i, index_t n, index_t step, const scalar_t* y, scalar_t* spikes, real_t scale,
-                     real_t shift, real_t tau, real_t threshold) {
-    real_t v = 0;
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-        const real_t h = v + (scale * real_t(y[t * step + i]) + shift - v) / tau;
-        const bool fired = h >= threshold;
-        spikes[t * n + i] = scalar_t(fired ? 1.0f : 0.0f);
-        v = fired ? 0 : h;
-    }
-}
+// The neuron -------------------------------------------------------------------------------------
 
-// grad is that of scale * y + shift. Adds its sum to `total`, that of its product with y - mean to `dot`.
-INLINE void fire_backward_one(index_t i, index_t n, index_t step, const scalar_t* y, const scalar_t* grad_spikes,
-                              scalar_t* grad, real_t scale, real_t shift, real_t mean, real_t tau, real_t threshold,
-                              real_t alpha, real_t& total, real_t& dot) {
-    real_t h[STEPS];
-    real_t v = 0, grad_v = 0, sum = 0, product = 0;
-#pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-        h[t] = v + (scale * real_t(y[t * step + i]) + shift - v) / tau;
-        v = h[t] >= threshold ? 0 : h[t];
-    }
-#pragma unroll
-    for (int t = STEPS - 1; t >= 0; --t) {
-        const real_t g = 1 / (1 + exponential(-alpha * (h[t] - threshold)));
-        const real_t kept = h[t] >= threshold ? 0 : grad_v;
-        const real_t grad_h = real_t(grad_spikes[t * n + i]) * (alpha * g * (1 - g)) + kept;
-        const real_t grad_x = grad_h / tau;
-        grad_v = grad_h - grad_x;
-        if (step) grad[t * step + i] = scalar_t(grad_x);
-        sum += grad_x;
-        product += grad_x * (real_t(y[t * step + i]) - mean);
-    }
-    if (!step) grad[i] = scalar_t(sum);
-    total += sum;
-    dot += product;
-}
+#define DIVIDE 1      // LIF: rate is tau
+#define MULTIPLY 2    // LIF where 1 / tau, the rate, has no rounding error
+#define PARAMETRIC 3  // PLIF: a rate for each channel
+#define INTEGRATE 4   // IF
+#define NEURON_SUMS (CHARGE == PARAMETRIC ? 3 : 2)
 
-ENTRY void fire(index_t rows, index_t channels, index_t step, const scalar_t* y, scalar_t* spikes,
-                const real_t* scale, const real_t* shift, real_t tau, real_t threshold) {
-    EACH(r, c) fire_one(r * channels + c, rows * channels, step, y, spikes, scale[c], shift[c], tau, threshold);
-}
-
-// partial is [PARTS, 2, channels]: `total` and `dot` over some of the rows each.
-ENTRY void fire_backward(index_t rows, index_t channels, index_t step, const scalar_t* y, const scalar_t* grad_spikes,
-                         scalar_t* grad, const real_t* scale, const real_t* shift, const real_t* mean,
-                         real_t* partial, real_t tau, real_t threshold, real_t alpha) {
-#ifdef __CUDACC_RTC__
-    __shared__ real_t sums[2][8][32];  // TILE, transposed
-    const index_t c = index_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    real_t total = 0, dot = 0;
-    EACH(r, c) fire_backward_one(r * channels + c, rows * channels, step, y, grad_spikes, grad, scale[c], shift[c],
-                                 mean[c], tau, threshold, alpha, total, dot);
-    sums[0][threadIdx.y][threadIdx.x] = total;
-    sums[1][threadIdx.y][threadIdx.x] = dot;
-    __syncthreads();
-    if (threadIdx.y < 2 && c < channels) {
-        real_t sum = 0;
-        for (int k = 0; k < 8; ++k) sum += sums[threadIdx.y][k][threadIdx.x];
-        partial[(blockIdx.y * 2 + threadIdx.y) * channels + c] = sum;
-    }
+INLINE real_t charge(real_t v, real_t x, real_t rate) {
+#if CHARGE == DIVIDE
+    return v + (x - v) / rate;
+#elif CHARGE == INTEGRATE
+    return v + x;
 #else
-#pragma omp parallel for
-    for (index_t part = 0; part < PARTS; ++part) {
-        real_t* total = partial + part * 2 * channels;
-        real_t* dot = total + channels;
-        for (index_t c = 0; c < 2 * channels; ++c) total[c] = 0;
-        for (index_t r = part * rows / PARTS; r < (part + 1) * rows / PARTS; ++r)
-#pragma omp simd
-            for (index_t c = 0; c < channels; ++c)
-                fire_backward_one(r * channels + c, rows * channels, step, y, grad_spikes, grad, scale[c], shift[c],
-                                  mean[c], tau, threshold, alpha, total[c], dot[c]);
-    }
+    return v + (x - v) * rate;
 #endif
 }
 
-#ifndef __CUDACC_RTC__
-// Sums of y - pivot and of its square, per part. PyTorch's own for channels_last add up whole columns in float32.
-ENTRY void statistics(index_t rows, index_t channels, const scalar_t* y, const real_t* pivot, real_t* partial) {
-#pragma omp parallel for
-    for (index_t part = 0; part < PARTS; ++part) {
-        real_t* total = partial + part * 2 * channels;
-        real_t* squares = total + channels;
-        for (index_t c = 0; c < 2 * channels; ++c) total[c] = 0;
-        for (index_t r = part * rows / PARTS; r < (part + 1) * rows / PARTS; ++r)
-#pragma omp simd
-            for (index_t c = 0; c < channels; ++c) {
-                const real_t d = real_t(y[r * channels + c]) - pivot[c];
-                total[c] += d;
-                squares[c] += d * d;
+INLINE real_t to_input(real_t grad_h, real_t rate) {
+#if CHARGE == DIVIDE
+    return grad_h / rate;
+#elif CHARGE == INTEGRATE
+    return grad_h;
+#else
+    return grad_h * rate;
+#endif
+}
+
+INLINE real_t rate_of(const real_t* rates, int k, real_t rate) {
+    return CHARGE == PARAMETRIC ? rates[k] : rate;
+}
+
+// LANES neurons, the first of them i of n, with scale, shift and rates of these. The input at step
+// t is scale * y[t * step + i] + shift; step is 0 for an image shown STEPS times.
+template <bool BYTES>
+INLINE void fire_some(index_t i, index_t n, index_t step, const scalar_t* y, scalar_t* spikes,
+                      byte_t* bytes, const real_t* scale, const real_t* shift,
+                      const real_t* rates, real_t rate, real_t threshold) {
+    Pack input[STEPS];  // all read before the first is written: y may be spikes
+    UNROLL for (int t = 0; t < STEPS; ++t) input[t] = load(y + t * step + i);
+    Pack output[STEPS];
+    Bytes small[STEPS];
+    EACH_LANE(k) {
+        const real_t own = rate_of(rates, k, rate);
+        real_t v = 0;
+        UNROLL for (int t = 0; t < STEPS; ++t) {
+            const real_t h = charge(v, scale[k] * real(input[t].lane[k]) + shift[k], own);
+            const bool fired = h >= threshold;
+            set(output[t].lane[k], fired ? 1 : 0);
+            small[t].lane[k] = fired;
+            v = fired ? 0 : h;
+        }
+    }
+    UNROLL for (int t = 0; t < STEPS; ++t) {
+        store(spikes + t * n + i, output[t]);
+        if (BYTES) store(bytes + t * n + i, small[t]);
+    }
+}
+
+// `grad` is that of scale * y + shift. Adds its sum to `total`, that of its product with y - mean
+// to `dot`, and the gradient of PLIF's rate to `slope`.
+INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_t* y,
+                               const scalar_t* grad_spikes, scalar_t* grad, const real_t* scale,
+                               const real_t* shift, const real_t* mean, const real_t* rates,
+                               real_t rate, real_t threshold, real_t alpha, real_t* total,
+                               real_t* dot, real_t* slope) {
+    Pack input[STEPS], upstream[STEPS];
+    UNROLL for (int t = 0; t < STEPS; ++t) {
+        input[t] = load(y + t * step + i);
+        upstream[t] = load(grad_spikes + t * n + i);
+    }
+    Pack output[STEPS];
+    EACH_LANE(k) {
+        const real_t own = rate_of(rates, k, rate);
+        real_t h[STEPS];
+        real_t v = 0, grad_v = 0, sum = 0, product = 0;
+        UNROLL for (int t = 0; t < STEPS; ++t) {
+            h[t] = charge(v, scale[k] * real(input[t].lane[k]) + shift[k], own);
+            v = h[t] >= threshold ? 0 : h[t];
+        }
+        UNROLL for (int t = STEPS - 1; t >= 0; --t) {
+            const real_t g = reciprocal(1 + exponential(-alpha * (h[t] - threshold)));
+            const real_t kept = h[t] >= threshold ? 0 : grad_v;
+            const real_t grad_h = real(upstream[t].lane[k]) * (alpha * g * (1 - g)) + kept;
+            const real_t grad_x = to_input(grad_h, own);
+            grad_v = CHARGE == INTEGRATE ? grad_h : grad_h - grad_x;
+            sum += grad_x;
+            set(output[t].lane[k], t == 0 && !step ? sum : grad_x);
+            product += grad_x * (real(input[t].lane[k]) - mean[k]);
+            if (CHARGE == PARAMETRIC) {
+                const real_t before = t == 0 || h[t - 1] >= threshold ? 0 : h[t - 1];
+                const real_t x = scale[k] * real(input[t].lane[k]) + shift[k];
+                slope[k] += grad_h * (x - before);
             }
+        }
+        total[k] += sum;
+        dot[k] += product;
+    }
+    UNROLL for (int t = 0; t < STEPS; ++t)
+        if (t == 0 || step) store(grad + t * step + i, output[t]);
+}
+
+// `affine` is [2, channels]: scale and shift. `bytes` are the spikes again, or null.
+ENTRY fire(index_t rows, index_t channels, index_t step, const scalar_t* y, scalar_t* spikes,
+           byte_t* bytes, const real_t* __restrict__ affine, const real_t* __restrict__ rates,
+           real_t rate, real_t threshold) {
+    const index_t n = rows * channels;
+    if (bytes) {
+        EACH(r, c) fire_some<true>(r * channels + c, n, step, y, spikes, bytes, affine + c,
+                                   affine + channels + c, rates + c, rate, threshold);
+    } else {
+        EACH(r, c) fire_some<false>(r * channels + c, n, step, y, spikes, bytes, affine + c,
+                                    affine + channels + c, rates + c, rate, threshold);
     }
 }
+
+// Sums over rows ---------------------------------------------------------------------------------
+
+// Two or three sums of each channel, first over some of the rows each: partial is [parts, COUNT,
+// channels]. sums_of_rows(COUNT, body) makes them; `body` adds row r, channel c to sums[0], ...
+#ifdef __CUDACC_RTC__
+#define THREADS 256
+template <int COUNT>
+INLINE void write_sums(const real_t (&sums)[COUNT][LANES], index_t channels, real_t* partial) {
+    __shared__ real_t shared[COUNT][THREADS * LANES];
+    const int columns = blockDim.x * LANES, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    UNROLL for (int s = 0; s < COUNT; ++s) EACH_LANE(k) shared[s][thread * LANES + k] = sums[s][k];
+    __syncthreads();
+    for (int i = thread; i < COUNT * columns; i += blockDim.x * blockDim.y) {
+        const int s = i / columns, column = i % columns;
+        const index_t c = index_t(blockIdx.x) * columns + column;
+        real_t sum = 0;
+        for (int row = 0; row < blockDim.y; ++row) sum += shared[s][row * columns + column];
+        if (c < channels) partial[(index_t(blockIdx.y) * COUNT + s) * channels + c] = sum;
+    }
+}
+#define SUMS_OF_ROWS(COUNT, r, c, ...)                      \
+    real_t sums[COUNT][LANES];                              \
+    for (int s = 0; s < COUNT; ++s) EACH_LANE(k) sums[s][k] = 0; \
+    EACH(r, c) __VA_ARGS__                                  \
+    write_sums(sums, channels, partial);
+#else
+#define SUMS_OF_ROWS(COUNT, r, c, ...)                                                       \
+    _Pragma("omp parallel for") for (index_t part = 0; part < parts; ++part) {               \
+        real_t* start = partial + part * COUNT * channels;                                   \
+        for (index_t i = 0; i < COUNT * channels; ++i) start[i] = 0;                         \
+        for (index_t r = part * rows / parts; r < (part + 1) * rows / parts; ++r)            \
+            CHANNELS(c) {                                                                    \
+                real_t* const sums[] = {start + c, start + channels + c,                     \
+                                        start + (COUNT - 1) * channels + c};                 \
+                __VA_ARGS__                                                                  \
+            }                                                                                \
+    }
 #endif
 
-// The rest of BatchNorm's backward pass, in place: grad becomes that of y.
-ENTRY void normalise_backward(index_t rows, index_t channels, const scalar_t* y, scalar_t* grad, const real_t* a,
-                              const real_t* b, const real_t* c) {
-    EACH(r, k) {
-        const index_t i = r * channels + k;
-        store(grad + i, a[k] * real_t(grad[i]) + b[k] * real_t(y[i]) + c[k]);
+ENTRY fire_backward(index_t rows, index_t channels, index_t parts, index_t step, const scalar_t* y,
+                    const scalar_t* grad_spikes, scalar_t* grad, const real_t* __restrict__ mean,
+                    const real_t* __restrict__ affine, const real_t* __restrict__ rates,
+                    real_t rate, real_t threshold, real_t alpha, real_t* partial) {
+    const index_t n = rows * channels;
+    SUMS_OF_ROWS(NEURON_SUMS, r, c, {
+        fire_backward_some(r * channels + c, n, step, y, grad_spikes, grad, affine + c,
+                           affine + channels + c, mean + c, rates + c, rate, threshold, alpha,
+                           sums[0], sums[1], sums[NEURON_SUMS - 1]);
+    })
+}
+
+// BatchNorm --------------------------------------------------------------------------------------
+
+// Sums of y - y[0] and of its square: a variance from the values themselves would lose its digits
+// where the mean is large.
+ENTRY statistics(index_t rows, index_t channels, index_t parts, const scalar_t* y,
+                 real_t* partial) {
+    SUMS_OF_ROWS(2, r, c, {
+        const Pack value = load(y + r * channels + c);
+        EACH_LANE(k) {
+            const real_t d = real(value.lane[k]) - real(y[c + k]);
+            sums[0][k] += d;
+            sums[1][k] += d * d;
+        }
+    })
+}
+
+// Sums of grad and of its product with y - mean.
+ENTRY gradient_sums(index_t rows, index_t channels, index_t parts, const scalar_t* y,
+                    const scalar_t* grad, const real_t* __restrict__ mean, real_t* partial) {
+    SUMS_OF_ROWS(2, r, c, {
+        const Pack value = load(y + r * channels + c), upstream = load(grad + r * channels + c);
+        EACH_LANE(k) {
+            sums[0][k] += real(upstream.lane[k]);
+            sums[1][k] += real(upstream.lane[k]) * (real(value.lane[k]) - mean[c + k]);
+        }
+    })
+}
+
+// The sum over parts of what starts at `place`.
+INLINE double sum_of_parts(const real_t* place, index_t stride, index_t parts) {
+    double sum = 0;
+#ifdef __CUDACC_RTC__
+    __shared__ double shared[16][33];
+    for (index_t part = threadIdx.y; part < parts; part += 16) sum += place[part * stride];
+    __syncthreads();
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int row = 0; row < 16; ++row) sum += shared[row][threadIdx.x];
+#else
+    for (index_t part = 0; part < parts; ++part) sum += place[part * stride];
+#endif
+    return sum;
+}
+
+// From `statistics` of count rows to norm [5, channels]: mean, unbiased variance, 1 / standard
+// deviation, scale and shift.
+ENTRY batch_norm(index_t channels, index_t parts, index_t count, index_t repeats, real_t eps,
+                 const scalar_t* y, const real_t* partial, const real_t* gamma, const real_t* beta,
+                 real_t* norm) {
+    COLUMNS(i) {
+        const index_t c = clamp(i, channels);
+        const double difference = sum_of_parts(partial + c, 2 * channels, parts) / count;
+        const double squares = sum_of_parts(partial + channels + c, 2 * channels, parts) / count;
+        const double variance = squares - difference * difference, n = double(count) * repeats;
+        const real_t mean = real(y[c]) + difference, var = variance < 0 ? 0 : variance;
+        const real_t invstd = 1 / root(double(var) + eps), scale = gamma[c] * invstd;
+        if (WRITES(i)) {
+            norm[c] = mean;
+            norm[channels + c] = var * (n / (n - 1));
+            norm[2 * channels + c] = invstd;
+            norm[3 * channels + c] = scale;
+            norm[4 * channels + c] = beta[c] - mean * scale;
+        }
     }
 }
 
-// Max-pooling, 3x3 with stride 2 and padding 1. A tap is which of a window's nine is the largest, the first of equals.
-ENTRY void pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y, scalar_t* pooled,
-                unsigned char* taps) {
+// As above, from running statistics; only scale and shift, of `all` channels.
+ENTRY running_norm(index_t channels, index_t all, real_t eps, const real_t* mean,
+                   const real_t* var, const real_t* bias, const real_t* gamma, const real_t* beta,
+                   real_t* affine) {
+    COLUMNS(c) {
+        if (WRITES(c)) {
+            const real_t scale = gamma[c] / root(double(var[c]) + eps);
+            affine[c] = scale;
+            affine[all + c] = beta[c] - (bias ? mean[c] - bias[c] : mean[c]) * scale;
+        }
+    }
+}
+
+// Running statistics and the number of batches, as BatchNorm moves them on.
+ENTRY update(index_t channels, real_t momentum, const real_t* mean, const real_t* var,
+             const real_t* bias, real_t* running_mean, real_t* running_var, long long* batches) {
+    COLUMNS(c) {
+        if (WRITES(c)) {
+            const real_t now = bias ? mean[c] + bias[c] : mean[c];
+            running_mean[c] += momentum * (now - running_mean[c]);
+            running_var[c] += momentum * (var[c] - running_var[c]);
+            if (c == 0) ++*batches;
+        }
+    }
+}
+
+// From sums over count rows to out [6, channels]: the gradients of beta, gamma and PLIF's rate,
+// and factors a, b, c, with which BatchNorm's own gradient is a * grad + b * y + c.
+ENTRY batch_norm_backward(index_t channels, index_t parts, index_t sums, index_t count,
+                          const real_t* partial, const real_t* mean, const real_t* invstd,
+                          const real_t* gamma, real_t* out) {
+    COLUMNS(i) {
+        const index_t c = clamp(i, channels), stride = sums * channels;
+        const double total = sum_of_parts(partial + c, stride, parts);
+        const double dot = sum_of_parts(partial + channels + c, stride, parts);
+        const double slope =
+            sums < 3 ? 0 : sum_of_parts(partial + 2 * channels + c, stride, parts);
+        const double a = double(gamma[c]) * invstd[c], b = -a * invstd[c] * invstd[c] * dot / count;
+        if (WRITES(i)) {
+            out[c] = total;
+            out[channels + c] = dot * invstd[c];
+            out[2 * channels + c] = slope;
+            out[3 * channels + c] = a;
+            out[4 * channels + c] = b;
+            out[5 * channels + c] = -a * total / count - b * mean[c];
+        }
+    }
+}
+
+ENTRY normalise(index_t rows, index_t channels, const scalar_t* y, scalar_t* out,
+                const real_t* __restrict__ affine) {
+    EACH(r, c) {
+        Pack value = load(y + r * channels + c);
+        EACH_LANE(k) {
+            const real_t x = affine[c + k] * real(value.lane[k]) + affine[channels + c + k];
+            set(value.lane[k], x);
+        }
+        store(out + r * channels + c, value);
+    }
+}
+
+// The gradient of y into out, which may be grad.
+ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, const scalar_t* grad,
+                         scalar_t* out, const real_t* __restrict__ factors) {
+    const real_t *a = factors, *b = a + channels, *shift = b + channels;
+    EACH(r, c) {
+        const Pack value = load(y + r * channels + c);
+        Pack upstream = load(grad + r * channels + c);
+        EACH_LANE(k) {
+            const real_t scaled = a[c + k] * real(upstream.lane[k]);
+            const real_t x = b[c + k] * real(value.lane[k]) + shift[c + k];
+            set(upstream.lane[k], scaled + x);
+        }
+        store(out + r * channels + c, upstream);
+    }
+}
+
+// Max-pooling, 3x3 with stride 2 and padding 1 ---------------------------------------------------
+
+// A tap is which of a window's nine is the largest, the first of equals.
+ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
+           scalar_t* pooled, byte_t* taps) {
     const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
     ROWS(r) {
-        const index_t n = r / (out_width * out_height), oh = r / out_width % out_height, ow = r % out_width;
+        const index_t ow = r % out_width, oh = r / out_width % out_height;
+        const index_t n = r / out_width / out_height;
         const scalar_t* pixel[9];
         int tap[9];
-#pragma unroll
-        for (int k = 0; k < 9; ++k) {  // outside of y the nearest pixel stands in, which the window has anyway
-            const index_t h = clamp(2 * oh - 1 + k / 3, height), w = clamp(2 * ow - 1 + k % 3, width);
-            pixel[k] = y + ((n * height + h) * width + w) * channels;
-            tap[k] = (h - 2 * oh + 1) * 3 + w - 2 * ow + 1;
+        UNROLL for (int j = 0; j < 9; ++j) {  // outside of y, the nearest pixel, which the window has
+            const index_t h = clamp(2 * oh - 1 + j / 3, height);
+            const index_t w = clamp(2 * ow - 1 + j % 3, width);
+            pixel[j] = y + ((n * height + h) * width + w) * channels;
+            tap[j] = (h - 2 * oh + 1) * 3 + w - 2 * ow + 1;
         }
         CHANNELS(c) {
-            real_t best = pixel[0][c];
-            int which = tap[0];
-#pragma unroll
-            for (int k = 1; k < 9; ++k) {
-                const real_t value = real_t(pixel[k][c]);
-                const bool larger = value > best || value != value;
-                best = larger ? value : best;
-                which = larger ? tap[k] : which;
+            const Pack first = load(pixel[0] + c);
+            real_t best[LANES];
+            int place[LANES];
+            EACH_LANE(k) {
+                best[k] = real(first.lane[k]);
+                place[k] = tap[0];
             }
-            store(pooled + r * channels + c, best);
-            taps[r * channels + c] = which;
+            UNROLL for (int j = 1; j < 9; ++j) {
+                const Pack next = load(pixel[j] + c);
+                EACH_LANE(k) {
+                    const real_t value = real(next.lane[k]);
+                    const bool larger = value > best[k] || value != value;
+                    best[k] = larger ? value : best[k];
+                    place[k] = larger ? tap[j] : place[k];
+                }
+            }
+            Pack largest;
+            Bytes which;
+            EACH_LANE(k) {
+                set(largest.lane[k], best[k]);
+                which.lane[k] = place[k];
+            }
+            store(pooled + r * channels + c, largest);
+            store(taps + r * channels + c, which);
         }
     }
 }
 
-// normalise_backward of a gradient that comes through max-pooling: a pixel is in one to four windows.
-ENTRY void pool_backward(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
-                         const scalar_t* grad_pooled, const unsigned char* taps, scalar_t* grad, const real_t* a,
-                         const real_t* b, const real_t* c) {
+// normalise_backward of a gradient that comes through max-pooling: a pixel is in one to four
+// windows.
+ENTRY pool_backward(index_t rows, index_t channels, index_t height, index_t width,
+                    const scalar_t* y, const scalar_t* grad_pooled, const byte_t* taps,
+                    scalar_t* grad, const real_t* __restrict__ factors) {
+    const real_t *a = factors, *b = a + channels, *shift = b + channels;
     const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
     ROWS(r) {
-        const index_t n = r / (width * height), h = r / width % height, w = r % width;
+        const index_t w = r % width, h = r / width % height, n = r / width / height;
         index_t window[4];
         int tap[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        UNROLL for (int j = 0; j < 4; ++j) {
             const index_t oh = h / 2 + j / 2, ow = w / 2 + j % 2;
-            const bool inside = j / 2 <= h % 2 && j % 2 <= w % 2 && oh < out_height && ow < out_width;
+            const bool near = j / 2 <= h % 2 && j % 2 <= w % 2;
+            const bool inside = near && oh < out_height && ow < out_width;
             window[j] = inside ? ((n * out_height + oh) * out_width + ow) * channels : 0;
-            tap[j] = inside ? (h - 2 * oh + 1) * 3 + w - 2 * ow + 1 : -1;
+            tap[j] = inside ? (h - 2 * oh + 1) * 3 + w - 2 * ow + 1 : 255;
         }
-        CHANNELS(k) {
-            real_t sum = 0;
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                sum += taps[window[j] + k] == tap[j] ? real_t(grad_pooled[window[j] + k]) : 0;
-            const index_t i = r * channels + k;
-            store(grad + i, a[k] * sum + b[k] * real_t(y[i]) + c[k]);
+        CHANNELS(c) {
+            real_t sum[LANES];
+            EACH_LANE(k) sum[k] = 0;
+            UNROLL for (int j = 0; j < 4; ++j) {
+                const Bytes which = load(taps + window[j] + c);
+                const Pack upstream = load(grad_pooled + window[j] + c);
+                EACH_LANE(k) sum[k] += which.lane[k] == tap[j] ? real(upstream.lane[k]) : 0;
+            }
+            Pack value = load(y + r * channels + c);
+            EACH_LANE(k) {
+                const real_t x = b[c + k] * real(value.lane[k]) + shift[c + k];
+                set(value.lane[k], a[c + k] * sum[k] + x);
+            }
+            store(grad + r * channels + c, value);
         }
     }
 }

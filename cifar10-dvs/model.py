@@ -21,8 +21,9 @@ from timm.models import register_model
 from torch import nn
 
 from head import Classifier
-from layer import checkpointed, conv_bn_lif, conv_bn_lif_each
+from layer import conv_bn_lif, conv_bn_lif_each
 from lif import MultiStepLIF
+from recompute import checkpointed
 from spikes import add, product
 
 

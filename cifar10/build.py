@@ -13,7 +13,7 @@ from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError, load_config
 from energy import counting
 from engine import evaluate, make_autocast
-from fused import available
+from kernels import available
 from lif import resolve_backend
 from ranks import Ranks
 from runs import shown, write_result

@@ -6,25 +6,18 @@ normalises, integrates and fires in one pass over memory (fused.py). For the bac
 the convolution's output and the layer's input, spikes as bytes (spikes.py).
 
 Both paths compute the same function, to rounding. The fused path does not call the modules, so it
-is taken only where each module has exactly the type and the methods that it knows (`changed`).
+is taken only where each module has exactly the type and the methods that it knows (fusible.py).
 """
 
-from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as hooks
-from torch.overrides import _get_current_function_mode
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.checkpoint import checkpoint
 
 import fused
-from lif import ALPHA, MultiStepLIF
-from spikes import largest, mark, save, traced
+from fusible import autocast, can_fuse
+from spikes import mark, save, wants_bytes
 
 aten = torch.ops.aten
 MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
@@ -39,7 +32,7 @@ def conv_bn_lif(x, conv, bn, lif, pool=False):
         pool: whether a 3x3 max-pool of stride 2 comes between BatchNorm and neuron.
     """
     if can_fuse(x, [conv], [bn], [lif]):
-        return fused_layers(x, [conv], [bn], lif, pool)
+        return fused_layers(x, [conv], [bn], [lif], pool)
     return lif(plain_conv_bn(x, conv, bn, pool))
 
 
@@ -58,195 +51,95 @@ def conv_bn_lif_each(x, *layers):
     convs, bns, lifs = zip(*layers, strict=True)
     if can_fuse(x, convs, bns, lifs):
         # With channels last in the split too, the gradients are joined without a copy.
-        spikes = fused_layers(x, convs, bns, lifs[0]).movedim(2, -1)
+        spikes = fused_layers(x, convs, bns, lifs).movedim(2, -1)
         return [
             part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)
         ]
     return [conv_bn_lif(x, *layer) for layer in layers]
 
 
-def checkpointed(module, x):
-    """module(x); only x is kept for the backward pass, which computes the rest again."""
-    known = largest(x)  # x comes back from autograd without its mark
-
-    def run(x):
-        return module(mark(x, known))
-
-    contexts = partial(recomputing, module)
-    return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
-
-
-def recomputing(module):
-    return nullcontext(), Recomputation(module)
-
-
-class Recomputation:
-    """Context in which BatchNorms see a batch again without counting it in running statistics."""
-
-    def __init__(self, module):
-        self.bns = [
-            bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)
-        ]
-
-    def __enter__(self):
-        self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
-        for bn in self.bns:
-            bn.momentum = 0.0
-
-    def __exit__(self, *error):
-        for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
-            bn.momentum = momentum
-            bn.num_batches_tracked.copy_(batches)
-
-
 # The fused path -----------------------------------------------------------------------------------
 
 
+class Neuron(NamedTuple):
+    """See fused.py; alpha is the slope of the surrogate gradient."""
+
+    charge: str
+    rate: float
+    v_threshold: float
+    alpha: float
+
+
 class Options(NamedTuple):
-    """What ConvBNLIF, and ConvBN in preact.py, need besides tensors."""
+    """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
+
+    repeats: how often a step of x is shown, T where x is an image. save_bytes: whether the spikes
+    are wanted as bytes too.
+    """
 
     T: int
+    repeats: int
     stride: tuple
     padding: tuple
     eps: float
-    tau: float
-    v_threshold: float
     pool: bool
+    neuron: Neuron | None
+    save_bytes: bool
 
 
-# The methods that the fused path replaces. A module that overrides one of them is called instead.
-METHODS = {
-    nn.Conv1d: ("forward", "_conv_forward"),
-    nn.Conv2d: ("forward", "_conv_forward"),
-    nn.BatchNorm1d: ("forward",),
-    nn.BatchNorm2d: ("forward",),
-    nn.SyncBatchNorm: ("forward",),
-    MultiStepLIF: ("forward", "multi_step_forward"),
-}
-KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
-
-
-def can_fuse(x, convs, bns, lifs):
-    """Whether the fused path computes what these layers, which all read x, compute."""
-    if not all(getattr(lif, "fused", True) for lif in lifs) or x.device.type not in ("cpu", "cuda"):
-        return False
-    for reason in (observed(), *map(changed, (*convs, *bns, *lifs))):
-        if reason is not None:
-            fused.say_plain(describe(convs[0]), reason)
-            return False
-    if x.dim() != 5 or len(x) > fused.MAX_T:
-        return False
-    kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
-    if len(kinds) > 1 or None in kinds:
-        return False
-    if bns[0].training and isinstance(bns[0], nn.SyncBatchNorm):
-        fused.say_once("SyncBatchNorm: layers run unfused")
-        return False
-    if not bns[0].training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
-        return False
-    dtype = autocast(x[:0]).dtype
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    for bn in bns:  # the kernels read BatchNorm's tensors in the type that they compute in
-        if any(t.dtype != real for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)):
-            return False
-    return fused.available(x.device.type, dtype, lifs[0].backend, len(x))
-
-
-def changed(module):
-    """None where the fused path may replace a module, else the reason; "" is one not to log."""
-    kind, own = type(module), module.__dict__
-    if kind not in KNOWN:
-        return f"it has a {kind.__name__}, which is called as it is"
-    if any(name in own or getattr(kind, name) is not known for name, known in KNOWN[kind].items()):
-        return f"its {kind.__name__} has a forward of its own"
-    if module._forward_pre_hooks:
-        return f"its {kind.__name__} has hooks that run before it"
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return ""  # such as a monitor's; no line each time
-    if kind is MultiStepLIF and not (module.is_usual() and module.alpha == ALPHA):
-        return f"its {kind.__name__} has attributes that no kernel knows"
-    return None
-
-
-def observed():
-    """Why all modules must be called, since something watches operations; None: nothing does."""
-    if traced():
-        return ""
-    if torch.compiler.is_compiling():
-        return None
-    if (
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-    ):
-        return "hooks on all modules are set"
-    for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
-        # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
-        if (
-            mode is not None
-            and not isinstance(mode, DeviceContext)
-            and not getattr(mode, "counts_kernels", False)
-        ):
-            return f"{type(mode).__name__} looks at each operation"
-    return None
-
-
-def describe(conv):
-    sizes = (getattr(conv, name, "?") for name in ("in_channels", "out_channels", "kernel_size"))
-    return f"{type(conv).__name__}({', '.join(map(str, sizes))})"
-
-
-def settings(conv, bn, lif):
-    """What layers joined into one must have in common; None for a layer that can't run fused."""
-    if bn.momentum is None or bn.running_mean is None or bn.weight is None:
-        return None
-    if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros":
-        return None
-    if isinstance(conv.padding, str) or isinstance(conv, nn.Conv1d) != isinstance(
-        bn, nn.BatchNorm1d
-    ):
-        return None
-    if isinstance(conv, nn.Conv1d) and (*conv.kernel_size, *conv.stride, *conv.padding) != (
-        1,
-        1,
-        0,
-    ):
-        return None
-    shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
-    return *shape, bn.training, bn.eps, lif.tau, lif.v_threshold, lif.backend
-
-
-def fused_layers(x, convs, bns, lif, pool=False):
-    """Spikes of all layers, joined along the channels; parameters stay in their modules."""
-    bn, T = bns[0], len(x)
+def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
+    """Spikes of all layers, joined along the channels; parameters stay in their modules. With
+    fires=False what their neurons would get.
+    """
+    bn, lif, (T, B) = bns[0], lifs[0], x.shape[:2]
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
     weight = join(conv.weight for conv in convs)
     stride, padding = convs[0].stride, convs[0].padding
     if weight.dim() == 3:  # of a Conv1d
         weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
-    bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
     gamma, beta = join(bn.weight for bn in bns), join(bn.bias for bn in bns)
-    sign = torch.ones_like(gamma)
+    sign = None
     # Max-pooling comes before BatchNorm here. With gamma >= 0 the two commute, so the sign of gamma
     # moves to the weight.
     if pool:
-        sign = torch.where(gamma < 0, -sign, sign)
+        sign = torch.where(gamma < 0, -1.0, 1.0).to(gamma)
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
-    options = Options(T, stride, padding, bn.eps, lif.tau, lif.v_threshold, pool)
+    neuron, rates = None, None
+    if fires:
+        neuron = Neuron(*fused.charge_of(lif), lif.v_threshold, lif.alpha)
+        if lif.kind == "plif":
+            rates = join(rates_of(lif, bn.num_features) for bn, lif in zip(bns, lifs, strict=True))
+    small = fires and wants_bytes()
+    options = Options(T, T // len(x), stride, padding, bn.eps, pool, neuron, small)
     if bn.training:
-        spikes, mean, var = ConvBNLIF.apply(x, weight, bias, gamma, beta, options)
-        update_statistics(convs, bns, mean * sign, var)
-        return mark(spikes)
-    # `convolve` leaves the bias out, so it is taken from the mean.
-    mean = join(bn.running_mean for bn in bns) - (0 if bias is None else bias)
-    invstd = torch.rsqrt(join(bn.running_var for bn in bns) + bn.eps)
-    y = convolve(x, weight, options)
-    y = (fused.pool(y)[0] if pool else y).unflatten(0, x.shape[:2])
-    neurons = (*affine(mean * sign, invstd, gamma, beta), lif.tau, lif.v_threshold)
-    if len(y) < T:
-        return fused.fire(y, T, *neurons)
-    fused.fire_(y, *neurons)
+        bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
+        args = (x, weight, bias, gamma, beta, rates, options)
+        out, norm, small = ConvBNLIF.apply(*args)
+        update_statistics(convs, bns, norm, sign)
+        if fires:
+            return mark(out, 1, small)
+    else:
+        y = convolve(x, weight, options)
+        affine = running_affine(y, convs, bns, sign)
+        y = fused.pool(y)[0] if pool else y
+        if fires:
+            return fire(y.unflatten(0, (-1, B)), affine, rates, options)
+        out = fused.normalise(y, affine)
+    return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
+
+
+def rates_of(lif, channels):
+    """PLIF's rate for each channel; None for other neurons."""
+    return lif.w.sigmoid().expand(channels).contiguous() if lif.kind == "plif" else None
+
+
+def fire(y, affine, rates, options):
+    """Spikes without a gradient, over y where it has all steps."""
+    charge, rate, v_threshold, _ = options.neuron
+    if len(y) < options.T:
+        return fused.fire(y, options.T, affine, rates, charge, rate, v_threshold, False)[0]
+    fused.fire_(y, affine, rates, charge, rate, v_threshold)
     return y
 
 
@@ -255,83 +148,73 @@ def join(tensors):
     return torch.cat([first, *rest]) if rest else first
 
 
-def autocast(x):
-    """x in autocast's type, where that is on; it leaves float64 alone."""
-    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if on else x
-
-
 def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def convolve(x, weight, options):
-    """[T, B, C, H, W] -> [T*B, C', H', W'] in channels_last, in autocast's type."""
+    """[T, B, C, H, W] -> [T*B, C', H', W'] in channels_last, in autocast's type, without a bias."""
     x, weight = channels_last(autocast(x.flatten(0, 1))), channels_last(autocast(weight))
     return channels_last(F.conv2d(x, weight, None, options.stride, options.padding))
 
 
-def affine(mean, invstd, gamma, beta):
-    """BatchNorm as scale * y + shift."""
-    scale = gamma * invstd
-    return scale, beta - mean * scale
-
-
 class ConvBNLIF(torch.autograd.Function):
-    """(x, weight, bias, gamma, beta, options) -> spikes, the batch's mean and unbiased variance."""
+    """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or nothing.
+
+    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, nothing. See fused.py for norm.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, options):
+    def forward(ctx, x, weight, bias, gamma, beta, rates, options):
         y = convolve(x, weight, options)
-        mean, var = fused.statistics(y)
-        invstd = torch.rsqrt(var + options.eps)
-        pooled = fused.pool(y)[0] if options.pool else y
-        scale, shift = affine(mean, invstd, gamma, beta)
-        spikes = fused.fire(
-            pooled.unflatten(0, x.shape[:2]),
-            options.T,
-            scale,
-            shift,
-            options.tau,
-            options.v_threshold,
-        )
-        # Values of a channel; an image shown T times counts T times.
-        n = options.T * y.numel() // (len(x) * len(mean))
-        if n == 1:
+        if options.repeats * y.numel() == y.shape[1]:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
+        norm = fused.batch_norm(y, gamma, beta, options.eps, options.repeats)
+        pooled = fused.pool(y)[0] if options.pool else y
+        if options.neuron:
+            pooled = pooled.unflatten(0, x.shape[:2])
+            charge, rate, v_threshold, _ = options.neuron
+            args = (norm[3:], rates, charge, rate, v_threshold, options.save_bytes)
+            out, small = fused.fire(pooled, options.T, *args)
+            small = small if options.save_bytes else None
+        else:
+            out, small = fused.normalise(pooled, norm[3:]), None
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
-        ctx.save_for_backward(save(x), y, weight, gamma, beta, mean, invstd)
-        var = var * (n / (n - 1))  # unbiased, as running_var has it
-        ctx.mark_non_differentiable(mean, var)
-        return spikes, mean, var
+        ctx.save_for_backward(save(x), y, weight, gamma, rates, norm)
+        ctx.mark_non_differentiable(norm, *(() if small is None else (small,)))
+        return out, norm, small
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_spikes, *_):
-        x, y, weight, gamma, beta, mean, invstd = ctx.saved_tensors
-        y = channels_last(y)  # it is, unless a hook on saved tensors has changed the layout
-        options, pooled = ctx.options, y
-        if options.pool:
-            pooled, taps = fused.pool(y)
-        neurons = (*affine(mean, invstd, gamma, beta), options.tau, options.v_threshold)
-        grad = torch.empty_like(pooled)
-        steps = x.shape[:2]
-        sums = fused.fire_backward(
-            grad_spikes, pooled.unflatten(0, steps), grad.unflatten(0, steps), mean, *neurons
-        )
-        if options.pool:
-            grad = fused.pool_backward(grad, taps, y, mean, invstd, gamma, sums)
+    def backward(ctx, grad, *_):
+        x, y, weight, gamma, rates, norm = ctx.saved_tensors
+        options, steps, y = ctx.options, x.shape[:2], channels_last(y)
+        # y is that already, unless a hook on saved tensors has changed the layout.
+        pooled, taps = fused.pool(y) if options.pool else (y, None)
+        if options.neuron:
+            grad_spikes, grad = grad, torch.empty_like(pooled)
+            args = (pooled.unflatten(0, steps), grad.unflatten(0, steps), norm[0], norm[3:], rates)
+            partial = fused.fire_backward(grad_spikes, *args, *options.neuron)
         else:
-            fused.normalise_backward_(grad, y, mean, invstd, gamma, sums)
-        grad_x, grad_weight = convolution_backward(
-            grad, x, weight, options, ctx.needs_input_grad[0]
-        )
-        grad_x = None if grad_x is None else grad_x.unflatten(0, x.shape[:2]).to(ctx.dtype)
+            grad = channels_last(grad)
+            partial = fused.gradient_sums(grad, pooled, norm[0])
+        sums = fused.batch_norm_backward(partial, norm, gamma, y.numel() // y.shape[1])
+        grad_beta, grad_gamma, grad_rates, factors = sums[0], sums[1], sums[2], sums[3:]
+        if options.pool:
+            grad = fused.pool_backward(grad, taps, y, factors)
+        else:
+            out = grad if options.neuron else torch.empty_like(y)
+            fused.normalise_backward(grad, y, out, factors)
+            grad = out
+        wants_x = ctx.needs_input_grad[0]
+        grad_x, grad_weight = convolution_backward(grad, x, weight, options, wants_x)
+        grad_x = None if grad_x is None else grad_x.unflatten(0, steps).to(ctx.dtype)
         # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
-        grad_bias = torch.zeros_like(beta) if ctx.has_bias else None
+        grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
         # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
-        return grad_x, grad_weight, grad_bias, sums[1] * invstd, sums[0], None
+        grad_rates = None if rates is None else grad_rates
+        return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, grad_rates, None
 
 
 def convolution_backward(grad, x, weight, options, wants_x):
@@ -359,13 +242,25 @@ def sum_over_rows(a, b):
 
 
 @torch.no_grad()
-def update_statistics(convs, bns, mean, var):
-    """Update running statistics as BatchNorm does; the mean lacks the bias, which is added."""
+def update_statistics(convs, bns, norm, sign):
+    """Update running statistics as BatchNorm does."""
+    if sign is not None:
+        norm = torch.stack([norm[0] * sign, norm[1]])
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
-        part = slice(start, start := start + bn.num_features)
-        bn.running_mean.lerp_(
-            mean[part] if conv.bias is None else mean[part] + conv.bias, bn.momentum
-        )
-        bn.running_var.lerp_(var[part], bn.momentum)
-        bn.num_batches_tracked.add_(1)
+        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        fused.update(norm, start, conv.bias, bn.momentum, *running)
+        start += bn.num_features
+
+
+def running_affine(y, convs, bns, sign):
+    """[2, C]: scale and shift of y by the running statistics of all layers."""
+    affine, start = y.new_empty(2, y.shape[1], dtype=bns[0].weight.dtype), 0
+    for conv, bn in zip(convs, bns, strict=True):
+        mean, bias, gamma = bn.running_mean, conv.bias, bn.weight
+        if sign is not None:  # of a layer alone
+            mean, gamma = mean * sign, gamma * sign
+            bias = None if bias is None else bias * sign
+        fused.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, bn.eps)
+        start += bn.num_features
+    return affine

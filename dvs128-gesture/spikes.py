@@ -18,28 +18,47 @@ def traced():
     return torch.jit.is_tracing() or exporting
 
 
-def mark(x, largest=1):
-    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x."""
-    # torch.compile does not see every write in place, so nothing is marked there.
-    if largest is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        x.spikes = largest, x._version
+def wants_bytes():
+    """Whether spikes are marked now: something may be saved, and not by torch.compile, which does
+    not see every write in place.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def mark(x, largest=1, small=None):
+    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x.
+    `small`: x as bytes, if its maker has them.
+    """
+    if largest is not None and wants_bytes():
+        x.spikes = largest, x._version, small
     return x
+
+
+def known(x):
+    """(largest value that a marked x may hold, tensor with the mark); None if x is not marked."""
+    for marked in (x, x._base):
+        value, version, _ = getattr(marked, "spikes", (None, None, None))
+        if value is not None and version == marked._version and marked.dtype == x.dtype:
+            return value, marked
+    return None
 
 
 def largest(x):
     """The largest value that a marked x may hold; None if x is not marked."""
-    for known in (x, x._base):
-        value, version = getattr(known, "spikes", (None, None))
-        if value is not None and version == known._version and known.dtype == x.dtype:
-            return value
-    return None
+    found = known(x)
+    return found and found[0]
 
 
 def save(x):
     """x as it is to be saved for the backward pass; `.to(dtype)` undoes it."""
-    if torch.compiler.is_compiling() or (largest(x) or 256) > 255:
+    found = None if torch.compiler.is_compiling() else known(x)
+    if found is None or found[0] > 255:
         return x
-    small = x.to(torch.uint8)
+    small = found[1].spikes[2]
+    if small is None:
+        small = x.to(torch.uint8)
+    elif found[1] is not x:
+        small = small.as_strided(x.shape, x.stride(), x.storage_offset())
     # The debug mode, torch.autograd.set_detect_anomaly(True), looks at the values.
     if torch.is_anomaly_enabled() and not torch.equal(small.to(x.dtype), x):
         raise RuntimeError(

@@ -94,7 +94,8 @@ def test_bytes(tmp_path):
     for (model, path, kind), row in by_part.items():
         if path == "fast":  # at this size weights are much of what moves, but not in front
             release = by_part[model, "release-like", kind]
-            assert 0 < row["saved_mb"] < release["saved_mb"]
+            if kind != "stage3 attention":  # weights of q, k and v, joined
+                assert 0 < row["saved_mb"] < release["saved_mb"]
             assert kind != "SPEDS-1" or 0 < row["moved_mb"] < release["moved_mb"]
     assert "saved MB" in text and "per image" in text
 

@@ -9,7 +9,9 @@ import torch
 from conftest import copy_folder, load
 
 cifar10 = load("cifar10")
-compiled = pytest.mark.skipif(cifar10.fused.host_error() is not None, reason="needs a C++ compiler")
+compiled = pytest.mark.skipif(
+    cifar10.kernels.host_error() is not None, reason="needs a C++ compiler"
+)
 
 CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
 BRANCH = "x = add(x, self.drop_path(getattr(self, self.attn)(x)))"
@@ -210,10 +212,11 @@ def test_edit(tmp_path, monkeypatch, name):
     (folder / "model.py").write_text(text)
     modules = load(str(folder))
     monkeypatch.setattr(
-        modules.fused, "host_library", cifar10.fused.host_library
+        modules.kernels, "host_library", cifar10.kernels.host_library
     )  # compiled already
     lines = []
-    monkeypatch.setattr(modules.fused, "say", lines.append)
+    for module in (modules.kernels, modules.fusible):
+        monkeypatch.setattr(module, "say", lines.append)
     results = []
     for on in (True, False):
         torch.manual_seed(0)

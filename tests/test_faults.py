@@ -515,15 +515,15 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
     """Other numbers of steps run fused; this one module by module, with a line, and the same
     result.
     """
-    library = cifar10.fused.host_library
+    library = cifar10.kernels.host_library
 
-    def broken(dtype, T):
-        if T == 3:
+    def broken(build):
+        if build.T == 3:
             raise OSError("ptxas ran out of registers")
-        return library(dtype, T)
+        return library(build)
 
-    monkeypatch.setattr(cifar10.fused, "host_library", broken)
-    cifar10.fused.host_error.cache_clear()
+    monkeypatch.setattr(cifar10.kernels, "host_library", broken)
+    cifar10.kernels.host_error.cache_clear()
     caplog.set_level(logging.INFO)
     try:
         model = cifar10.model.QKFormer(
@@ -537,12 +537,12 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
             )
             assert torch.equal(found, model(x)) or torch.allclose(found, model(x), atol=1e-5)
         assert (
-            not cifar10.fused.available("cpu", torch.float32, "auto", 3)
+            not cifar10.kernels.available("cpu", torch.float32, "auto", 3)
             and "registers" in caplog.text
         )
-        assert cifar10.fused.available("cpu", torch.float32, "auto", 2)
+        assert cifar10.kernels.available("cpu", torch.float32, "auto", 2)
     finally:
-        cifar10.fused.host_error.cache_clear()
+        cifar10.kernels.host_error.cache_clear()
 
 
 def test_peak_memory_is_in_megabytes(monkeypatch):

@@ -1,8 +1,4 @@
-"""The kernels of the fused layers against autograd, as C++ on the CPU and as CUDA source."""
-
-import ctypes
-import re
-import subprocess
+"""The kernels of the fused layers against autograd, on the CPU and on a GPU."""
 
 import pytest
 import torch
@@ -10,16 +6,17 @@ from conftest import load
 from torch import nn
 
 cifar10 = load("cifar10")
-lif, lif_cuda, fused, layer = cifar10.lif, cifar10.lif_cuda, cifar10.fused, cifar10.layer
+lif, fused, kernels = cifar10.lif, cifar10.fused, cifar10.kernels
+lif_cuda = cifar10.lif_cuda
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")
 CL = torch.channels_last
 
 
 # The kernels --------------------------------------------------------------------------------------
 
 
-def reference(y, T, gamma, beta, tau, v_threshold, grad):
+def reference(y, T, gamma, beta, node, grad):
     """Spikes, the gradients of y, gamma and beta, by autograd through BatchNorm and the plain
     neuron.
     """
@@ -28,24 +25,25 @@ def reference(y, T, gamma, beta, tau, v_threshold, grad):
     z = nn.functional.batch_norm(x, None, None, leaves[1], leaves[2], True).unflatten(
         0, y.shape[:2]
     )
-    spikes = lif.torch_lif(z.expand(T, *z.shape[1:]), tau, v_threshold)
+    spikes = node(z.expand(T, *z.shape[1:]))
     spikes.backward(grad.double())
     return spikes, *(leaf.grad for leaf in leaves)
 
 
-def kernels(y, T, gamma, beta, tau, v_threshold, grad):
+def by_kernels(y, T, gamma, beta, node, grad):
     """The same by the kernels."""
-    real = torch.float64 if y.dtype == torch.float64 else torch.float32
-    var, mean = torch.var_mean(y.to(real), dim=(0, 1, 3, 4), correction=0)
-    invstd = torch.rsqrt(var + 1e-5)
-    scale, shift = layer.affine(mean, invstd, gamma, beta)
-    spikes = fused.fire(y, T, scale, shift, tau, v_threshold)
-    grad_y = fused.empty(len(y), y)
-    sums = fused.fire_backward(grad, y, grad_y, mean, scale, shift, tau, v_threshold)
-    grad_y = grad_y.flatten(0, 1)
     flat = fused.rows_of_channels(y).flatten(0, 1)
-    fused.normalise_backward_(grad_y, flat, mean, invstd, gamma, sums)
-    return spikes, grad_y.unflatten(0, y.shape[:2]), sums[1] * invstd, sums[0]
+    norm = fused.batch_norm(flat, gamma, beta, 1e-5, T // len(y))
+    neuron = (*fused.charge_of(node), node.v_threshold)
+    spikes, small = fused.fire(y, T, norm[3:], None, *neuron, True)
+    assert small.dtype == torch.uint8 and torch.equal(small.to(spikes), spikes)
+    assert torch.equal(fused.fire(y, T, norm[3:], None, *neuron, False)[0], spikes)
+    grad_y = fused.empty(len(y), y)
+    args = (norm[0], norm[3:], None, *neuron, node.alpha)
+    partial = fused.fire_backward(grad, y, grad_y, *args)
+    sums = fused.batch_norm_backward(partial, norm, gamma, len(flat) * flat[0, 0].numel())
+    fused.normalise_backward(grad_y.flatten(0, 1), flat, grad_y.flatten(0, 1), sums[3:])
+    return spikes, grad_y, sums[1], sums[0]
 
 
 def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=2, size=(5, 3)):
@@ -54,9 +52,10 @@ def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=
     y = (2 * torch.randn(steps, B, C, *size)).to(device, dtype)
     gamma, beta = torch.randn(C, dtype=real).to(device), torch.randn(C, dtype=real).to(device)
     grad = torch.randn(T, B, C, *size).to(device, dtype)
-    want = reference(y, T, gamma, beta, tau, v_threshold, grad)
+    node = lif.MultiStepLIF(tau, v_threshold, backend="torch")
+    want = reference(y, T, gamma, beta, node, grad)
     for memory in (y, y.flatten(0, 1).contiguous(memory_format=CL).unflatten(0, (steps, B))):
-        got = kernels(memory, T, gamma, beta, tau, v_threshold, grad)
+        got = by_kernels(memory, T, gamma, beta, node, grad)
         flips = (got[0].double() != want[0]).double().mean().item()
         assert got[0].dtype == got[1].dtype == dtype and 0 < want[0].mean() < 1
         if dtype == torch.float64:
@@ -74,31 +73,29 @@ def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=
 
 
 def check_pooling(dtype, C, size, device="cpu"):
-    """Against autograd in float64 through BatchNorm and max_pool2d: values, and gradients to the
-    first of equals.
+    """Pooling and a BatchNorm without a neuron, against autograd in float64: values, and gradients
+    to the first of equals.
     """
     torch.manual_seed(C)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     y = (2 * torch.randn(3, C, *size)).to(device, dtype).contiguous(memory_format=CL)
-    gamma = torch.rand(C, dtype=real).to(device)
-    leaf = y.double().requires_grad_()
-    z = nn.functional.batch_norm(leaf, None, None, gamma.double(), None, True)
+    gamma, beta = torch.rand(C, dtype=real).to(device), torch.randn(C, dtype=real).to(device)
+    leaves = [leaf.double().requires_grad_() for leaf in (y, gamma, beta)]
+    z = nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], True)
     want = nn.functional.max_pool2d(z, 3, 2, 1)
     grad = torch.randn(want.shape).to(device, dtype).contiguous(memory_format=CL)
     want.backward(grad.double())
 
     pooled, taps = fused.pool(y)
     assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1)) and taps.dtype == torch.uint8
-    var, mean = torch.var_mean(y.to(real), dim=(0, 2, 3), correction=0)
-    sums = torch.stack(
-        [
-            grad.to(real).sum((0, 2, 3)),
-            (grad.to(real) * (pooled - mean[:, None, None])).sum((0, 2, 3)),
-        ]
-    )
-    have = fused.pool_backward(grad, taps, y, mean, torch.rsqrt(var + 1e-5), gamma, sums)
-    tolerance = {8: 1e-10, 4: 1e-4, 2: 2e-2}[dtype.itemsize]
-    torch.testing.assert_close(have.double(), leaf.grad, rtol=tolerance, atol=tolerance)
+    norm = fused.batch_norm(y, gamma, beta, 1e-5, 1)
+    partial = fused.gradient_sums(grad, pooled, norm[0])
+    sums = fused.batch_norm_backward(partial, norm, gamma, y.numel() // C)
+    have = fused.normalise(pooled, norm[3:]), fused.pool_backward(grad, taps, y, sums[3:])
+    have = (*have, sums[1], sums[0])
+    tolerance = {8: 1e-10, 4: 1e-4, 2: 5e-2}[dtype.itemsize]
+    for a, b in zip(have, (want, *(leaf.grad for leaf in leaves)), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 SIZES = [(6, 8), (7, 5), (1, 4), (2, 1)]
@@ -106,7 +103,7 @@ CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (64, 64, 
 
 
 @compiled
-@pytest.mark.parametrize("dtype", fused.HOST_CTYPES)
+@pytest.mark.parametrize("dtype", kernels.HOST_CTYPES)
 @pytest.mark.parametrize(("T", "steps", "C"), CASES)
 def test_kernels(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C)
@@ -114,7 +111,7 @@ def test_kernels(dtype, T, steps, C):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", fused.HOST_CTYPES)
+@pytest.mark.parametrize("dtype", kernels.HOST_CTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_pooling(dtype, size):
     check_pooling(dtype, 40, size)
@@ -125,13 +122,13 @@ def test_pooling(dtype, size):
 def test_in_place_and_threads():
     torch.manual_seed(0)
     y = torch.randn(4, 3, 7, 5, 40).movedim(-1, 2)
-    scale, shift, grad = torch.rand(40), torch.rand(40), torch.randn_like(y)
-    args = (torch.zeros(40), scale, shift, 2.0, 1.0)
-    spikes = fused.fire(y, 4, scale, shift, 2.0, 1.0)
+    affine, grad = torch.rand(2, 40), torch.randn_like(y)
+    neuron = (None, "MULTIPLY", 0.5, 1.0)
+    spikes = fused.fire(y, 4, affine, *neuron, False)[0]
 
     def backward():
         out = torch.empty_like(y)
-        return fused.fire_backward(grad, y, out, *args), out
+        return fused.fire_backward(grad, y, out, torch.zeros(40), affine, *neuron, 4.0), out
 
     first = backward()
     threads = torch.get_num_threads()
@@ -142,7 +139,7 @@ def test_in_place_and_threads():
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     finally:
         torch.set_num_threads(threads)
-    fused.fire_(y, scale, shift, 2.0, 1.0)
+    fused.fire_(y, affine, *neuron)
     assert torch.equal(y, spikes)
 
 
@@ -154,158 +151,75 @@ def test_statistics_are_those_of_float64(offset):
     """
     torch.manual_seed(1)
     y = (torch.randn(64, 24, 40, 40) + offset).contiguous(memory_format=CL)
-    mean, var = fused.statistics(y)
-    true_var, true_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
-    assert (mean - true_mean).abs().max() <= 1e-6 * max(1, offset) and (
-        var / true_var - 1
-    ).abs().max() <= 2e-6
+    gamma, beta = torch.rand(24) + 0.5, torch.randn(24)
+    mean, var, invstd, scale, shift = fused.batch_norm(y, gamma, beta, 1e-5, 1)
+    true_var, true_mean = torch.var_mean(y.double(), (0, 2, 3))
+    assert (mean - true_mean).abs().max() <= 1e-6 * max(1, offset)
+    assert (var / true_var - 1).abs().max() <= 2e-6
+    rows = y[:, 0].numel()
+    true_invstd = (true_var * (rows - 1) / rows + 1e-5).rsqrt()
+    assert (invstd / true_invstd - 1).abs().max() <= 2e-6
+    assert (scale / (gamma * true_invstd) - 1).abs().max() <= 2e-6
+    z = scale.double() * true_mean + shift
+    assert (z - beta).abs().max() <= 3e-6 * max(1, offset)
+    assert (fused.batch_norm(y, gamma, beta, 1e-5, 4)[1] * (1 - 1 / (4 * rows))).allclose(
+        (var * (1 - 1 / rows)), rtol=1e-6
+    )
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
+def test_running_statistics(dtype, momentum):
+    """`update` and `running_norm` for two layers joined into one, against nn.BatchNorm2d."""
+    torch.manual_seed(2)
+    y = torch.randn(3, 12, 5, 4, dtype=dtype).contiguous(memory_format=CL)
+    bias, start = torch.randn(12, dtype=dtype), 0
+    affine = torch.empty(2, 12, dtype=dtype)
+    norm = fused.batch_norm(y, torch.ones_like(bias), bias, 1e-5, 1)
+    for C in (8, 4):
+        bn, want = (nn.BatchNorm2d(C, momentum=momentum).to(dtype) for _ in range(2))
+        part, own = slice(start, start + C), bias[start : start + C].clone()
+        with torch.no_grad():
+            want.weight.copy_(bn.weight.normal_()), want.bias.copy_(bn.bias.normal_())
+            want(y[:, part] + own[:, None, None])
+        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        fused.update(norm, start, own, momentum, *running)
+        for name, buffer in bn.named_buffers():
+            torch.testing.assert_close(buffer, getattr(want, name))
+        args = (bn.running_mean, bn.running_var, own, bn.weight, bn.bias, bn.eps)
+        fused.running_norm(affine, start, *args)
+        z = affine[0, part, None, None] * y[:, part] + affine[1, part, None, None]
+        want.eval()
+        torch.testing.assert_close(z, want(y[:, part] + own[:, None, None]).detach())
+        start += C
 
 
 @compiled
 def test_operators_are_registered_right():
-    y, scale = torch.randn(4, 2, 5, 3, 8).movedim(-1, 2), torch.rand(8)
-    torch.library.opcheck(fused.fire, (y, 4, scale, scale, 2.0, 1.0))
-    torch.library.opcheck(fused.fire, (y[:1], 4, scale, scale, 2.0, 1.0))
-    torch.library.opcheck(fused.fire_, (y.clone(), scale, scale, 2.0, 1.0))
-    torch.library.opcheck(
-        fused.fire_backward,
-        (torch.randn_like(y), y, torch.empty_like(y), scale, scale, scale, 2.0, 1.0),
-    )
-    flat = y.flatten(0, 1)
-    sums = torch.rand(2, 8)
-    torch.library.opcheck(fused.statistics, (flat,))
-    torch.library.opcheck(fused.statistics, (flat.bfloat16(),))
-    torch.library.opcheck(
-        fused.normalise_backward_, (flat.clone(), flat, scale, scale, scale, sums)
-    )
-    torch.library.opcheck(fused.pool, (flat,))
-    torch.library.opcheck(fused.pool_backward, (*fused.pool(flat), flat, scale, scale, scale, sums))
+    def check(function, *args):
+        torch.library.opcheck(function.of_torch, args)
 
-
-# The CUDA side of the source ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("T", [1, 4, 16, 64])
-def test_nvrtc(arch, T):
-    from cuda.bindings import nvrtc
-    from cupy._core.core import assemble_cupy_compiler_options
-
-    for dtype in lif_cuda.CTYPES:
-        error, program = nvrtc.nvrtcCreateProgram(fused.SOURCE.encode(), b"fused.cu", 0, [], [])
-        options = assemble_cupy_compiler_options(
-            (*lif_cuda.NVRTC_OPTIONS, *fused.defines(dtype, T, lif_cuda.CTYPES))
-        )
-        options = [f"--gpu-architecture={arch}", *options]
-        (error,) = nvrtc.nvrtcCompileProgram(
-            program, len(options), [option.encode() for option in options]
-        )
-        log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1] + 1)
-        nvrtc.nvrtcGetProgramLog(program, log)
-        assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-        assert nvrtc.nvrtcGetCUBINSize(program)[1] > 0
-
-
-SHIM = """
-#include <barrier>
-#include <cmath>
-#include <thread>
-#include <vector>
-#define __CUDACC_RTC__
-#define __device__
-#define __forceinline__ inline
-#define __global__
-#define __shared__ static
-struct Index { unsigned x, y; };
-static thread_local Index threadIdx, blockIdx;
-static Index blockDim, gridDim;
-static std::barrier<>* gate;
-static void __syncthreads() { gate->arrive_and_wait(); }
-template <class Kernel> static void team(Index grid, Index block, Kernel kernel) {  // a thread each, block after block
-    std::barrier<> barrier(block.x * block.y);
-    gridDim = grid, blockDim = block, gate = &barrier;
-    std::vector<std::thread> threads;
-    for (unsigned i = 0; i < block.x * block.y; ++i)
-        threads.emplace_back([=] {
-            threadIdx = {i % block.x, i / block.x};
-            for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-                blockIdx = {b % grid.x, b / grid.x};
-                kernel();
-                __syncthreads();
-            }
-        });
-    for (auto& thread : threads) thread.join();
-}
-"""
-
-
-@pytest.fixture
-def cuda_on_host(monkeypatch, tmp_path):
-    """fused.launch runs the source's CUDA side, one thread for each of CUDA's."""
-    monkeypatch.setattr(fused, "PARTS", 3)
-    (tmp_path / "cuda_bf16.h").touch()
-    (tmp_path / "cuda_fp16.h").write_text("typedef _Float16 __half;")
-    wrappers = ""
-    for name, parameters in re.findall(r"ENTRY void (\w+)\((.*?)\) \{", fused.SOURCE, re.S):
-        if name == "statistics":  # of the C++ side alone
-            continue
-        names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(","))
-        wrappers += f'extern "C" void run_{name}(Index grid, Index block, {parameters}) {{'
-        wrappers += f" team(grid, block, [=] {{ {name}({names}); }}); }}\n"
-    libraries = {}
-
-    class Dim(ctypes.Structure):
-        _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint)]
-
-    def launch(name, T, y, *args):
-        key = (y.dtype, T)
-        if key not in libraries:
-            types = {**lif_cuda.CTYPES, torch.float64: "double"}
-            path = tmp_path / f"{len(libraries)}.so"
-            command = [
-                "g++",
-                "-O1",
-                "-std=c++20",
-                "-ffp-contract=off",
-                "-w",
-                f"-I{tmp_path}",
-                "-pthread",
-                "-shared",
-            ]
-            command += [*fused.defines(y.dtype, T, types), "-fPIC", "-x", "c++", "-", "-o", path]
-            subprocess.run(command, input=SHIM + fused.SOURCE + wrappers, text=True, check=True)
-            libraries[key] = ctypes.CDLL(path)
-        C = y.shape[2]
-        real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
-        convert = {int: ctypes.c_longlong, float: real}
-        args = [
-            ctypes.c_void_p(a.data_ptr()) if torch.is_tensor(a) else convert[type(a)](a)
-            for a in args
-        ]
-        grid = Dim(-(-C // fused.TILE[0]), fused.PARTS)
-        sizes = (ctypes.c_longlong(y[0].numel() // C), ctypes.c_longlong(C))
-        getattr(libraries[key], f"run_{name}")(grid, Dim(*fused.TILE), *sizes, *args)
-        launched.append(name)
-
-    launched = []
-    monkeypatch.setattr(fused, "launch", launch)
-    return launched
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_cuda_side_on_host(cuda_on_host, dtype):
-    for T, steps, C in ((4, 4, 48), (4, 1, 33), (16, 16, 3)):
-        check_kernels(dtype, T, steps, C)
-    for size in SIZES:
-        check_pooling(dtype, 35, size)
-    assert set(cuda_on_host) == {
-        "fire",
-        "fire_backward",
-        "normalise_backward",
-        "pool",
-        "pool_backward",
-    }
+    y, affine, row = torch.randn(4, 2, 5, 3, 8).movedim(-1, 2), torch.rand(2, 8), torch.rand(8)
+    neuron, parametric = (None, "MULTIPLY", 0.5, 1.0), (row, "PARAMETRIC", 1.0, 1.0)
+    flat, norm, grad = y.flatten(0, 1), torch.rand(5, 8), torch.randn_like(y)
+    for small in (True, False):
+        check(fused.fire, y, 4, affine, *neuron, small)
+        check(fused.fire, y[:1], 4, affine, *parametric, small)
+    check(fused.fire_, y.clone(), affine, *neuron)
+    for rates in (neuron, parametric):
+        check(fused.fire_backward, grad, y, torch.empty_like(y), row, affine, *rates, 4.0)
+    for tensor in (flat, flat.bfloat16()):
+        check(fused.batch_norm, tensor, row, row, 1e-5, 1)
+    batches = torch.tensor(0)
+    check(fused.update, norm, 0, row, 0.1, row.clone(), row.clone(), batches)
+    check(fused.running_norm, affine.clone(), 0, row, row, None, row, row, 1e-5)
+    check(fused.batch_norm_backward, torch.rand(7, 2, 8), norm, row, 60)
+    check(fused.gradient_sums, flat.clone(), flat, row)
+    check(fused.normalise, flat, affine)
+    check(fused.normalise_backward, flat.clone(), flat, torch.empty_like(flat), torch.rand(3, 8))
+    check(fused.pool, flat)
+    check(fused.pool_backward, *fused.pool(flat), flat, torch.rand(3, 8))
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from conftest import importable, load
 from torch import nn
 
 cifar10 = load("cifar10")
-lif, fused, layer, models = cifar10.lif, cifar10.fused, cifar10.layer, cifar10.model
+lif, fused, kernels, layer = cifar10.lif, cifar10.fused, cifar10.kernels, cifar10.layer
+models = cifar10.model
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")
 
 FOLDERS = {
     "cifar10": ({"embed_dims": 48, "num_heads": 2}, (2, 3, 16, 12)),
@@ -101,7 +102,9 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_whole_model_compiles(monkeypatch):
-    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer")
+    importable(
+        monkeypatch, cifar10, "spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer"
+    )
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
@@ -159,7 +162,9 @@ def test_a_pixel_that_wants_its_gradient():
 @gpu
 def test_model_on_gpu(monkeypatch):
     """A float16 training step of a model, eager, with recomputed stages and compiled."""
-    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer")
+    importable(
+        monkeypatch, cifar10, "spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer"
+    )
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
     recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
     x = torch.randn(8, 3, 32, 32, device="cuda")

@@ -105,7 +105,7 @@ def test_optimizer_states_go_between_devices(there):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(cifar10.fused.host_error() is not None, reason="needs a C++ compiler")
+@pytest.mark.skipif(cifar10.kernels.host_error() is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["cifar10", "dvs128-gesture", "imagenet"])
 def test_gradients_lie_as_their_parameters(name, memory_format):

@@ -9,9 +9,10 @@ from conftest import load
 from torch import nn
 
 cifar10 = load("cifar10")
-lif, fused, layer, models = cifar10.lif, cifar10.fused, cifar10.layer, cifar10.model
+lif, fused, kernels, layer = cifar10.lif, cifar10.fused, cifar10.kernels, cifar10.layer
+models = cifar10.model
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")
 
 KINDS = {
     "1x1": (nn.Conv2d, (12, 24, 1), {}, False),
@@ -181,7 +182,8 @@ def test_each_joins_parameters_and_leaves_them_apart():
 @compiled
 def test_what_runs_plain(monkeypatch):
     lines = set()
-    monkeypatch.setattr(fused, "say", lines.add)
+    for module in (kernels, cifar10.fusible):
+        monkeypatch.setattr(module, "say", lines.add)
     x = whole_numbers(torch.float32)
 
     def fuses(change=lambda conv, bn, node: None, x=x, **options):
@@ -218,9 +220,9 @@ def test_what_runs_plain(monkeypatch):
 
 def test_without_a_compiler(monkeypatch):
     lines = []
-    monkeypatch.setattr(fused, "say", lines.append)
-    fused.host_library.cache_clear()
-    fused.host_error.cache_clear()
+    monkeypatch.setattr(kernels, "say", lines.append)
+    kernels.host_library.cache_clear()
+    kernels.host_error.cache_clear()
     monkeypatch.setenv("CXX", "/nowhere/c++")
     try:
         modules, _ = make_layer("1x1", torch.float32)
@@ -233,8 +235,8 @@ def test_without_a_compiler(monkeypatch):
         )
         assert "/nowhere/c++" in lines[0]
     finally:
-        fused.host_library.cache_clear()
-        fused.host_error.cache_clear()
+        kernels.host_library.cache_clear()
+        kernels.host_error.cache_clear()
 
 
 @compiled

@@ -12,8 +12,8 @@ from spikingjelly.activation_based.model import maxformer
 from torch import nn
 
 cifar10, cifar100, imagenet = load("cifar10"), load("cifar100"), load("imagenet")
-preact, lif, fused = cifar10.preact, cifar10.lif, cifar10.fused
-compiled = pytest.mark.skipif(fused.host_error() is not None, reason="needs a C++ compiler")
+preact, lif, kernels = cifar10.preact, cifar10.lif, cifar10.kernels
+compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")
 SMALL = {
     "cifar10": ({"embed_dims": 48, "num_heads": 2}, (2, 3, 16, 12)),
     "imagenet": ({"embed_dims": 48, "num_heads": 2, "depths": 5, "num_classes": 7}, (2, 3, 64, 48)),
@@ -318,7 +318,19 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_model_compiles(monkeypatch):
-    importable(monkeypatch, cifar10, "spikes", "lif", "fused", "layer", "preact", "model", "ms")
+    importable(
+        monkeypatch,
+        cifar10,
+        "spikes",
+        "lif",
+        "kernels",
+        "fused",
+        "fusible",
+        "layer",
+        "preact",
+        "model",
+        "ms",
+    )
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do

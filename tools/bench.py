@@ -67,8 +67,8 @@ def import_folder(folder):
     """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other
     folders.
     """
-    for module in ("model", "layer", "fused", "lif", "lif_cuda", "spikes", "ms", "preact"):
-        sys.modules.pop(module, None)
+    for path in (ROOT / folder).glob("*.py"):
+        sys.modules.pop(path.stem, None)
     sys.path.insert(0, str(ROOT / folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm, that a model of this name is there already

@@ -208,32 +208,32 @@ def kernels(run):
     fused, rows, seen = sys.modules["fused"], [], set()
     launch = fused.launch
 
-    def timed(name, T, y, *args):
+    def timed(name, y, *args, **build):
         tensors = {arg.data_ptr(): arg for arg in (y, *args) if torch.is_tensor(arg)}
         shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-        signature = (name, T, *shapes)
+        signature = (name, *build.values(), *shapes)
         if signature not in seen:
             seen.add(signature)
             kept = [tensor.clone() for tensor in tensors.values()]
-            wall = run.gpu_milliseconds(lambda: launch(name, T, y, *args))
+            wall = run.gpu_milliseconds(lambda: launch(name, y, *args, **build))
             for tensor, value in zip(
                 tensors.values(), kept, strict=True
             ):  # some kernels write where they read
-                tensor.copy_(value)
+                tensor.data.copy_(value)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             half = torch.empty(size // 2, dtype=torch.uint8, device=run.device)
             other = torch.empty_like(half)
             bare = run.gpu_milliseconds(lambda: other.copy_(half))
             row = {
                 "kernel": name,
-                "T": T,
+                **build,
                 "shapes": shapes,
                 "mb": size / 2**20,
                 "ms": wall,
                 "copy_ms": bare,
             }
             rows.append({**row, "of_copy": bare / wall})
-        launch(name, T, y, *args)
+        launch(name, y, *args, **build)
 
     fused.launch = timed
     try:
