@@ -36,7 +36,7 @@ def can_fire(x, lif):
 
 class Fire(torch.autograd.Function):
     """(x of T steps or one that stands for all, PLIF's rates or None, T, neuron, whether the spikes
-    are wanted as bytes too) -> spikes of T steps, the same as bytes or None.
+    are wanted as bytes too) -> spikes of T steps, the same as bytes or empty.
     """
 
     @staticmethod
@@ -45,8 +45,6 @@ class Fire(torch.autograd.Function):
         ctx.neuron = neuron
         args = (identity(x), rates, neuron.charge, neuron.rate, neuron.v_threshold, bytes_too)
         spikes, small = fused.fire(x, T, *args)
-        if not bytes_too:
-            return spikes, None
         ctx.mark_non_differentiable(small)
         return spikes, small
 

@@ -159,9 +159,9 @@ def convolve(x, weight, options):
 
 
 class ConvBNLIF(torch.autograd.Function):
-    """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or nothing.
+    """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or empty.
 
-    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, nothing. See fused.py for norm.
+    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, empty. See fused.py for norm.
     """
 
     @staticmethod
@@ -176,12 +176,11 @@ class ConvBNLIF(torch.autograd.Function):
             charge, rate, v_threshold, _ = options.neuron
             args = (norm[3:], rates, charge, rate, v_threshold, options.save_bytes)
             out, small = fused.fire(pooled, options.T, *args)
-            small = small if options.save_bytes else None
         else:
-            out, small = fused.normalise(pooled, norm[3:]), None
+            out, small = fused.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
         ctx.save_for_backward(save(x), y, weight, gamma, rates, norm)
-        ctx.mark_non_differentiable(norm, *(() if small is None else (small,)))
+        ctx.mark_non_differentiable(norm, small)
         return out, norm, small
 
     @staticmethod
@@ -212,7 +211,8 @@ class ConvBNLIF(torch.autograd.Function):
         # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
         grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
         # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
-        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+        if (grad_weight.dtype, grad_weight.stride()) != (weight.dtype, weight.stride()):
+            grad_weight = torch.empty_like(weight).copy_(grad_weight)
         grad_rates = None if rates is None else grad_rates
         return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, grad_rates, None
 

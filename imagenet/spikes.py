@@ -27,7 +27,7 @@ def wants_bytes():
 
 def mark(x, largest=1, small=None):
     """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x.
-    `small`: x as bytes, if its maker has them.
+    `small`: x as bytes, if its maker has them; None or empty.
     """
     if largest is not None and wants_bytes():
         x.spikes = largest, x._version, small
@@ -55,7 +55,7 @@ def save(x):
     if found is None or found[0] > 255:
         return x
     small = found[1].spikes[2]
-    if small is None:
+    if small is None or not small.numel():
         small = x.to(torch.uint8)
     elif found[1] is not x:
         small = small.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -133,7 +133,7 @@ EDITS = {
     ),
     "residual by AND": (None, [(BRANCH, "x = x * (1 - getattr(self, self.attn)(x))")]),
     "analog mask": (None, [(PRODUCT, PRODUCT.replace("k, mask", "k, 0.3 * mask"))]),
-    "counts as mask": (None, [(PRODUCT, PRODUCT.replace("k, mask", "k, q.mean(2, keepdim=True)"))]),
+    "counts as mask": (None, [(PRODUCT, PRODUCT.replace("k, mask", "k, q.mean(4, keepdim=True)"))]),
     "attention": (
         None,
         [
