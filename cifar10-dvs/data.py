@@ -43,7 +43,7 @@ def build_dataset(cfg, train, ranks):
     classes = dataset.classes
     dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
     dataset.classes = classes
-    report(len(dataset), train, cfg.dataset != "shapes")
+    report(len(dataset), train, frames, cfg.dataset != "shapes")
     return dataset
 
 
@@ -115,10 +115,12 @@ def file_reader(cfg):
 
 
 # Copied from dvs128-gesture/data.py
-def report(samples, train, published=True):
+def report(samples, train, frames, published=True):
     kind = "training" if train else "test"
     if samples == 0:
-        raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
+        missing = f"{frames} has no {kind} samples; the published data set has {SAMPLES[train]:,}"
+        again = f"put all into {frames.parent}/download; remove events_np and frames_* there"
+        raise UserError(f"{missing}: {again}")
     other = published and samples != SAMPLES[train]
     note = f" (warning: the published data set has {SAMPLES[train]:,})" if other else ""
     logger.info(f"{samples:,} {kind} samples{note}")

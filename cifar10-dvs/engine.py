@@ -106,7 +106,7 @@ def evaluate(model, loader, ranks, autocast, stop=False):
     # fsum is exact: the result does not depend on which rank had which batch
     rows = [row for rows, _ in gathered for row in rows]
     if not rows:
-        raise UserError("there is nothing to test on: no sample could be read")
+        raise UserError("there is nothing to test on: no test sample could be read, as said above")
     loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)

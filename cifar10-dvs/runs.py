@@ -55,9 +55,11 @@ def newest(paths):
 
 
 def find_checkpoint(cfg, output):
-    """The checkpoint to test: cfg.checkpoint, or the newest best.pth of the runs under `output`."""
+    """The checkpoint to test: cfg.checkpoint, or the best.pth under `output` written last."""
+    if cfg.checkpoint:
+        return Path(cfg.checkpoint)
     root = Path(output) if output else HERE / "output"
-    path = Path(cfg.checkpoint) if cfg.checkpoint else newest(root.glob("*/best.pth"))
+    path = max(root.glob("*/best.pth"), key=lambda path: path.stat().st_mtime, default=None)
     if path is None:
         raise UserError(
             f"no checkpoint: there is no best.pth under {root}; train first, or name one with "

@@ -200,7 +200,7 @@ RUN = {
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
         aliases=("initial_checkpoint",)),
-    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth of most epochs",
+    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
         null=True),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested"),
     "energy": TestKey(bool, False, "count firing rates and energy too, which takes longer"),

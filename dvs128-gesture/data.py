@@ -51,7 +51,7 @@ def build_dataset(cfg, train, ranks):
     dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
     if cfg.dataset != "shapes":
         dataset.classes = [GESTURES[int(name)] for name in dataset.classes]
-    report(len(dataset), train, cfg.dataset != "shapes")
+    report(len(dataset), train, frames, cfg.dataset != "shapes")
     return dataset
 
 
@@ -97,10 +97,12 @@ def file_reader(cfg):
     return partial(load_frames, T=cfg.T, remedy=wanted), (".npz",)
 
 
-def report(samples, train, published=True):
+def report(samples, train, frames, published=True):
     kind = "training" if train else "test"
     if samples == 0:
-        raise UserError(f"no {kind} samples; the published data set has {SAMPLES[train]:,}")
+        missing = f"{frames} has no {kind} samples; the published data set has {SAMPLES[train]:,}"
+        again = f"put all into {frames.parent}/download; remove events_np and frames_* there"
+        raise UserError(f"{missing}: {again}")
     other = published and samples != SAMPLES[train]
     note = f" (warning: the published data set has {SAMPLES[train]:,})" if other else ""
     logger.info(f"{samples:,} {kind} samples{note}")

@@ -150,7 +150,7 @@ RUN = {
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
         aliases=("initial_checkpoint",)),
-    "checkpoint": Key(Path, None, "checkpoint to test; none: the best.pth of most epochs",
+    "checkpoint": Key(Path, None, "checkpoint to test; none: the best.pth written last",
         null=True),
     "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested"),
     "energy": Key(bool, False, "count firing rates and energy too, which takes longer"),

@@ -156,7 +156,7 @@ RUN = {
         low=0, high=10_080),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress",
         aliases=("print_freq",), low=1, high=1_000_000),
-    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth of most epochs",
+    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
         null=True),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested"),
     "energy": TestKey(bool, False, "count firing rates and energy too, which takes longer"),

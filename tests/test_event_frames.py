@@ -232,6 +232,17 @@ def test_only_training_samples_are_augmented(folder, tmp_path):
         assert dataset.transform is (folder.augment.augment if train and not no_aug else None)
 
 
+def test_no_test_samples(tmp_path):
+    """Two recordings of a class are both for training."""
+    folder = load("cifar10-dvs")
+    write("cifar10-dvs", tmp_path, samples=2)
+    cfg = resolve(folder, "--data-path", tmp_path, "--T", 2)
+    with pytest.raises(folder.config.UserError) as error:
+        folder.data.build_dataset(cfg, False, cpu(folder))
+    for words in (f"{tmp_path}/frames_number_2", "no test samples", f"{tmp_path}/download"):
+        assert words in str(error.value)
+
+
 def test_frames_of_another_data_set(folder, tmp_path):
     other = load(next(name for name in FOLDERS if name != folder.name))
     fabricate(

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,20 @@ def test_folder_of_a_run_that_did_not_come_to_be(tmp_path):
         runs.leave()
 
     assert ended(forked(main)) == 0 and not list((tmp_path / "runs").iterdir())
+
+
+def test_tested_is_the_run_written_last(tmp_path):
+    """Also beside a longer one that is older; and none but what is asked for."""
+    for age, (name, epoch) in enumerate((("short", 2), ("long", 9))):
+        (tmp_path / name).mkdir()
+        torch.save({"epoch": epoch, "model": {}}, tmp_path / name / "best.pth")
+        os.utime(tmp_path / name / "best.pth", (100 - age, 100 - age))
+    cfg = SimpleNamespace(checkpoint=None)
+    assert runs.find_checkpoint(cfg, tmp_path) == tmp_path / "short" / "best.pth"
+    cfg.checkpoint = tmp_path / "long" / "best.pth"
+    assert runs.find_checkpoint(cfg, tmp_path) == cfg.checkpoint
+    with pytest.raises(cifar10.config.UserError, match=f"no best.pth under {tmp_path / 'long'}"):
+        runs.find_checkpoint(SimpleNamespace(checkpoint=None), tmp_path / "long")
 
 
 def test_newest_by_what_files_say(tmp_path):

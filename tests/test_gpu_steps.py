@@ -213,6 +213,20 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
+def test_what_to_install_is_in_the_log(monkeypatch, capsys):
+    """The two lines as a run prints them: a card that is not used, and no fast path on a GPU."""
+    monkeypatch.setattr(cifar10.ranks, "unused_gpu", lambda: "There is an NVIDIA card")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ranks = cifar10.ranks.Ranks("auto")
+    cifar10.runtime.set_up_log(ranks)
+    reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
+    monkeypatch.setattr(cifar10.fused, "cupy_error", lambda: reason)
+    for _ in range(2):
+        assert not cifar10.fused.available("cuda", torch.float32, "auto")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["There is an NVIDIA card", f"layers run unfused on cuda: {reason}"]
+
+
 def test_a_missing_cupy_is_named(monkeypatch):
     def ones(*args, **kwargs):
         raise ModuleNotFoundError("No module named 'cupy'")
