@@ -1,0 +1,57 @@
+"""What the CUDA kernels are compiled to, for every GPU that is served (tools/registers.py)."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import registers
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs PyTorch's CUDA build")
+# Of the 65,536 registers of a multiprocessor: with 128 a thread, two blocks of 256 threads run.
+MOST = 128
+
+
+@pytest.mark.parametrize("T", [4, 16])
+def test_kernels_stay_in_registers(T):
+    rows = list(registers.table(["sm_90"], [T], ["float16"]))
+    names = {row["kernel"] for row in rows}
+    assert {
+        "fire",
+        "fire_backward",
+        "pool",
+        "pool_backward",
+        "lif_forward",
+        "lif_backward",
+    } <= names
+    for row in rows:
+        assert row["spills"] == row["stack"] == 0 and 8 <= row["registers"] <= MOST, row
+        assert row["instructions"] > 20
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", registers.ARCHS)
+@pytest.mark.parametrize("T", [1, 4, 16, 64])
+def test_kernels_compile(arch, T):
+    for row in registers.table([arch], [T], registers.TYPES):
+        if T <= 16:
+            assert row["spills"] == row["stack"] == 0, row
+        assert row["registers"] <= 255
+
+
+def test_table_says_what_the_compiler_did():
+    """A kernel that needs more registers than there are spills, and one that stores a number is short."""
+    many = "".join(f"float v{i} = x[{i}];" for i in range(300))
+    many += "__syncthreads();" + "".join(f"x[{i}] = v{i} * v{(i + 1) % 300};" for i in range(300))
+    source = f"""extern "C" __global__ void large(float* x) {{ {many} }}
+        extern "C" __global__ void small(float* x) {{ x[0] = 1.0f; }}
+        template <typename T> __global__ void typed(T* x) {{ x[threadIdx.x] += T(1); }}"""
+    found = registers.compiled(source, ("-std=c++17",), ("typed<double>",), "sm_90")
+    assert set(found) == {"large", "small", "typed<double>"}
+    assert found["large"].spills > 0 and found["large"].registers == 255
+    assert found["small"].spills == 0 and found["small"].registers < 20
+    assert 3 <= found["small"].instructions < 20 < 900 < found["large"].instructions
+    with pytest.raises(RuntimeError, match="expected"):
+        registers.compiled("int", ("-std=c++17",), (), "sm_90")
