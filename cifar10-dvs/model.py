@@ -310,7 +310,7 @@ class HST(Classifier):
             raise ValueError(f"input of shape {list(x.shape)}; forward_features takes {want}")
         x = self.run_stage(1, x)
         x = self.run_stage(2, x)
-        return x.flatten(3).mean(3)
+        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
 
     def forward(self, x):
         """Event counts [B, T, C, H, W], any T -> logits [B, num_classes]."""

@@ -293,7 +293,7 @@ class HST(Classifier):
         x = x if x.dim() == 5 else self.frames(x)
         for index in (1, 2, 3):
             x = self.run_stage(index, x)
-        return x.flatten(3).mean(3)
+        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
 
     def forward(self, x):
         """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for a wrong shape."""
