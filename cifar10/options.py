@@ -36,6 +36,8 @@ MODEL = {
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
     "compile": Key(bool, False, "the model goes through torch.compile"),
+    "cuda_graph": Key(bool, False, "a GPU gets all kernels of a pass in one call; several ranks "
+        "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
         length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),

@@ -21,6 +21,7 @@ from build import load_model, settle
 from checkpoint import check_optimizer, load_checkpoint, load_weights, number
 from config import UserError, load_config
 from engine import Progress, Skips, check_weights, load_optimizer, make_autocast
+from graph import graphed
 from loop import Run
 from loss import TET
 from ranks import Ranks
@@ -79,7 +80,7 @@ class Trainer(Run):
         if cfg.model_ema:  # before DDP wraps the model; every rank keeps the same average
             device = "cpu" if cfg.model_ema_force_cpu else None
             self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
-        self.ddp = self.model
+        self.ddp = graphed(self.model, cfg, ranks, training=True)
         if ranks.world_size > 1:
             # Running statistics are each rank's own in training; fit() makes them rank 0's before a
             # test.

@@ -16,6 +16,7 @@ from checkpoint import load_checkpoint, load_weights, resolve_semantics
 from config import UserError, load_config
 from energy import counting
 from engine import evaluate, make_autocast
+from graph import graphed
 from kernels import available
 from lif import resolve_backend
 from ranks import Ranks
@@ -290,7 +291,8 @@ def measure(cfg, given, ranks, path):
     model, cross_sample_lif, published, _ = load_tested(cfg, given, ranks, path)
     loader = data.test_loader(cfg, data.build_dataset(cfg, False, ranks), ranks)
     with counting(cfg.energy, model, ranks, path):
-        metrics = evaluate(model, loader, ranks, make_autocast(cfg, ranks, cfg.eval_amp))
+        model, autocast = graphed(model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
+        metrics = evaluate(model, loader, ranks, autocast)
     logger.info(
         f"{shown(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
         f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"

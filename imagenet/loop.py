@@ -14,6 +14,7 @@ from checkpoint import save_checkpoint
 from config import UserError
 from engine import LossMeter, evaluate, make_autocast
 from firing import Peek
+from graph import graphed
 from runs import RunLog, make_folder, shown
 from runtime import logger, peak_memory_mb
 
@@ -79,6 +80,8 @@ class Run:
         for model in (self.model, *averaged):
             if self.ranks.world_size > 1:
                 distribute_bn(model, self.ranks.world_size, reduce=self.reduce_bn)
+            # Captured anew each time: between tests a graph would only hold memory.
+            model = graphed(model, self.cfg, self.ranks)
             tested.append(evaluate(model, loader, self.ranks, autocast, self.stop))
             if tested[-1] is None:
                 return None

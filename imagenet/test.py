@@ -24,6 +24,7 @@ from attend import show
 from build import load_tested, measure
 from config import UserError, load_config
 from engine import make_autocast, progress
+from graph import graphed
 from ranks import Ranks
 from runs import find_checkpoint
 from runtime import logger, run, set_up_log
@@ -130,7 +131,7 @@ def main(argv=None):
         ranks.from_main(lambda: check_predictions(predictions))
         tested = load_tested(cfg, given, ranks, path)
         column, names = class_names(cfg, tested.classes)
-        rows = predict(cfg, ranks, tested.model, names)
+        rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)
         ranks.from_main(lambda: write_predictions(predictions, rows, column))
     return 0
 

@@ -25,6 +25,7 @@ from build import load_model, measure, settle
 from checkpoint import check_optimizer, load_checkpoint, load_weights, number
 from config import UserError, load_config
 from engine import Progress, Skips, check_weights, make_autocast
+from graph import graphed
 from loop import Run
 from loss import TET
 from ranks import Ranks
@@ -76,7 +77,7 @@ class Trainer(Run):
             self.ema = ModelEmaV3(
                 model, decay=cfg.model_ema_decay, device="cpu" if cfg.model_ema_force_cpu else None
             )
-        self.ddp = model
+        self.ddp = graphed(model, cfg, ranks, training=True)
         if ranks.world_size > 1:
             # Running statistics are each rank's own in training; fit() makes them rank 0's before a
             # test.

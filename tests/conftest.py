@@ -20,7 +20,7 @@ import pytest
 import timm
 import torch
 
-pytest_plugins = ["on_digits", "on_photos", "on_events", "on_host"]  # their fixtures
+pytest_plugins = ["on_digits", "on_photos", "on_events", "on_host", "on_graphs"]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 

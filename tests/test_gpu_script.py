@@ -73,6 +73,17 @@ def test_compiled_and_environment(run):
     assert torch.__version__ in stages.environment(run)[0]
 
 
+def test_graphs(run, cuda, monkeypatch):
+    """The stage's own code; a replay that leaves something out is found."""
+    run.size, run.T = 8, 1
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # and so it will be again
+    line, rows = stages.graphs(run)
+    assert "equal" in line and [row["way"] for row in rows] == ["eager", "graph"] * 2
+    monkeypatch.setattr(type(cuda.graphs[0]), "replay", lambda graph: None)
+    with pytest.raises(RuntimeError, match="infer: graphs and eager steps differ"):
+        stages.graphs(run)
+
+
 def test_summary(tmp_path, monkeypatch, capsys):
     """A stage that fails, one that takes too long and one that needs a GPU, beside one
     that works.

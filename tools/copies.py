@@ -39,6 +39,7 @@ SAME = (
     "yml.py",
     "runtime.py",
     "engine.py",
+    "graph.py",
     "batches.py",
     "ranks.py",
     "checkpoint.py",

@@ -14,7 +14,7 @@ their order:
     kernels      each kernel at each of its shapes in that step, beside a copy of as many bytes
     products     weight gradients of 1x1 layers, in float16 and summed in float32, against float64
     bench        tools/bench.py at batch 32 and 64
-    graphs       inference as a CUDA graph
+    graphs       inference and training steps as CUDA graphs, equal to the bit
     compiled     inference through torch.compile
     sanitizer    compute-sanitizer's memcheck and racecheck over the kernels' tests
     photos       imagenet/quickstart.yml in float16 with the scaler, stopped and resumed once, and

@@ -1,0 +1,195 @@
+"""CUDA graphs: on the CPU all that is around a capture (on_graphs.py), on a GPU equality to the bit."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import Golden, load, log_of, on_cpu, same, weights_of
+from on_digits import SMALL
+from torch import nn
+
+cifar10, imagenet = load("cifar10"), load("imagenet")
+graph, UserError = cifar10.graph, cifar10.config.UserError
+MODELS = {  # folder, file, function, shape of a batch
+    "cifar10": ("cifar10", "model", "QKFormer", (4, 3, 8, 8)),
+    "ms": ("cifar10", "ms", "MSQKFormer", (4, 3, 8, 8)),
+    "imagenet": ("imagenet", "model", "QKFormer_10_384", (2, 3, 32, 32)),
+    "events": ("dvs128-gesture", "model", "QKFormer", (2, 2, 2, 16, 16)),
+}
+CASES = [
+    ("cifar10", {"depths": 3}),
+    ("cifar10", {"depths": 3, "fused": False}),
+    ("cifar10", {"depths": 3, "cross_sample_lif": True}),
+    ("ms", {"depths": 3, "drop_path": 0.5}),
+    ("imagenet", {"depths": 4, "num_classes": 7, "drop_path": 0.5}),
+    ("events", {"backend": "spikingjelly", "fused": False}),
+]
+
+
+def make(name, options):
+    """(Graph, model whose neurons fire, batches)."""
+    folder, file, function, shape = MODELS[name]
+    build = getattr(getattr(load(folder), file), function)
+    model = Golden.fill(build(embed_dims=32, num_heads=2, T=2, **options)).float()
+    generator = torch.Generator().manual_seed(0)
+    batches = [2 * torch.rand(shape, generator=generator) for _ in range(3)]
+    return load(folder).graph.Graph, model, batches
+
+
+def train(model, forward, batches, dtype=None, micro_steps=1):
+    """[logits] of all batches, after each `micro_steps` of which the optimizer takes a step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    torch.manual_seed(1)
+    forward.train()
+    found = []
+    for number, x in enumerate(batches, start=1):
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = forward(x)
+        logits.float().square().sum().backward()
+        found.append(logits.detach())
+        if number % micro_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
+@torch.inference_mode()
+def evaluate(forward, batches, dtype=None):
+    forward.eval()
+    with torch.autocast(batches[0].device.type, dtype=dtype, enabled=dtype is not None):
+        return [forward(x) for x in batches]
+
+
+def check_equal(ones, others):
+    for one, other in zip(ones, others, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
+def check_steps(Graph, model, batches, **options):
+    """Steps and tests of a model and of its graphs are the same, to the bit; so is what they leave
+    in the model.
+    """
+    other = copy.deepcopy(model)
+    trained, tested = Graph(other), Graph(other)
+    amp = {key: options[key] for key in ("dtype",) if key in options}
+    for turn in (batches, batches[::-1]):  # graphs see what the first turn has changed
+        want = train(model, model, turn, **options)
+        check_equal(train(other, trained, turn, **options), want)
+        assert not any(torch.equal(want[0], later) for later in want[1:])
+        check_equal(other.state_dict().values(), model.state_dict().values())
+        check_equal(evaluate(tested, turn, **amp), evaluate(model, turn, **amp))
+        assert trained.number == tested.number > 0
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_steps_by_graphs_are_the_steps(cuda, name, options):
+    check_steps(*make(name, options))
+    assert len(cuda.graphs) == 3  # forward and backward in training, forward in the test
+
+
+def test_mixed_precision_and_accumulation(cuda):
+    """16-bit weights are made anew from those of the step; gradients are summed over replays."""
+    check_steps(*make(*CASES[0]), dtype=torch.bfloat16, micro_steps=2)
+
+
+def test_other_shapes_and_modes_run_kernel_by_kernel(cuda):
+    Graph, model, batches = make(*CASES[0])
+    forward = Graph(model)
+    last = batches[0][:3]
+    check_equal(evaluate(forward, [*batches, last]), evaluate(model, [*batches, last]))
+    train(model, forward, batches)
+    assert forward.number == len(batches) and len(cuda.graphs) == 1
+    check_equal(
+        evaluate(forward, [last, batches[0].double()[:1].float()]),
+        evaluate(model, [last, batches[0][:1]]),
+    )
+
+
+def test_a_backward_pass_belongs_to_the_last_forward_pass(cuda):
+    Graph, model, batches = make(*CASES[0])
+    forward = Graph(model.train())
+    first, _ = forward(batches[0]), forward(batches[1])
+    with pytest.raises(RuntimeError, match="must come before its next forward pass"):
+        first.sum().backward()
+
+
+class Asking(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_captured(cuda):
+    forward = graph.Graph(Asking(3, 3))
+    with pytest.raises(UserError) as error:
+        forward(torch.ones(2, 3))
+    assert str(error.value) == (
+        "cuda_graph: this model can't be captured (_local_scalar_dense is not permitted when stream "
+        "is capturing); cuda_graph: false runs without"
+    )
+
+
+def test_lines_where_there_is_no_graph(caplog):
+    def chosen(training, device="cuda", world_size=1, **keys):
+        cfg = SimpleNamespace(
+            **{
+                "cuda_graph": True,
+                "compile": False,
+                "checkpoint_stages": [],
+                "energy": False,
+                **keys,
+            }
+        )
+        ranks = SimpleNamespace(device=torch.device(device), world_size=world_size)
+        graph.say.cache_clear()
+        caplog.clear()
+        got = graph.graphed(model, cfg, ranks, training)
+        assert (got is model) == bool(caplog.messages or not cfg.cuda_graph)
+        return " ".join(caplog.messages).removeprefix("cuda_graph has no effect ")
+
+    model = nn.Linear(1, 1)
+    with caplog.at_level("INFO", logger="qkformer"):
+        assert [chosen(on, "cpu", cuda_graph=False) for on in (True, False)] == ["", ""]
+        assert [chosen(on) for on in (True, False)] == ["", ""]
+        assert [chosen(on, "cpu") for on in (True, False)] == ["without a GPU"] * 2
+        assert all(chosen(on, compile=True).startswith("with compile") for on in (True, False))
+        assert chosen(True, world_size=2).startswith("in training on several ranks")
+        assert chosen(True, checkpoint_stages=[1]) == "in training with checkpoint_stages"
+        assert chosen(False, energy=True).startswith("with energy: true")
+        both = {"world_size": 2, "checkpoint_stages": [1]}
+        assert chosen(False, **both) == chosen(True, energy=True) == ""
+
+
+def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
+    """Training with all that is random in it, averaged weights and tests, then test.py."""
+    monkeypatch.setattr(graph, "obstacle", lambda *_: None)
+    words = [*SMALL, "--img-size", 8, "--epochs", 1, "--warmup-epochs", 0]
+    words += ["--batch-size", 400, "--val-batch-size", 150]
+    words += ["--mixup", 0.5, "--reprob", 0.5, "--drop-path", 0.2, "--clip-grad", 1]
+    words += ["--model-ema", "true", "--model-ema-decay", 0.5]
+    found = []
+    for on in ("false", "true"):
+        place = ["--output", tmp_path, "--cuda_graph", on]
+        assert cifar10.train.main(on_cpu([*words, *place, "--experiment", on])) == 0
+        run = tmp_path / on
+        cifar10.test.main(on_cpu([*place, "--checkpoint", run / "best.pth"]))
+        metrics = json.loads((run / "test-best.json").read_text())
+        found.append({key: metrics[key] for key in ("loss", "top1", "top5")})
+        assert bool(cuda.graphs) == (on == "true")
+    one, other = tmp_path / "false", tmp_path / "true"
+    assert found[0] == found[1] and log_of(one) == log_of(other)
+    assert same(weights_of(one / "last.pth"), weights_of(other / "last.pth"))
+    assert len(cuda.graphs) == 2 + 2 + 1  # a step, a test of two models, test.py
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_steps_by_graphs_on_gpu(name, options, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    Graph, model, batches = make(name, options)
+    check_steps(Graph, model.cuda(), [x.cuda() for x in batches], dtype=dtype, micro_steps=2)
