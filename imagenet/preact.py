@@ -62,7 +62,7 @@ class Fire(torch.autograd.Function):
 def identity(x):
     """Scale 1 and shift 0: a BatchNorm that is not there."""
     affine = x.new_zeros(2, x.shape[2], dtype=fused.real(x))
-    affine[0] = 1
+    affine[0].fill_(1)
     return affine
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load
 
 sys.path.insert(0, str(ROOT / "tools"))
 import gpu
@@ -17,17 +17,13 @@ import timing
 
 
 @pytest.fixture
-def run(tmp_path):
-    timing.tables.import_folder.cache_clear()
-    hidden = {
-        name: sys.modules.get(name)
-        for name in (path.stem for path in (ROOT / "cifar10").glob("*.py"))
-    }
-    yield timing.Run(SimpleNamespace(device="cpu", small=True, out=tmp_path))
-    for name, module in hidden.items():  # as other tests find them
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+def run(tmp_path, monkeypatch):
+    """With the modules that other tests have: a second import would take their operators' place."""
+    modules = vars(load("cifar10"))
+    monkeypatch.setattr(timing.tables, "import_folder", lambda folder: modules)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return timing.Run(SimpleNamespace(device="cpu", small=True, out=tmp_path))
 
 
 def test_kernels_and_products(run):
