@@ -303,9 +303,9 @@ def test_what_to_install_is_in_the_log(monkeypatch, capsys):
     ranks = cifar10.ranks.Ranks("auto")
     cifar10.runtime.set_up_log(ranks)
     reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
-    monkeypatch.setattr(cifar10.fused, "cupy_error", lambda: reason)
+    monkeypatch.setattr(cifar10.kernels, "cupy_error", lambda: reason)
     for _ in range(2):
-        assert not cifar10.fused.available("cuda", torch.float32, "auto")
+        assert not cifar10.kernels.available("cuda", torch.float32, "auto")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["There is an NVIDIA card", f"layers run unfused on cuda: {reason}"]
 
