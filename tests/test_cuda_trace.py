@@ -172,6 +172,9 @@ def check_tensor(pointer, dtype, launch, where):
     """Of the kernel's type, its rows of channels dense in memory, and aligned to its loads."""
     tensor = pointer.tensor
     assert tensor.dtype == dtype and tensor.device.type == "cuda", where
+    if tensor.dim() < 3:  # numbers of channels, which may be some of a layer's
+        assert tensor.dim() == 0 or tensor.stride(-1) == 1, where
+        return
     strides = [(s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1 and s]
     dense = 1
     for stride, size in sorted(strides):

@@ -27,15 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Pointer(int):
-    """The address of a fake tensor, which remembers the tensor."""
-
-
-def address(tensor):
-    """An address as an allocator gives it, a multiple of 512 where a storage begins."""
-    start = 512 * (tensor.untyped_storage()._cdata >> 4)
-    pointer = Pointer(start + tensor.storage_offset() * tensor.element_size())
-    pointer.tensor = tensor
-    return pointer
+    """The address of a fake tensor, with the tensor."""
 
 
 class Launch(NamedTuple):
@@ -61,8 +53,8 @@ class Operation(NamedTuple):
 class Module:
     """In the place of cupy.RawModule: source, options and what of them are definitions."""
 
-    def __init__(self, events, code, options, name_expressions=()):
-        self.events, self.code, self.options, self.names = events, code, options, name_expressions
+    def __init__(self, machine, code, options, name_expressions=()):
+        self.machine, self.code, self.options, self.names = machine, code, options, name_expressions
         words = (re.fullmatch(r"-D(\w+)=(.*)", option) for option in options)
         self.defines = dict(word.groups() for word in words if word)
 
@@ -71,7 +63,9 @@ class Module:
 
     def get_function(self, name):
         def launch(grid, block, args):
-            self.events.append(Launch(name, self, tuple(grid), tuple(block), tuple(args)))
+            known = self.machine.pointers
+            args = tuple(known.get(arg, arg) if type(arg) is int else arg for arg in args)
+            self.machine.events.append(Launch(name, self, tuple(grid), tuple(block), args))
 
         return launch
 
@@ -87,8 +81,11 @@ class Fake(FakeTensorMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         ours = operator.namespace.startswith("qkformer_") and operator.namespace != "qkformer_bench"
-        if self.within or ours or operator.namespace == "prim" or composed(operator):
+        if self.within or ours or operator.namespace == "prim":
             return self.answer(operator, types, args, kwargs or {})
+        if composed(operator):
+            with self:
+                return operator.decompose(*args, **(kwargs or {}))
         self.within = True
         try:
             result = self.answer(operator, types, args, kwargs or {})
@@ -142,7 +139,7 @@ class Machine(contextlib.ExitStack):
 
     def __init__(self, modules):
         super().__init__()
-        self.modules, self.events = [*modules], []
+        self.modules, self.events, self.pointers = [*modules], [], {}
         self.mode = Fake(self.events)
 
     @property
@@ -155,10 +152,10 @@ class Machine(contextlib.ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        module = functools.partial(Module, self.events)
+        module = functools.partial(Module, self)
         self.enter_context(mock.patch.dict(sys.modules, cupy=mock.MagicMock(RawModule=module)))
         stream = mock.sentinel.stream
-        self.patch(FakeTensor, "data_ptr", address)
+        self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.point(tensor)))
         self.patch(torch.cuda, "current_stream", lambda device=None: stream)
         self.patch(torch.cuda, "is_bf16_supported", lambda *args: True)
         self.patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -167,6 +164,14 @@ class Machine(contextlib.ExitStack):
             self.patch(module, name, value)
         self.enter_context(self.mode)
         return self
+
+    def point(self, tensor):
+        """An address as an allocator gives it, a multiple of 512 where a storage begins."""
+        start = 512 * (tensor.untyped_storage()._cdata >> 4)
+        pointer = Pointer(start + tensor.storage_offset() * tensor.element_size())
+        pointer.tensor = tensor  # which keeps its memory, so that the address stays its own
+        self.pointers[int(pointer)] = pointer
+        return pointer
 
     def replacements(self):
         """(module, name, value): what modules are to find instead of their own."""
