@@ -29,7 +29,8 @@ THREADS = 256  # at most, of a CUDA block
 OF_COLUMNS = ("batch_norm", "running_norm", "update", "batch_norm_backward")
 COLUMNS = (32, 16)
 
-SOURCE = Path(__file__).with_name("fused.cu").read_text()
+FILES = ("portable.cuh", "fused.cu")
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
 HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 # No fused multiply-add, to round as lif.py does. Loops vectorise only if comparisons may not trap.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()

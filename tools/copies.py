@@ -31,6 +31,7 @@ SAME = (
     "layer.py",
     "fused.py",
     "fused.cu",
+    "portable.cuh",
     "fusible.py",
     "kernels.py",
     "recompute.py",
