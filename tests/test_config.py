@@ -122,7 +122,7 @@ def test_every_key_is_used():
     """
     code = "".join(
         (ROOT / "cifar10" / f"{name}.py").read_text()
-        for name in ("train", "build", "data", "engine")
+        for name in ("train", "build", "data", "engine", "graph")
     )
     code += "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("test", "runs"))
     from timm.optim import optimizer_kwargs
