@@ -23,7 +23,7 @@ from lif_cuda import CTYPES, NVRTC_OPTIONS, cupy_error
 MAX_T = 64
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 # Partial sums of a channel: fixed numbers, so that sums do not depend on threads or processors.
-HOST_PARTS, CUDA_PARTS = 256, 512
+HOST_PARTS, CUDA_PARTS = 64, 512
 THREADS = 256  # at most, of a CUDA block
 # Kernels in which a column of threads works on a channel, and the threads of their blocks.
 OF_COLUMNS = ("batch_norm", "running_norm", "update", "batch_norm_backward")
