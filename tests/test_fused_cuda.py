@@ -19,14 +19,13 @@ CHARGES = ("MULTIPLY", "DIVIDE", "PARAMETRIC", "INTEGRATE")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_nvrtc(arch, T):
-    from cuda.bindings import nvrtc
-    from cupy._core.core import assemble_cupy_compiler_options
-
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
+    headers = pytest.importorskip("cupy._core.core")
     for dtype, charge in zip(lif_cuda.CTYPES, CHARGES, strict=False):
         lanes = kernels.tiling(dtype.itemsize, 1000, 384, T)[0]
         build = kernels.Build(dtype, T, charge, lanes, wide=T == 64)
         error, program = nvrtc.nvrtcCreateProgram(kernels.SOURCE.encode(), b"fused.cu", 0, [], [])
-        options = assemble_cupy_compiler_options(
+        options = headers.assemble_cupy_compiler_options(
             (*lif_cuda.NVRTC_OPTIONS, *build.defines(lif_cuda.CTYPES))
         )
         options = [f"--gpu-architecture={arch}", *options]

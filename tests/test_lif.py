@@ -164,10 +164,8 @@ def test_errors():
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 def test_nvrtc(arch):
     """Every kind of neuron."""
-    from cuda.bindings import nvrtc
-    from cupy._core.core import (
-        assemble_cupy_compiler_options,
-    )  # with CuPy's own headers, as it will compile them
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
+    headers = pytest.importorskip("cupy._core.core")  # CuPy's own, as it will compile them
 
     error, program = nvrtc.nvrtcCreateProgram(lif_cuda.CUDA_SOURCE.encode(), b"lif.cu", 0, [], [])
     names = [
@@ -180,7 +178,7 @@ def test_nvrtc(arch):
         nvrtc.nvrtcAddNameExpression(program, name.encode())
     options = [
         f"--gpu-architecture={arch}",
-        *assemble_cupy_compiler_options(lif_cuda.NVRTC_OPTIONS),
+        *headers.assemble_cupy_compiler_options(lif_cuda.NVRTC_OPTIONS),
     ]
     (error,) = nvrtc.nvrtcCompileProgram(
         program, len(options), [option.encode() for option in options]
