@@ -82,6 +82,10 @@ INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_
             v = h[t] >= threshold ? 0 : h[t];
         }
         UNROLL for (int t = STEPS - 1; t >= 0; --t) {
+            if (STEPS > 16) {  // read again: too many to wait in registers
+                input[t] = load(y + t * step + i);
+                upstream[t] = load(grad_spikes + t * n + i);
+            }
             const real_t g = reciprocal(1 + exponential(-alpha * (h[t] - threshold)));
             const real_t kept = h[t] >= threshold ? 0 : grad_v;
             const real_t grad_h = real(upstream[t].lane[k]) * (alpha * g * (1 - g)) + kept;
