@@ -99,7 +99,7 @@ def check_pooling(dtype, C, size, device="cpu"):
 
 
 SIZES = [(6, 8), (7, 5), (1, 4), (2, 1)]
-CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (64, 64, 5), (6, 1, 96)]
+CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (6, 1, 96)]
 
 
 @compiled
@@ -108,6 +108,11 @@ CASES = [(4, 4, 48), (4, 1, 33), (1, 1, 8), (16, 16, 3), (19, 19, 64), (64, 64, 
 def test_kernels(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C)
     check_kernels(dtype, T, steps, C, tau=3.7, v_threshold=0.4)
+
+
+@compiled
+def test_most_steps():
+    check_kernels(torch.float32, kernels.MAX_T, kernels.MAX_T, 5)  # compiles for ten seconds
 
 
 @compiled
@@ -227,7 +232,7 @@ def test_operators_are_registered_right():
 
 @gpu
 @pytest.mark.parametrize("dtype", lif_cuda.CTYPES)
-@pytest.mark.parametrize(("T", "steps", "C"), CASES)
+@pytest.mark.parametrize(("T", "steps", "C"), [*CASES, (64, 64, 5)])
 def test_kernels_on_gpu(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C, device="cuda")
     check_kernels(dtype, T, steps, C, device="cuda", B=7, size=(31, 17))
