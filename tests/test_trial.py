@@ -2,14 +2,19 @@
 
     TRIAL=100 python -m pytest -n 0 -s -m long tests/test_trial.py
 
-TRIAL is how often each fault is provoked (default 2), SEED where the moments start (default 0). A
-line for each folder and fault says how often it struck, and how the run ended. docs/faults.md has a
-table of them.
+TRIAL is how often a run is killed in each folder (default 5); each signal, and each fault of two
+ranks or a worker, strikes a fifth as often. SEED is where the moments start (default 0). A line for
+each folder and fault says how often it struck and what came of it; docs/faults.md has a table.
 """
 
 import contextlib
+import functools
+import json
 import os
 import random
+import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,106 +23,195 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import log_of, same, script, start, weights_of
-from on_digits import RANDOM, cifar10
-from on_events import SMALL, write
+from conftest import ROOT, log_of, on_cpu
+from on_digits import SMALL as DIGITS
+from on_digits import cifar10
+from on_events import SMALL as EVENTS
+from on_events import write
 
 pytestmark = pytest.mark.long
-COUNT, SEED = int(os.environ.get("TRIAL", 2)), int(os.environ.get("SEED", 0))
+KILLS, SEED = int(os.environ.get("TRIAL", 5)), int(os.environ.get("SEED", 0))
+FEW = max(KILLS // 5, 1)
 SIGNALS = cifar10.runtime.STOP_SIGNALS
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+
+
+class Fork:
+    """A run of one process, by tests/forkserver.py."""
+
+    def __init__(self, folder, flags, output):
+        self.server = fork_server()
+        line = json.dumps([str(ROOT / folder), flags, str(output)])
+        self.server.stdin.write(f"{line}\n".encode())
+        self.pid = int(self.server.stdout.readline())
+
+    def wait(self, seconds):
+        """The exit code; None if it goes on."""
+        if select.select([self.server.stdout], [], [], seconds)[0]:
+            return int(self.server.stdout.readline())
+        return None
+
+
+@functools.cache
+def fork_server():
+    command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    return subprocess.Popen(command, env={**os.environ, **ENV}, **pipes)
+
+
+class Launched:
+    """A run of two ranks, by torchrun."""
+
+    def __init__(self, folder, flags, output):
+        numbers = ",".join(signal.Signals(number).name for number in SIGNALS)
+        launcher = ["--standalone", "--nproc_per_node=2", f"--signals-to-handle={numbers}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *launcher, "train.py", *flags],
+            cwd=ROOT / folder,
+            env={**os.environ, **ENV},
+            stdout=open(output, "w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+
+    def wait(self, seconds):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(seconds)
+        return None
 
 
 class Trial:
-    """Runs of one folder, which are to end as a whole one that nothing befell."""
+    """Runs of one folder that are struck until they end, each as the one that nothing befell."""
 
-    def __init__(self, folder, place, narrow):
-        self.folder, self.place, self.struck, self.saved = folder, place, 0, 0
-        self.random, self.output = random.Random(f"{SEED} {place}"), "--output"
-        if folder.startswith("cifar1") and folder != "cifar10-dvs":
-            self.args = [*RANDOM, "--epochs", 2]
-        elif folder == "imagenet":
-            mixing = ["--mixup", 0.5, "--drop_path", 0.2, "--reprob", 0.5, "--save_minutes", 1e-6]
-            self.args = [
-                *narrow,
-                *mixing,
-                "--batch_size",
-                8,
-                "--epochs",
-                2,
-                "--num_workers",
-                1,
-                "--log_interval",
-                1,
-            ]
-            self.output = "--output_dir"
-        else:  # conversion included: each run starts from recordings
-            self.output = "--output-dir"
-            self.args = [
-                *SMALL,
-                "--epochs",
-                2,
-                "--warmup-epochs",
-                0,
-                "--cooldown-epochs",
-                0,
-                "--batch-size",
-                8,
-            ]
-            self.args += ["--T-train", 1, "--drop-path", 0.2, "--workers", 1]
-
-    def arguments(self, name):
-        data = self.place / name
-        if "dvs" in self.folder and not data.exists():
-            write(
-                self.folder,
-                data,
-                **({"samples": 10} if self.folder == "cifar10-dvs" else {"trials": 1}),
-            )
-        path = ["--data-path", data] if "dvs" in self.folder else []
-        return [
-            *self.args,
-            *path,
-            self.output,
-            self.place / "out",
-            "--experiment",
-            name,
-            "--resume",
-            "auto",
-        ]
-
-    def whole(self, ranks=1):
-        """Seconds that the run takes which nothing befalls."""
+    def __init__(self, folder, place, narrow, maker=Fork):
+        self.folder, self.place, self.maker = folder, place, maker
+        self.random = random.Random(f"{SEED} {folder} {place.name}")
+        self.starts = self.struck = self.saved = self.round = 0
+        self.reached, self.per_epoch, self.lost, self.wrong = (0, 0), 1, [], []
+        if folder == "imagenet":
+            self.flags = [*narrow, "--mixup", 0.5, "--drop_path", 0.2, "--reprob", 0.5]
+            self.flags += ["--batch_size", 16, "--epochs", 2, "--num_workers", 1]
+            self.flags += ["--save_minutes", 1e-6, "--log_interval", 1, "--output_dir"]
+        elif "dvs" in folder:  # conversion included: each run starts from recordings
+            number = {"samples": 10} if folder == "cifar10-dvs" else {"trials": 1}
+            write(folder, place / "recordings", **number)
+            self.flags = [*EVENTS, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0]
+            self.flags += ["--T-train", 1, "--drop-path", 0.2, "--workers", 1, "--batch-size", 8]
+            self.flags += ["--print-freq", 1, "--output-dir"]
+        else:
+            self.flags = [*DIGITS, "--mixup", 0.5, "--hflip", 0.5, "--reprob", 0.5]
+            self.flags += ["--drop-path", 0.2, "--epochs", 2, "--workers", 1, "--log-interval", 1]
+            self.flags += ["--batch-size", 128, "--output"]
+        self.flags += [place / "out", "--resume", "auto", "--experiment"]
+        process, output = self.start("whole")
+        while not size(output):
+            time.sleep(0.005)
         begin = time.monotonic()
-        script(self.folder, "train", *self.arguments("whole"), ranks=ranks, timeout=3600)
-        return time.monotonic() - begin
+        assert process.wait(3600) == 0, output.read_text()
+        self.seconds = time.monotonic() - begin
 
-    def strike(self, seconds, act, ranks=1):
-        """Start the run, or go on with it, and act(process) at a random moment; its output."""
-        process = start(self.folder, *self.arguments("tried"), ranks=ranks)
-        with contextlib.suppress(Exception):
-            process.wait(self.random.uniform(0, seconds))
-        if process.poll() is None:
-            self.struck += 1
-            act(process)
-        try:
-            output = process.communicate(timeout=600)[0]
-        finally:
-            for pid in descendants(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        self.saved += "goes on from there" in output
-        assert "Traceback" not in output.split("torch/distributed")[0], output
-        return output
+    def start(self, name):
+        """A run begins, or goes on. Returns (process, the file that its output goes to)."""
+        self.starts += 1
+        flags, output = [*self.flags, name], self.place / f"{self.starts}.txt"
+        if "dvs" in self.folder:
+            data = self.place / f"data-{name}"
+            if not data.exists():
+                shutil.copytree(self.place / "recordings", data)
+            flags += ["--data-path", data]
+        return self.maker(self.folder, on_cpu(flags), output), output
 
-    def end(self, ranks=1):
-        script(self.folder, "train", *self.arguments("tried"), ranks=ranks, timeout=3600)
-        one, other = (self.place / "out" / name for name in ("whole", "tried"))
-        assert not (self.place / "out" / "tried-2").exists()
-        assert log_of(one) == log_of(other)
+    def strike(self, act, *numbers):
+        """Start the run, or go on with it, and act(process) at a random moment, which ends it with
+        one of the signals `numbers` or in a line.
+        """
+        name = f"tried{self.round}"
+        process, output = self.start(name)
+        if self.random.random() < 0.9:  # else while it starts, too
+            while (code := process.wait(0.005)) is None and not size(output):
+                pass
+        code = process.wait(self.random.uniform(0, self.seconds))
+        struck = code is None and act(process) is not False
+        self.struck += struck
+        if code is None and (code := process.wait(300)) is None:
+            self.wrong.append(f"it did not end\n{output.read_text()}")
+            kill(process)
+        self.judge(output.read_text(), code, numbers if struck else ())
+        if code == 0:
+            self.compare(name)
+            self.round, self.reached = self.round + 1, (0, 0)
+
+    def judge(self, text, code, numbers):
+        """Of what a run said: no traceback but torchrun's own, and no step lost by a signal that
+        can be heard.
+        """
+        for block in text.split("Traceback (most recent call last)")[1:]:
+            if "torch/distributed/run.py" not in block:
+                self.wrong.append(f"traceback\n{text}")
+        if code not in {0, 1, *(-number for number in numbers), *(128 + n for n in numbers)}:
+            self.wrong.append(f"exit code {code}\n{text}")
+        shown = re.findall(r"^epoch (\d+), step (\d+)/(\d+)", text, re.MULTILINE)
+        resumed = re.search(r"at epoch (\d+), step (\d+)$", text, re.MULTILINE)
+        stopped = re.search(r"stopped in epoch (\d+) after step (\d+)", text)
+        if shown:
+            self.per_epoch = int(shown[0][2])
+        if shown or resumed:
+            self.lost.append(
+                self.steps(self.reached) - self.steps(resumed.groups() if resumed else (0, 0))
+            )
+        for place in (*shown[-1:], *([stopped.groups()] if stopped else [])):
+            self.reached = place
+        self.saved += bool(stopped)
+
+    def steps(self, place):
+        """Steps of the run up to (epoch, step)."""
+        return int(place[0]) * self.per_epoch + int(place[1])
+
+    def end(self, fault, most=None):
+        """The last run comes to its end. A line says what there was; `most` steps may be lost."""
+        while not self.round or (self.place / "out" / f"tried{self.round}").exists():
+            self.strike(lambda process: False)
+        lost = max(self.lost, default=0)
+        columns = self.folder, fault, self.struck, self.round, self.saved, lost, len(self.wrong)
+        print("\n|", *(f"{column} |" for column in columns), end="", flush=True)
+        if most is not None and lost > most:
+            self.wrong.append(f"{lost} steps lost")
+        assert not self.wrong, "\n\n".join(self.wrong)
+        assert not [path.name for path in (self.place / "out").iterdir() if "-" in path.name]
+
+    def compare(self, name):
+        """To the bit: log, curves, weights, optimizer, random state, events and frames."""
+        one, other = (self.place / "out" / name for name in ("whole", name))
+        if log_of(one) != log_of(other) or points(one) != points(other):
+            self.wrong.append(f"log or curves of {other} differ")
         for name in ("last.pth", "best.pth"):
-            assert same(weights_of(one / name), weights_of(other / name)), name
-        assert points(one) == points(other)
+            contents = [torch.load(path / name, weights_only=True) for path in (one, other)]
+            if not equal(*({**content, "config": 0, "given": 0} for content in contents)):
+                self.wrong.append(f"{other / name} differs")
+        if "dvs" in self.folder:
+            whole, made = (self.place / f"data-{path.name}" for path in (one, other))
+            if contents_of(whole) != contents_of(made):
+                self.wrong.append(f"what was converted for {other} differs")
+            shutil.rmtree(made)
+
+
+def equal(one, other):
+    """Whether nested contents of checkpoints are the same to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def contents_of(folder):
+    """{path: its content} of all files in a folder but what conversion leaves for the next one."""
+    files = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def points(folder):
@@ -134,107 +228,89 @@ def points(folder):
     return found
 
 
-def descendants(pid):
-    """Those of a process, without itself, the nearest first."""
+def size(path):
+    return path.exists() and path.stat().st_size
+
+
+def children(pid):
     with contextlib.suppress(OSError):
-        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return [below for child in children for below in (child, *descendants(child))]
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     return []
 
 
-def kill(process):
-    """SIGKILL to a run and whatever it started."""
-    for pid in (process.pid, *descendants(process.pid)):
+def descendants(pid):
+    return [below for child in children(pid) for below in (child, *descendants(child))]
+
+
+def end(pids):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def report(trial, fault):
-    print(f"\n| {trial.folder} | {fault} | {trial.struck} | {trial.saved} |", end="")
+def kill(process):
+    """SIGKILL to a run and whatever it started."""
+    end([process.pid, *descendants(process.pid)])
 
 
-@pytest.fixture(params=FOLDERS)
-def trial(request, tmp_path, narrow):
-    return Trial(request.param, tmp_path, narrow)
+FOLDER = pytest.mark.parametrize("folder", FOLDERS)
 
 
-def test_killed(trial):
-    seconds = trial.whole()
-    for _ in range(COUNT):
-        trial.strike(seconds, kill)
-    trial.end()
-    report(trial, "SIGKILL")
+@FOLDER
+def test_killed(folder, tmp_path, narrow):
+    """With all that it started, as by a power cut, or alone."""
+    trial = Trial(folder, tmp_path, narrow)
+    while trial.struck < KILLS:
+        alone = trial.random.random() < 0.5
+        trial.strike((lambda process: end([process.pid])) if alone else kill, signal.SIGKILL)
+    trial.end("SIGKILL")
 
 
+@FOLDER
 @pytest.mark.parametrize("target", ["process", "group"])
-def test_signals(trial, target):
+def test_signals(folder, target, tmp_path, narrow):
     send = os.kill if target == "process" else os.killpg
-    seconds = trial.whole()
-    for number in SIGNALS * COUNT:
-        trial.strike(seconds, lambda process, number=number: send(process.pid, number))
-    trial.end()
-    report(trial, f"SIGINT, SIGTERM, SIGHUP, SIGUSR1 to the {target}")
+    trial = Trial(folder, tmp_path, narrow)
+    while trial.struck < FEW * len(SIGNALS):
+        number = SIGNALS[trial.struck % len(SIGNALS)]
+        trial.strike(lambda process, number=number: send(process.pid, number), number)
+    trial.end(f"signals to the {target}", most=0)
 
 
-def test_signals_to_the_launcher(tmp_path, narrow):
-    trial = Trial("cifar10", tmp_path, narrow)
-    seconds = trial.whole(ranks=2)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * COUNT:
-        trial.strike(seconds, lambda process, number=number: process.send_signal(number), ranks=2)
-    trial.end(ranks=2)
-    report(trial, "SIGINT, SIGTERM, SIGHUP to torchrun, 2 ranks")
+@FOLDER
+def test_signals_to_the_launcher(folder, tmp_path, narrow):
+    trial = Trial(folder, tmp_path, narrow, Launched)
+    while trial.struck < FEW * len(SIGNALS):
+        number = SIGNALS[trial.struck % len(SIGNALS)]
+        trial.strike(lambda process, number=number: os.kill(process.pid, number), number)
+    trial.end("signals to torchrun, 2 ranks", most=0)
 
 
-def test_one_of_two_ranks_killed(tmp_path, narrow):
-    trial = Trial("cifar10", tmp_path, narrow)
+@FOLDER
+def test_one_of_two_ranks_killed(folder, tmp_path, narrow):
+    trial = Trial(folder, tmp_path, narrow, Launched)
 
     def kill_one(process):
-        if ranks := descendants(process.pid)[:2]:
-            os.kill(trial.random.choice(ranks), signal.SIGKILL)
+        ranks = children(process.pid)
+        if not ranks:
+            return False
+        end([trial.random.choice(ranks)])
 
-    seconds = trial.whole(ranks=2)
-    for _ in range(COUNT):
-        trial.strike(seconds, kill_one, ranks=2)
-    trial.end(ranks=2)
-    report(trial, "SIGKILL to one of 2 ranks")
+    while trial.struck < FEW:
+        trial.strike(kill_one)
+    trial.end("SIGKILL to one of 2 ranks")
 
 
-def test_worker_killed(tmp_path, narrow):
-    trial = Trial("cifar10", tmp_path, narrow)
+@FOLDER
+def test_worker_killed(folder, tmp_path, narrow):
+    trial = Trial(folder, tmp_path, narrow)
 
     def kill_worker(process):
-        for pid in descendants(process.pid)[:1]:
-            os.kill(pid, signal.SIGKILL)
+        workers = children(process.pid)
+        if not workers:
+            return False
+        end(workers[:1])
 
-    seconds = trial.whole()
-    for _ in range(COUNT):
-        trial.strike(seconds, kill_worker)
-    trial.end()
-    report(trial, "SIGKILL to a loader worker")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small /dev/shm, which takes root")
-def test_small_shared_memory(tmp_path, narrow):
-    """As in a container without --shm-size: a line and an end, not a wait without one."""
-    mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"'
-    trial = Trial("cifar10", tmp_path, narrow)
-    args = [
-        "unshare",
-        "-m",
-        "sh",
-        "-c",
-        mount,
-        sys.executable,
-        "train.py",
-        *map(str, trial.arguments("small")),
-    ]
-    done = subprocess.run(
-        args, cwd=cifar10.config.HERE, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, (
-        done.stdout + done.stderr
-    )
-    assert "--shm-size" in done.stdout and done.stderr.count("error: ") == 1
-    assert torch.load(tmp_path / "out" / "small" / "last.pth", weights_only=True)["step"] >= 0
-    trial.struck = 1
-    report(trial, "/dev/shm of 64 KB")
+    while trial.struck < FEW:
+        trial.strike(kill_worker)
+    trial.end("SIGKILL to a loader worker", most=0)
