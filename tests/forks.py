@@ -1,0 +1,52 @@
+"""Forks of the process that tests, for what is to end, or be ended, by itself."""
+
+import os
+import signal
+import sys
+import time
+
+from on_digits import cifar10, resolve
+
+
+def forked(function, output=None):
+    """Start function() in a fork of this process, in a group of its own; returns its pid."""
+    if pid := os.fork():
+        return pid
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        if output:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, 1), os.dup2(file, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        code = function() or 0
+    except SystemExit as error:
+        code = error.code
+    finally:
+        os._exit(code)
+
+
+def ended(pid, seconds=300):
+    """The fork's exit code, or minus the signal that ended it; it has to end by itself."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("it did not end")
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came"
+        time.sleep(0.005)
+
+
+def opened(tmp_path, **settings):
+    cfg = resolve("--output", tmp_path, "--experiment", "a")
+    vars(cfg).update(settings)
+    return cifar10.runs.open_run(cfg, cfg.output)[0].name
