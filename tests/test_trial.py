@@ -38,18 +38,19 @@ ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignor
 
 
 class Fork:
-    """A run of one process, by tests/forkserver.py."""
+    """A run of `ranks` processes, by tests/forkserver.py; no launcher ends one for the other."""
 
-    def __init__(self, folder, flags, output):
+    def __init__(self, folder, flags, output, ranks=1):
         self.server = fork_server()
-        line = json.dumps([str(ROOT / folder), flags, str(output)])
+        line = json.dumps([str(ROOT / folder), flags, str(output), ranks])
         self.server.stdin.write(f"{line}\n".encode())
-        self.pid = int(self.server.stdout.readline())
+        self.pids = [*map(int, self.server.stdout.readline().split())]
+        self.pid = self.pids[0]
 
     def wait(self, seconds):
-        """The exit code; None if it goes on."""
+        """The exit code, of ranks the largest; None if one goes on."""
         if select.select([self.server.stdout], [], [], seconds)[0]:
-            return int(self.server.stdout.readline())
+            return max(map(int, self.server.stdout.readline().split()), key=abs)
         return None
 
 
@@ -74,7 +75,7 @@ class Launched:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.pid = self.process.pid
+        self.pid, self.pids = self.process.pid, [self.process.pid]
 
     def wait(self, seconds):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,7 +105,7 @@ class Trial:
             self.flags = [*DIGITS, "--mixup", 0.5, "--hflip", 0.5, "--reprob", 0.5]
             self.flags += ["--drop-path", 0.2, "--epochs", 2, "--workers", 1, "--log-interval", 1]
             self.flags += ["--batch-size", 128, "--output"]
-        self.flags += [place / "out", "--resume", "auto", "--experiment"]
+        self.flags += [place / "out", "--timeout_minutes", 1, "--resume", "auto", "--experiment"]
         process, output = self.start("whole")
         while not size(output):
             time.sleep(0.005)
@@ -250,7 +251,7 @@ def end(pids):
 
 def kill(process):
     """SIGKILL to a run and whatever it started."""
-    end([process.pid, *descendants(process.pid)])
+    end(pid for first in process.pids for pid in (first, *descendants(first)))
 
 
 FOLDER = pytest.mark.parametrize("folder", FOLDERS)
@@ -288,16 +289,10 @@ def test_signals_to_the_launcher(folder, tmp_path, narrow):
 
 @FOLDER
 def test_one_of_two_ranks_killed(folder, tmp_path, narrow):
-    trial = Trial(folder, tmp_path, narrow, Launched)
-
-    def kill_one(process):
-        ranks = children(process.pid)
-        if not ranks:
-            return False
-        end([trial.random.choice(ranks)])
-
+    trial = Trial(folder, tmp_path, narrow, functools.partial(Fork, ranks=2))
     while trial.struck < FEW:
-        trial.strike(kill_one)
+        rank = trial.random.randrange(2)
+        trial.strike(lambda process, rank=rank: end([process.pids[rank]]), signal.SIGKILL)
     trial.end("SIGKILL to one of 2 ranks")
 
 
