@@ -72,9 +72,9 @@ def host_library(build):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
         command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
-        subprocess.run(
-            command, input=SOURCE, text=True, errors="replace", check=True, capture_output=True
-        )
+        output = {"check": True, "capture_output": True, "text": True, "errors": "replace"}
+        # In a session of its own it does not get the signals that end a run after a step.
+        subprocess.run(command, input=SOURCE, start_new_session=True, **output)
         return ctypes.CDLL(path)
 
 

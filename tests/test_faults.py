@@ -141,6 +141,25 @@ def test_signal_handlers_are_put_back():
     assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] == before
 
 
+def test_the_compiler_is_deaf_to_signals(tmp_path, monkeypatch):
+    """Kernels that a step asks for first are built although the signal goes to the whole group."""
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/ready\nsleep 1\nexec g++ "$@"\n')
+    slow.chmod(0o700)
+    monkeypatch.setenv("CXX", str(slow))
+
+    def main():
+        with runtime.StopSignal() as stop:
+            build = cifar10.kernels.Build(torch.float64, 7)  # of no other test
+            library = cifar10.kernels.host_library(build)
+            return 0 if stop and library.statistics else 1
+
+    pid = forked(main)
+    wait_for((tmp_path / "ready").exists)
+    os.killpg(pid, signal.SIGTERM)
+    assert ended(pid) == 0
+
+
 # Ranks
 
 
