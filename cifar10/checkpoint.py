@@ -57,8 +57,10 @@ def save_checkpoint(state, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
+            error = error.__context__
         said = f"can't be written ({error}); an older file there is untouched"
         raise UserError(f"{path}: {said}") from None
 

@@ -3,8 +3,9 @@
 import atexit
 import multiprocessing
 import os
+import re
 import signal
-from multiprocessing import resource_tracker
+from multiprocessing import queues, resource_tracker
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -39,9 +40,18 @@ class Batches(Dataset):
         except UserError as error:
             return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
         except (OSError, RuntimeError) as error:
-            if get_worker_info() and "shm" in str(error):
+            if get_worker_info() and re.search("shm|shared memory|open files", str(error)):
                 return LOST + str(error)
             raise
+
+
+def start_worker(_):
+    """A batch that can't be sent is a word to BatchLoader, which would wait for it without end."""
+    queues.Queue._on_queue_feeder_error = say_lost
+
+
+def say_lost(queue, error, batch):
+    queue.put((batch[0], f"{LOST}{error}"))
 
 
 def usable_cores():
@@ -62,6 +72,7 @@ class BatchLoader(DataLoader):
             sampler=batches,
             num_workers=min(workers, len(batches), usable_cores()),
             pin_memory=pin_memory,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # so that it leaves PyTorch's own alone
         )
         self.fault = None
@@ -79,7 +90,8 @@ class BatchLoader(DataLoader):
         if self.fault:
             logger.warning(
                 f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
-                "lack of memory, or /dev/shm is full (docker run --shm-size=8g, or workers: 0)"
+                "lack of memory, or /dev/shm is full (docker run --shm-size=8g), or too many files "
+                "are open (ulimit -n 4096); workers: 0 does without all of these"
             )
             for key in self.sampler[done:]:
                 batch = self.dataset[key]

@@ -204,6 +204,7 @@ def explain(error):
 
 
 def fail(reason):
+    sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
     sys.stderr.write(f"error: {reason}\n")  # in one piece, since other ranks write too
     sys.stderr.flush()
     return 1

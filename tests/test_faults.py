@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -62,19 +63,26 @@ def test_workers_are_deaf_to_signals(method, monkeypatch):
     assert [first, *found] == [1, 5, 9, 13, 17, 21] and batches.fault is None
 
 
-@pytest.mark.parametrize("act", ["kill", "shm"])
+@pytest.mark.parametrize("act", ["kill", "shm", "files"])
 def test_lost_worker(act, caplog):
     """Its batch and all later ones are made by this process; the fault says why."""
+
+    def too_many():
+        """One file more: the memory of the batch; none to send it."""
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))
 
     def full():
         raise RuntimeError(
             "unable to allocate shared memory(shm) for file </x>: No space left on device (28)"
         )
 
-    acts = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "shm": full}
+    acts = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "shm": full, "files": too_many}
     batches = loader(Numbers(4, acts[act]))
     assert [batch.tolist() for batch in batches] == [[i, i + 1] for i in range(0, 12, 2)]
-    assert {"kill": "exited unexpectedly", "shm": "No space left"}[act] in batches.fault
+    words = {"kill": "exited unexpectedly", "shm": "No space", "files": "Too many open files"}
+    assert words[act] in batches.fault
     assert "--shm-size" in caplog.text and "workers: 0" in caplog.text
 
 

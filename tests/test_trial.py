@@ -132,11 +132,12 @@ class Trial:
         self.flags += [f"--{output.pop()}", place / "out", "--experiment"]
         for name in ("whole", "again"):  # again without compiler
             process, output = self.start(name)
-            while not size(output):
-                time.sleep(0.005)
-            begin = time.monotonic()
-            assert process.wait(3600) == 0, output.read_text()
+            while (code := process.wait(0.005)) is None and not size(output):
+                begin = time.monotonic()
+            while code is None and not done(output):
+                code = process.wait(0.005)
             self.seconds = time.monotonic() - begin
+            assert (process.wait(3600) if code is None else code) == 0, output.read_text()
         self.compare("again")
 
     def start(self, name):
@@ -160,7 +161,7 @@ class Trial:
             while (code := process.wait(0.005)) is None and not size(output):
                 pass
         code = process.wait(self.random.uniform(0, self.seconds))
-        struck = code is None and act(process) is not False
+        struck = code is None and not done(output) and act(process) is not False
         self.struck += struck
         if code is None and (code := process.wait(300)) is None:
             self.wrong.append(f"it did not end\n{output.read_text()}")
@@ -257,6 +258,11 @@ def points(folder):
 
 def size(path):
     return path.exists() and path.stat().st_size
+
+
+def done(output):
+    """Whether a run has trained and saved all that it had to."""
+    return size(output) and "\nbest top-1" in output.read_text()
 
 
 def children(pid):
