@@ -1,6 +1,7 @@
 """Checkpoints that cifar10/'s scripts load or refuse, and what else a user can get wrong."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -208,15 +209,22 @@ def test_no_compiler_for_torch_compile(tmp_path):
     one_line(done, "torch.compile", "no-such-compiler", "compile: false")
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 100, 5000, 10**6])
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, room):
+    """Full after so many bytes, or when they are flushed; torch.save speaks of something else."""
     path = tmp_path / "last.pth"
     cifar10.checkpoint.save_checkpoint({"a": torch.ones(3)}, path)
     before = path.read_bytes()
 
-    def full(*args):
+    def no_space(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    class File(io.FileIO):
+        def write(self, part):
+            return super().write(part) if self.tell() + len(part) <= room else no_space()
+
+    monkeypatch.setattr(cifar10.checkpoint, "open", File, raising=False)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(cifar10.config.UserError, match=r"last\.pth: can't be written .*No space"):
-        cifar10.checkpoint.save_checkpoint({"a": torch.zeros(3)}, path)
+        cifar10.checkpoint.save_checkpoint({"a": torch.zeros(9999)}, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
