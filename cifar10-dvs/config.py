@@ -55,6 +55,10 @@ SYNONYMS = {  # what others call a key: a hint, where such a name is not one of 
     "device": "gpu gpus cuda device_id gpu_id",
     "seed": "random_seed manual_seed",
     "backend": "neuron_backend lif_backend",
+    "neuron": "neuron_type spiking_neuron neurons node lif_type",
+    "tau": "membrane_tau init_tau time_constant lif_tau",
+    "v_threshold": "threshold vth v_th thresh",
+    "surrogate_alpha": "alpha slope surrogate_slope",
 }
 
 

@@ -27,7 +27,8 @@ MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__
 # weights tell, other keys of the network, those of its input, and those of the split (CIFAR has
 # none), where another value would test on training samples.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "num_classes")
-NETWORK = ("time_step", "num_heads", "attention")
+NEURON = ("neuron", "tau", "v_threshold", "surrogate_alpha")
+NETWORK = ("time_step", "num_heads", "attention", *NEURON)
 INPUT = (
     "dataset",
     "img_size",
@@ -53,8 +54,10 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         if name not in recorded or (finetune and name == "num_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
-        fixed = name in (*SHAPES, *SPLIT) or (
-            name == "attention" and said and not same_shapes(said, value)
+        fixed = (
+            name in (*SHAPES, *SPLIT)
+            or (name == "attention" and said and not same_shapes(said, value))
+            or (name == "neuron" and "plif" in (said, value))  # it has weights of its own
         )
         if origin is None or said == value:
             if purpose != "test" and given.yml.get(name, value) not in (value, None):
@@ -100,7 +103,7 @@ def what_was_said(name, given, checkpoint):
 
 def read_config(checkpoint, path):
     """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
-    recorded = {}
+    recorded = {name: options.KEYS[name].default for name in NEURON}  # of files that lack them
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():
             if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_dir"):
@@ -137,6 +140,7 @@ def read_shapes(weights, path, recorded):
         "dim": net.dim,
         "mlp_ratio": ratio,
         "attention": kinds,
+        "neuron": "plif" if net.learns_tau else recorded["neuron"],
         **classes,
     }
 
@@ -177,9 +181,8 @@ def build_model(cfg, cross_sample_lif, ranks):
             attention=tuple(cfg.attention),
             drop_path=cfg.drop_path or 0.0,
             cross_sample_lif=cross_sample_lif,
-            backend=cfg.backend,
-            fused=cfg.fused,
             checkpoint_stages=cfg.checkpoint_stages,
+            **{name: getattr(cfg, name) for name in (*NEURON, "backend", "fused")},
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None

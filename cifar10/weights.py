@@ -17,12 +17,13 @@ FAMILIES = (  # data sets, model, a weight that no family above has; the first t
     ("CIFAR", "MSQKFormer", "patch_embed1.embed1.embed_conv.weight"),
     ("CIFAR", "QKFormer", "patch_embed1.proj1_conv.weight"),
 )
+LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
 HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
 
 
 class Architecture(NamedTuple):
     """What shapes tell of a network. `attention` has "ssa" or "token" for each stage: "channel" has
-    the same shapes.
+    the same shapes. With `learns_tau`, neurons are "plif".
     """
 
     family: str
@@ -31,6 +32,7 @@ class Architecture(NamedTuple):
     mlp_ratio: float
     classes: int | None
     attention: list
+    learns_tau: bool
 
 
 def architecture(weights, path, data_set, nearest):
@@ -71,6 +73,7 @@ def architecture(weights, path, data_set, nearest):
         attention=[
             "ssa" if any(of_ssa(name, stage) for name in weights) else "token" for stage in stages
         ],
+        learns_tau=any(LEARNT.search(name) for name in weights),
     )
 
 

@@ -142,6 +142,7 @@ class MSEmbedding(nn.Module):
         self.embed1 = Embed(dim // 2, dim, 3, 1, lif)
         self.max_embed1 = Embed(dim, dim, 3, 1, lif)
         self.embed2 = Embed(dim // 2, dim, 1, 2, lif)  # reads embed1's spikes, not its own neuron's
+        self.embed2.embed_lif.requires_grad_(False)  # so there is nothing to learn
 
     def forward(self, x):
         first, second, shortcut = self.embed1, self.max_embed1, self.embed2
@@ -159,12 +160,12 @@ class MSHST(HST):
 
     first_embedding, embedding, block = MSEmbeddingInit, MSEmbedding, MSBlock
 
-    def __init__(self, *args, cross_sample_lif=False, backend="auto", fused=True, **kwargs):
+    def __init__(self, *args, cross_sample_lif=False, **kwargs):
         if cross_sample_lif not in (False, "auto"):
             why = "no neuron of MS-QKFormer runs on from sample to sample"
             raise ValueError(f"cross_sample_lif is {cross_sample_lif}; {why}")
-        super().__init__(*args, backend=backend, fused=fused, **kwargs)
-        self.head_lif = MultiStepLIF(backend=backend, fused=fused)
+        super().__init__(*args, **kwargs)
+        self.head_lif = self.lif()
 
     def forward_features(self, x):
         """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""

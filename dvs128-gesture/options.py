@@ -27,6 +27,14 @@ MODEL = {
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
         "without one", choices=("auto", "true", "false")),
+    "neuron": Key(str, "lif", "neuron of the whole network: lif, if (without a leak) or plif (each "
+        "layer learns its time constant)", choices=("lif", "if", "plif")),
+    "tau": Key(float, 2.0, "membrane time constant of lif, in steps and above 1; of plif, the one "
+        "that it starts from", low=1, high=1e6),
+    "v_threshold": Key(float, 1.0, "membrane potential at which a neuron fires; attn_lif does at "
+        "half of it", low=1e-6, high=1e6),
+    "surrogate_alpha": TrainKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
+        low=1e-6, high=1e6),
     "backend": Key(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),

@@ -30,7 +30,8 @@ MODELS = {
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others,
 # its input's, and those of the split, in which a difference would test on samples of the training.
 SHAPES = ("model", "layer", "dim", "mlp_ratio", "nb_classes")
-NETWORK = ("time_step", "num_heads", "attention")
+NEURON = ("neuron", "tau", "v_threshold", "surrogate_alpha")
+NETWORK = ("time_step", "num_heads", "attention", *NEURON)
 INPUT = ("dataset", "input_size", "val_batch_size")
 SPLIT = []
 Tested = namedtuple(
@@ -66,8 +67,10 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         if name not in recorded or (finetune and name == "nb_classes"):
             continue
         value, (said, origin) = recorded[name], what_was_said(name, given, checkpoint)
-        fixed = name in (*SHAPES, *SPLIT) or (
-            name == "attention" and said and not same_shapes(said, value)
+        fixed = (
+            name in (*SHAPES, *SPLIT)
+            or (name == "attention" and said and not same_shapes(said, value))
+            or (name == "neuron" and "plif" in (said, value))  # it has weights of its own
         )
         if origin is None or said == value:
             if purpose != "test" and given.yml.get(name, value) not in (value, None):
@@ -115,7 +118,7 @@ def what_was_said(name, given, checkpoint):
 # Copied from cifar10/build.py with data_dir->data_path
 def read_config(checkpoint, path):
     """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
-    recorded = {}
+    recorded = {name: options.KEYS[name].default for name in NEURON}  # of files that lack them
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():
             if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_path"):
@@ -155,6 +158,7 @@ def read_shapes(weights, path, recorded):
         "dim": net.dim,
         "mlp_ratio": ratio,
         "attention": kinds,
+        "neuron": "plif" if net.learns_tau else recorded["neuron"],
         **classes,
     }
 
@@ -197,9 +201,8 @@ def build_model(cfg, cross_sample_lif, ranks):
             attention=tuple(cfg.attention),
             drop_path=cfg.drop_path or 0.0,
             cross_sample_lif=cross_sample_lif,
-            backend=cfg.backend,
-            fused=cfg.fused,
             checkpoint_stages=cfg.checkpoint_stages,
+            **{name: getattr(cfg, name) for name in (*NEURON, "backend", "fused")},
             **{name: value for name, value in own.items() if value is not None},
         )
     except (ValueError, RuntimeError) as error:

@@ -13,6 +13,7 @@ ds/dh = alpha * g * (1 - g), g = sigmoid(alpha * (h - v_threshold)). The membran
 
 import functools
 import logging
+from functools import partial
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -134,7 +135,23 @@ class MultiStepPLIF(MultiStep, neuron.ParametricLIFNode):
         return 1.0 / self.w.detach().double().sigmoid().item()
 
 
-NEURONS = {kind.kind: kind for kind in (MultiStepLIF, MultiStepIF, MultiStepPLIF)}
+NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
+
+
+def neuron_maker(
+    neuron="lif", tau=2.0, v_threshold=1.0, surrogate_alpha=ALPHA, backend="auto", fused=True
+):
+    """What makes a model's neurons, called with no argument.
+
+    `neuron` is a key of NEURONS, or a class that takes the arguments of MultiStep, which the others
+    are. ValueError for an unknown neuron, and for a tau of neurons that have none.
+    """
+    kind = NEURONS.get(neuron, neuron)
+    if not callable(kind):
+        raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(NEURONS)}")
+    if neuron == "if" and tau != 2.0:
+        raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
+    return partial(kind, tau, v_threshold, backend, fused, surrogate_alpha)
 
 
 @torch.compiler.assume_constant_result

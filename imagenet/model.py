@@ -21,7 +21,7 @@ from torch import nn
 
 from head import Classifier
 from layer import conv_bn_lif, conv_bn_lif_each
-from lif import MultiStepLIF
+from lif import MultiStepLIF, neuron_maker
 from recompute import checkpointed
 from spikes import add, product
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
     Args:
         dim: channels of input and output.
         num_heads: heads of dim / num_heads channels.
-        lif: called to make a neuron: `lif()`, or `lif(v_threshold=0.5)` for `attn_lif`.
+        lif: called to make a neuron; `attn_lif` gets half its threshold: 0.5 by default.
     """
 
     inputs = "qk"
@@ -55,7 +55,8 @@ class Attention(nn.Module):
             setattr(self, f"{name}_conv", nn.Conv1d(dim, dim, 1, bias=False))
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
             setattr(self, f"{name}_lif", lif())
-        self.attn_lif = lif(v_threshold=0.5)
+        self.attn_lif = lif()
+        self.attn_lif.v_threshold /= 2
         self.proj_conv = nn.Conv1d(dim, dim, 1)
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
@@ -230,9 +231,9 @@ class HST(Classifier):
         attention: "token", "channel" or "ssa" for each stage.
         drop_path: stochastic depth; rises linearly from 0 at the first block to this at the last.
         cross_sample_lif: see SpikingSelfAttention.
-        backend: see MultiStepLIF.
-        fused: True: layers run fused where they can, see layer.py. False: module by module.
         checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
+        **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
+            fused: see neuron_maker and MultiStep in lif.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
@@ -254,9 +255,8 @@ class HST(Classifier):
         attention=("token", "token", "ssa"),
         drop_path=0.0,
         cross_sample_lif=False,
-        backend="auto",
-        fused=True,
         checkpoint_stages=(),
+        **neurons,
     ):
         super().__init__()
         if T < 1:
@@ -273,7 +273,7 @@ class HST(Classifier):
             raise ValueError(f"checkpoint_stages is {stages}; the stages are 1, 2 and 3")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
         self.checkpoint_stages = tuple(checkpoint_stages)
-        lif = partial(MultiStepLIF, backend=backend, fused=fused)
+        lif = self.lif = neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
         def stage(index, dim, blocks):

@@ -139,6 +139,7 @@ class MSEmbedding(nn.Module):
         self.proj_res_conv = nn.Conv2d(dim // 2, dim, 1, stride=2, bias=False)
         self.proj_res_bn = nn.BatchNorm2d(dim)
         self.proj_res_lif = lif()  # never called, in the published model too
+        self.proj_res_lif.requires_grad_(False)
 
     def forward(self, x):
         spikes = fire(x, self.init_lif)
@@ -155,12 +156,12 @@ class MSHST(HST):
 
     first_embedding, embedding, block = MSEmbeddingInit, MSEmbedding, MSBlock
 
-    def __init__(self, *args, cross_sample_lif=False, backend="auto", fused=True, **kwargs):
+    def __init__(self, *args, cross_sample_lif=False, **kwargs):
         if cross_sample_lif not in (False, "auto"):
             why = "no neuron of MS-QKFormer runs on from sample to sample"
             raise ValueError(f"cross_sample_lif is {cross_sample_lif}; {why}")
-        super().__init__(*args, backend=backend, fused=fused, **kwargs)
-        self.head_lif = MultiStepLIF(backend=backend, fused=fused)
+        super().__init__(*args, **kwargs)
+        self.head_lif = self.lif()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 timm.layers.trunc_normal_(module.weight, std=0.02)

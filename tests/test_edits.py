@@ -16,7 +16,7 @@ compiled = pytest.mark.skipif(
 CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
 BRANCH = "x = add(x, self.drop_path(getattr(self, self.attn)(x)))"
 MLP = "        self.mlp2_lif = lif()\n"  # the end of its __init__
-LIF = "lif = partial(MultiStepLIF, backend=backend, fused=fused)"
+LIF = "neuron_maker(**neurons)"
 PRODUCT = "return product(torch.mul, k, mask, self.attn_lif)"
 
 # {edit: (word of the line that says what runs module by module, or None, [(old, new), ...])}
@@ -29,7 +29,7 @@ EDITS = {
                 "class Shifted(MultiStepLIF):\n    def multi_step_forward(self, x):\n"
                 "        return super().multi_step_forward(x + 0.2)\n\n\n" + CLASS,
             ),
-            (LIF, LIF.replace("MultiStepLIF", "Shifted")),
+            (LIF, "neuron_maker(**{**neurons, 'neuron': Shifted})"),
         ],
     ),
     "analog neuron": (
@@ -40,7 +40,7 @@ EDITS = {
                 "class Analog(MultiStepLIF):\n    def multi_step_forward(self, x):\n"
                 "        return super().multi_step_forward(x) * 0.7\n\n\n" + CLASS,
             ),
-            (LIF, LIF.replace("MultiStepLIF", "Analog")),
+            (LIF, "neuron_maker(**{**neurons, 'neuron': Analog})"),
         ],
     ),
     "BatchNorm": (
