@@ -8,7 +8,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import kernels
-from lif import NEURONS, MultiStep, say
+from lif import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF, say
 from spikes import traced
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
@@ -18,7 +18,9 @@ METHODS = {
     nn.BatchNorm1d: ("forward",),
     nn.BatchNorm2d: ("forward",),
     nn.SyncBatchNorm: ("forward",),
-    **dict.fromkeys(NEURONS.values(), ("forward", "multi_step_forward")),
+    MultiStepLIF: ("forward", "multi_step_forward"),
+    MultiStepIF: ("forward", "multi_step_forward"),
+    MultiStepPLIF: ("forward", "multi_step_forward"),
 }
 KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
 

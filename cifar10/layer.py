@@ -17,6 +17,7 @@ from torch import nn
 
 import fused
 from fusible import autocast, can_fuse
+from lif import rate_of
 from spikes import mark, save, wants_bytes
 
 aten = torch.ops.aten
@@ -109,7 +110,8 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
     if fires:
         neuron = Neuron(*fused.charge_of(lif), lif.v_threshold, lif.alpha)
         if lif.kind == "plif":
-            rates = join(rates_of(lif, bn.num_features) for bn, lif in zip(bns, lifs, strict=True))
+            pairs = zip(bns, lifs, strict=True)
+            rates = join(rates_of(lif, x, bn.num_features) for bn, lif in pairs)
     small = fires and wants_bytes()
     options = Options(T, T // len(x), stride, padding, bn.eps, pool, neuron, small)
     if bn.training:
@@ -129,9 +131,9 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
     return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
 
 
-def rates_of(lif, channels):
-    """PLIF's rate for each channel; None for other neurons."""
-    return lif.w.sigmoid().expand(channels).contiguous() if lif.kind == "plif" else None
+def rates_of(lif, x, channels):
+    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
+    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
 def fire(y, affine, rates, options):

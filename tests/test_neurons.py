@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import build_model, importable, load
+from conftest import build_model, copy_folder, importable, load
 from on_digits import resolve
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import nn
@@ -286,6 +286,53 @@ def test_layers(kind, alpha, training):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_neuron_of_other_types_alone(kind, dtype):
+    """Between membrane shortcuts; w in bfloat16, or in float32 where the input is float64."""
+    torch.manual_seed(10)
+    x, grad = (torch.randn(4, 2, 6, 5, 5).add(0.5).to(dtype) for _ in range(2))
+    results = []
+    for fused in (True, False):
+        node = lif.NEURONS[kind](1.7, fused=fused)
+        node = node if dtype == torch.float64 else node.to(dtype)
+        leaf = x.clone().requires_grad_()
+        y = cifar10.preact.fire(leaf, node)
+        y.backward(grad)
+        results.append([y.detach(), leaf.grad, *(p.grad for p in node.parameters())])
+    assert torch.equal(results[0][0], results[1][0]) and 0 < results[0][0].mean() < 1
+    rtol = 1e-9 if dtype == torch.float64 else 8e-3
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=rtol, atol=rtol)
+    torch.testing.assert_close(results[0][2:], results[1][2:])
+
+
+def test_own_neuron_with_a_name(tmp_path, monkeypatch):
+    """One that docs/changing-the-model.md has in NEURONS: its layers are not taken for LIF's."""
+    folder = copy_folder("cifar10", tmp_path).rename(tmp_path / "named")
+    text = (folder / "lif.py").read_text()
+    line = 'NEURONS = {"lif": MultiStepLIF,'
+    assert line in text
+    own = (
+        "class ShiftedLIF(MultiStepLIF):\n    def multi_step_forward(self, x):\n"
+        "        return super().multi_step_forward(x + 0.2)\n\n\n"
+        'NEURONS = {"shifted": ShiftedLIF, "lif": MultiStepLIF,'
+    )
+    (folder / "lif.py").write_text(text.replace(line, own))
+    modules, x = load(str(folder)), torch.rand(2, 3, 8, 8)
+    share_compiled(modules, monkeypatch)
+    small = {"embed_dims": 32, "num_heads": 2}
+    nets = [
+        spiking(modules.model.QKFormer(**small, neuron=kind, fused=fused)).eval()
+        for kind, fused in (("shifted", True), ("shifted", False), ("lif", False))
+    ]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    with torch.no_grad():
+        ours, plain, other = (net(x.double()) for net in nets)
+    torch.testing.assert_close(ours, plain)
+    assert not torch.allclose(ours, other)
+
+
 # Models and keys ----------------------------------------------------------------------------------
 
 SMALL = {
@@ -299,8 +346,13 @@ SMALL = {
         {"embed_dims": 32, "num_heads": 2, "depths": 4, "num_classes": 5},
         (2, 3, 32, 32),
     ),
-    ("dvs128-gesture", "QKFormer"): ({"embed_dims": 32, "num_heads": 2}, (2, 3, 2, 32, 32)),
+    ("dvs128-gesture", "QKFormer"): ({"embed_dims": 32, "num_heads": 2}, (2, 4, 2, 32, 32)),
 }
+
+
+def share_compiled(folder, monkeypatch):
+    """The kernels of all folders are alike, so that cifar10's need not be compiled again."""
+    monkeypatch.setattr(folder.kernels, "host_library", cifar10.kernels.host_library)
 
 
 def spiking(module):
@@ -312,11 +364,12 @@ def spiking(module):
     return module.double()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["if", "plif"])
 @pytest.mark.parametrize("which", SMALL, ids="-".join)
-def test_models(which, kind):
+def test_models(which, kind, monkeypatch):
     """Each neuron has the options, learns what it has to learn, and fused equals plain."""
     folder, (options, shape) = load(which[0]), SMALL[which]
+    share_compiled(folder, monkeypatch)
     build = folder.build.MODELS[which[1]]
     options = {**options, "neuron": kind, "v_threshold": 0.8, "surrogate_alpha": 3.0}
     if kind != "if":
