@@ -202,7 +202,12 @@ def build_model(cfg, cross_sample_lif, ranks):
             drop_path=cfg.drop_path or 0.0,
             cross_sample_lif=cross_sample_lif,
             checkpoint_stages=cfg.checkpoint_stages,
-            **{name: getattr(cfg, name) for name in (*NEURON, "backend", "fused")},
+            neuron=cfg.neuron,
+            tau=cfg.tau,
+            v_threshold=cfg.v_threshold,
+            surrogate_alpha=cfg.surrogate_alpha,
+            backend=cfg.backend,
+            fused=cfg.fused,
             **{name: value for name, value in own.items() if value is not None},
         )
     except (ValueError, RuntimeError) as error:
