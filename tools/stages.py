@@ -16,7 +16,8 @@ import torch
 from timing import ROOT, conftest
 
 GPU_TESTS = [
-    f"tests/test_{name}.py" for name in ("lif", "fused", "layer", "fused_models", "gpu_steps")
+    f"tests/test_{name}.py"
+    for name in ("lif", "fused", "layer", "fused_models", "gpu_steps", "graph")
 ]
 GOLDEN = {  # the folder, file and function of each
     "cifar10": ("cifar10", "model", "QKFormer"),
