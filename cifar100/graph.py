@@ -81,10 +81,10 @@ class Graph:
     def try_capture(self, x):
         try:
             self.capture(x)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             first = error.__context__ or error  # an error in a capture makes its end fail too
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             why = f"this model can't be captured ({str(first).splitlines()[0]})"
             raise UserError(f"cuda_graph: {why}; cuda_graph: false runs without") from None
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load
+from on_graphs import FORBIDDEN, name_of
 
 sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
@@ -104,6 +105,15 @@ def check_trace(case):
         check_launch(launch)
     check_all_fused(case, model, trained, evaluated)
     check_layouts(case, model, trained, evaluated)
+    check_no_waits(trained + evaluated)
+
+
+def check_no_waits(events):
+    """Nothing goes from the host to the GPU or back, as no CUDA graph allows it (graph.py)."""
+    for operation in [event for event in events if hasattr(event, "operator")]:
+        tensors = operation.inputs + operation.outputs
+        assert len({tensor.device.type for tensor in tensors}) <= 1, operation
+        assert name_of(operation.operator) not in FORBIDDEN, operation
 
 
 # Launches ---------------------------------------------------------------------------------------

@@ -130,6 +130,26 @@ def test_a_model_that_cannot_be_captured(cuda):
     )
 
 
+class Full(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.last:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("call", [1, graph.WARM_UP + 1])
+def test_a_model_that_has_no_memory(cuda, call):
+    """In the warm-up or in the capture."""
+    model = Full(3, 3)
+    model.last = call
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        graph.Graph(model)(torch.ones(2, 3))
+    assert "make batch_size smaller" in cifar10.runtime.explain(error.value)
+
+
 def test_lines_where_there_is_no_graph(caplog):
     def chosen(training, device="cuda", world_size=1, **keys):
         cfg = SimpleNamespace(
