@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,3 +109,52 @@ def cuda(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return state
+
+
+# Trainers -----------------------------------------------------------------------------------------
+
+RECIPES = {
+    "cifar10": "-c quickstart.yml --dim 16 --num-heads 2 --reprob 1 --clip-grad 1 --model-ema true",
+    "imagenet": "--model MSQKFormer_10_384 --layer 4 --dim 32 --num_heads 2 --input_size 32 "
+    "--batch_size 2 --accum_iter 2 --clip_grad 1 --model_ema true --loss tet --drop_path 0.5",
+    "dvs128-gesture": "--dim 32 --num-heads 2 --T 2 --batch-size 2 --fused false",
+}
+SHAPES = {"cifar10": (3, 16, 16), "imagenet": (3, 32, 32), "dvs128-gesture": (2, 2, 32, 32)}
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    """Makes a Trainer of a RECIPE and some batches, with the optimizer and the scaler of a GPU."""
+    return lambda name, *words: make_trainer(monkeypatch, tmp_path, name, words)
+
+
+def make_trainer(monkeypatch, tmp_path, name, words):
+    torch.manual_seed(3)
+    folder = load(name)
+    options, data = folder.options, folder.data
+    cfg, _, given = folder.config.load_config(
+        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*RECIPES[name].split(), *words]
+    )
+    size, classes = cfg.batch_size, getattr(cfg, "nb_classes", None) or cfg.num_classes
+    soft = name == "dvs128-gesture" or data.mixes(cfg)
+    targets = torch.full((size, classes), 1 / classes) if soft else torch.arange(size) % classes
+
+    class Batches(list):
+        classes, loader = ["one"], SimpleNamespace(fault=None)
+
+    monkeypatch.setattr(data, "build_dataset", lambda cfg, *_, **__: Batches(range(4 * size)))
+    batches = Batches((torch.rand(size, *SHAPES[name]), targets) for _ in range(4))
+    monkeypatch.setattr(data, "train_loader", lambda *_: batches)
+    scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=16.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
+    ranks = folder.ranks.Ranks("cpu")
+    if name == "imagenet":
+        run = folder.train.Trainer(
+            cfg, given, ranks, tmp_path, *folder.build.load_model(cfg, ranks)
+        )
+    else:
+        run = folder.train.Trainer(cfg, given, ranks, tmp_path, None, None, False)
+    run.optimizer._step_supports_amp_scaling = True
+    for group in run.optimizer.param_groups:
+        group["fused"] = True
+    return run

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, load
-from on_graphs import FORBIDDEN, name_of
+from on_graphs import FORBIDDEN, RECIPES, name_of
 from test_bench import bench
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,14 +192,6 @@ def test_many_rows_on_gpu(dtype):
 
 # The whole step -----------------------------------------------------------------------------------
 
-RECIPES = {
-    "cifar10": "-c quickstart.yml --dim 16 --num-heads 2 --reprob 1 --clip-grad 1 --model-ema true",
-    "imagenet": "--model MSQKFormer_10_384 --layer 4 --dim 32 --num_heads 2 --input_size 32 "
-    "--batch_size 2 --accum_iter 2 --clip_grad 1 --model_ema true --loss tet --drop_path 0.5",
-    "dvs128-gesture": "--dim 32 --num-heads 2 --T 2 --batch-size 2 --fused false",
-}
-SHAPES = {"cifar10": (3, 16, 16), "imagenet": (3, 32, 32), "dvs128-gesture": (2, 2, 32, 32)}
-
 
 class Waits(TorchDispatchMode):
     """The functions of ours in which the host asks for a tensor's values, or makes it of numbers."""
@@ -221,51 +213,18 @@ class Waits(TorchDispatchMode):
         self.functions.add(ours[-1])
 
 
-@pytest.fixture
-def trainer(request, monkeypatch, tmp_path):
-    """A Trainer of some batches, with the optimizer and the scaler that it has on a GPU."""
-    name = request.param
-    folder = load(name)
-    options, data = folder.options, folder.data
-    cfg, _, given = folder.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, RECIPES[name].split()
-    )
-    size, classes = cfg.batch_size, getattr(cfg, "nb_classes", None) or cfg.num_classes
-    soft = name == "dvs128-gesture" or data.mixes(cfg)
-    targets = torch.full((size, classes), 1 / classes) if soft else torch.arange(size) % classes
-
-    class Batches(list):
-        classes, loader = ["one"], SimpleNamespace(fault=None)
-
-    monkeypatch.setattr(data, "build_dataset", lambda cfg, *_, **__: Batches(range(4 * size)))
-    batches = Batches((torch.rand(size, *SHAPES[name]), targets) for _ in range(4))
-    monkeypatch.setattr(data, "train_loader", lambda *_: batches)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    ranks = folder.ranks.Ranks("cpu")
-    if name == "imagenet":
-        run = folder.train.Trainer(
-            cfg, given, ranks, tmp_path, *folder.build.load_model(cfg, ranks)
-        )
-    else:
-        run = folder.train.Trainer(cfg, given, ranks, tmp_path, None, None, False)
-    run.optimizer._step_supports_amp_scaling = True
-    for group in run.optimizer.param_groups:
-        group["fused"] = True
-    return run
-
-
-@pytest.mark.parametrize("trainer", RECIPES, indirect=True)
-def test_a_step_waits_for_nothing(trainer, monkeypatch):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_waits_for_nothing(name, trainer, monkeypatch):
     """Only the meter asks, a step late, and check_weights, once an epoch."""
+    run = trainer(name)
     with Waits() as waits:
         for method in ("tolist", "cpu", "numpy", "__bool__", "__float__"):
             known = getattr(torch.Tensor, method)
             monkeypatch.setattr(torch.Tensor, method, lambda *a, f=known: (waits.note(), f(*a))[1])
-        before = [p.detach().clone() for p in trainer.model.parameters()]
-        trainer.train_epoch()
-    assert trainer.meter.steps == trainer.steps and waits.functions == {"_read", "check_weights"}
-    changed = [not torch.equal(*p) for p in zip(before, trainer.model.parameters(), strict=True)]
+        before = [p.detach().clone() for p in run.model.parameters()]
+        run.train_epoch()
+    assert run.meter.steps == run.steps and waits.functions == {"_read", "check_weights"}
+    changed = [not torch.equal(*p) for p in zip(before, run.model.parameters(), strict=True)]
     assert any(changed)
 
 

@@ -203,6 +203,22 @@ def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
     assert len(cuda.graphs) == 2 + 2 + 1  # a step, a test of two models, test.py
 
 
+@pytest.mark.parametrize("name", ["imagenet", "dvs128-gesture"])
+def test_trainers_of_other_data_sets(cuda, trainer, monkeypatch, name):
+    """On ImageNet with accumulated gradients, clipping, averaged weights, tet and drop_path."""
+    monkeypatch.setattr(load(name).graph, "obstacle", lambda *_: None)
+    found = []
+    for on in ("false", "true"):
+        run = trainer(name, "--cuda_graph", on)
+        torch.manual_seed(0)
+        run.train_epoch()
+        averaged = run.ema.module.state_dict() if run.ema else {}
+        weights = [*run.model.state_dict().values(), *averaged.values()]
+        found.append([*weights, torch.tensor(run.meter.total)])
+        assert len(cuda.graphs) == 2 * (on == "true")
+    check_equal(*found)
+
+
 # On a GPU -----------------------------------------------------------------------------------------
 
 
