@@ -2,7 +2,6 @@
 fits its kernel, every gradient its parameter, and nothing is transposed on the way.
 """
 
-import re
 import sys
 from collections import Counter
 
@@ -93,6 +92,23 @@ def test_every_trace(case):
     check_trace(case)
 
 
+@pytest.mark.parametrize("stages", [(), (1, 3)])
+def test_backward_is_that_of_autograd(stages):
+    """fakecuda.backward on real tensors: to the bit the gradients of PyTorch's engine."""
+    torch.manual_seed(0)
+    model = load("cifar10").model.QKFormer(**SMALL, checkpoint_stages=stages).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    gradients = []
+    for backward in (torch.Tensor.backward, fakecuda.backward):
+        model.zero_grad()
+        for _ in range(2):  # which add up
+            backward(model(x).square().sum())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+    assert sum(grad.abs().sum() > 0 for grad in gradients[0]) > len(gradients[0]) / 2
+
+
 def check_trace(case):
     model, gradients, trained, evaluated = trace(case)
     for name, parameter in model.named_parameters():
@@ -130,29 +146,9 @@ TENSORS = {
 }
 
 
-def signature(launch):
-    """[(type, name, is a pointer), ...] of the kernel's parameters, typedefs and -D resolved."""
-    name, _, template = launch.name.partition("<")
-    entry = rf"(?:ENTRY|__global__)\s+(?:void\s+)?{name}\(([^)]*)\)\s*\{{"
-    (parameters,) = re.findall(entry, launch.module.code)
-    known = dict(re.findall(r"typedef ([\w ]+) (\w+);", launch.module.code))
-    known = {short: long for long, short in known.items()} | launch.module.defines
-    if template:  # its first argument
-        known["scalar_t"] = template.strip(">").split(",")[0]
-    found = []
-    for parameter in parameters.split(","):
-        words = parameter.replace("const ", "").replace("__restrict__ ", "")
-        kind, parameter_name = re.fullmatch(r"\s*([\w ]+?\*?)\s+(\w+)\s*", words).groups()
-        plain = kind.rstrip("*")
-        while plain in known:
-            plain = known[plain]
-        found.append((plain, parameter_name, kind.endswith("*")))
-    return found
-
-
 def check_launch(launch):
     """The kernel exists, takes these arguments, and CUDA takes the grid, which is large enough."""
-    parameters = signature(launch)
+    parameters = fakecuda.signature(launch)
     assert len(parameters) == len(launch.args), launch.name
     values = {}
     for (kind, name, pointer), value in zip(parameters, launch.args, strict=True):
@@ -250,7 +246,7 @@ def transposed(events, model):
         name = getattr(getattr(event, "operator", None), "__name__", "")
         if not name.startswith(("clone", "copy_", "_to_copy")):
             continue
-        source, result = event.inputs[-1], event.outputs[0]
+        source, result = event.args[-1 if name.startswith("copy_") else 0], event.result
         if result.dim() >= 4 and tuple(result.shape) not in weights and result.numel() > 1:
             if order(source) != order(result):
                 yield name, tuple(result.shape), source.stride(), result.stride()

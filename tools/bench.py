@@ -35,6 +35,7 @@ import time
 import warnings
 from pathlib import Path
 
+import predict
 import torch
 import traffic
 from spikingjelly.activation_based import functional
@@ -297,6 +298,11 @@ def main():
         action="store_true",
         help="no timing: bytes moved and saved, by parts of the model",
     )
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="no timing: a step on a GPU that is not there, by parts; by default of 32 images",
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
@@ -312,12 +318,14 @@ def main():
     }
     print("; ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     rows = []
-    for name, batch, T, size in configurations(arguments, device.type == "cuda"):
-        if arguments.bytes:
-            found = traffic.table(
-                name, import_models(name), make_input(name, batch, T, size, "cpu"), T
-            )
-            traffic.print_table(found)
+    for name, batch, T, size in configurations(
+        arguments, device.type == "cuda" or arguments.predict
+    ):
+        if arguments.bytes or arguments.predict:
+            way = predict if arguments.predict else traffic
+            x = make_input(name, batch, T, size, "cpu")
+            found = way.table(name, import_models(name), x, T)
+            way.print_table(found)
             rows += found
             continue
         try:

@@ -18,12 +18,13 @@ import itertools
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 
 class Pointer(int):
@@ -40,14 +41,35 @@ class Launch(NamedTuple):
     args: tuple
 
 
+def signature(launch):
+    """[(type, name, whether it is a pointer), ...] of the kernel's parameters, as the source has
+    them; typedefs, -D and the template's type are resolved.
+    """
+    name, _, template = launch.name.partition("<")
+    entry = rf"(?:ENTRY|__global__)\s+(?:void\s+)?{name}\(([^)]*)\)\s*\{{"
+    (parameters,) = re.findall(entry, launch.module.code)
+    typedefs = re.findall(r"typedef ([\w ]+) (\w+);", launch.module.code)
+    known = {short: long for long, short in typedefs} | launch.module.defines
+    if template:
+        known["scalar_t"] = template.strip(">").split(",")[0]
+    found = []
+    for parameter in parameters.split(","):
+        words = parameter.replace("const ", "").replace("__restrict__ ", "")
+        kind, own_name = re.fullmatch(r"\s*([\w ]+?\*?)\s+(\w+)\s*", words).groups()
+        plain = kind.rstrip("*")
+        while plain in known:
+            plain = known[plain]
+        found.append((plain, own_name, kind.endswith("*")))
+    return found
+
+
 class Operation(NamedTuple):
-    """An operator of PyTorch that ran: its tensors before and after, and how it is called."""
+    """An operator of PyTorch that ran."""
 
     operator: object
-    inputs: list
-    outputs: list
     args: tuple
     kwargs: dict
+    result: object
 
 
 class Module:
@@ -91,8 +113,7 @@ class Fake(FakeTensorMode):
             result = self.answer(operator, types, args, kwargs or {})
         finally:
             self.within = False
-        tensors = ([x for x in tree_leaves(xs) if torch.is_tensor(x)] for xs in (args, result))
-        self.events.append(Operation(operator, *tensors, args, kwargs or {}))
+        self.events.append(Operation(operator, args, kwargs or {}, result))
         return result
 
     def answer(self, operator, types, args, kwargs):
@@ -134,11 +155,26 @@ def composed(operator):
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
 
-class Machine(contextlib.ExitStack):
-    """Context in which tensors are fake, and a folder's modules find a GPU with CuPy."""
+class Nothing:
+    """In the place of CuPy's devices and streams, which are contexts."""
 
-    def __init__(self, modules):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+class Machine(contextlib.ExitStack):
+    """Context in which a folder's modules find a GPU with CuPy; its tensors are fake.
+
+    With fake=False tensors are those of the CPU, and say that they are a GPU's: everything happens
+    that a launch needs of Python.
+    """
+
+    def __init__(self, modules, fake=True):
         super().__init__()
+        self.fake = fake
         self.modules, self.events, self.pointers = [*modules], [], {}
         self.mode = Fake(self.events)
 
@@ -152,17 +188,23 @@ class Machine(contextlib.ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        module = functools.partial(Module, self)
-        self.enter_context(mock.patch.dict(sys.modules, cupy=mock.MagicMock(RawModule=module)))
-        stream = mock.sentinel.stream
-        self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.point(tensor)))
-        self.patch(torch.cuda, "current_stream", lambda device=None: stream)
+        cuda = SimpleNamespace(
+            Device=lambda index: Nothing(),
+            Stream=SimpleNamespace(from_external=lambda stream: Nothing()),
+        )
+        cupy = SimpleNamespace(cuda=cuda, RawModule=functools.partial(Module, self))
+        self.enter_context(mock.patch.dict(sys.modules, cupy=cupy))
+        self.patch(torch.cuda, "current_stream", lambda device=None: mock.sentinel.stream)
         self.patch(torch.cuda, "is_bf16_supported", lambda *args: True)
         self.patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        self.patch(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        self.patch(torch.cuda, "device", lambda device: Nothing())
         for module, name, value in [*self.replacements()]:
             self.patch(module, name, value)
-        self.enter_context(self.mode)
+        if self.fake:
+            self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.point(tensor)))
+            self.enter_context(self.mode)
+        else:
+            self.patch(torch.Tensor, "is_cuda", True)
         return self
 
     def point(self, tensor):
@@ -215,13 +257,16 @@ class Machine(contextlib.ExitStack):
 
 
 @torch.no_grad()
-def backward(loss):
-    """loss.backward() for a scalar; parameters get their gradients by PyTorch's own nodes."""
+def backward(out, grad=None):
+    """out.backward(grad); parameters get their gradients by PyTorch's own nodes."""
+    grad = torch.ones_like(out) if grad is None else grad
     with mock.patch.object(torch._C, "_current_graph_task_id", lambda: 0):  # checkpoint asks
-        walk(loss.grad_fn, torch.ones_like(loss))
+        places = [None] * len(out.grad_fn._input_metadata)
+        places[out.output_nr] = grad
+        walk(out.grad_fn, places)
 
 
-def walk(root, grad):
+def walk(root, places):
     users, found = {root: 0}, [root]
     while found:
         for node, _ in found.pop().next_functions:
@@ -230,7 +275,7 @@ def walk(root, grad):
                     users[node] = 0
                     found.append(node)
                 users[node] += 1
-    grads, ready = {root: [grad]}, [root]
+    grads, ready = {root: places}, [root]
     while ready:
         node = ready.pop()
         results = call(node, grads.pop(node))
@@ -249,6 +294,12 @@ def walk(root, grad):
 
 def call(node, grads):
     """Gradients for node.next_functions."""
+    parameter = getattr(node, "variable", None)  # of a node that keeps a parameter's gradient
+    if parameter is not None and parameter.grad is None:
+        (grad,) = grads
+        if grad.stride() == parameter.stride():  # the engine then takes it without a copy
+            parameter.grad = grad
+            return ()
     own = isinstance(
         node, torch.autograd.function.BackwardCFunction
     )  # of a torch.autograd.Function

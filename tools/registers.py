@@ -6,9 +6,9 @@ Usage:
 
 The kernels are those that a training step and an evaluation of cifar10/ launch (fakecuda.py), with
 the options that they are compiled with there. No GPU is needed. Instructions are those of the
-compiled code up to its last exit: what comes behind it are the slow cases of divisions. Divided by
-the values that a thread takes at once, T steps of each of its channels (lanes), they are an upper
-bound of what a value costs.
+compiled code up to its last exit: what comes behind it are the slow cases of divisions. The last
+column is the longest loop that reads memory, which is that over rows, divided by the values that
+a pass of it takes: T steps of each of a thread's channels (lanes).
 """
 
 import argparse
@@ -25,7 +25,8 @@ import torch
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-EXIT = 0x94D  # the operation in the lowest 12 bits of an instruction's 16 bytes, since sm_70
+# Operations, in the lowest 12 bits of an instruction's 16 bytes, from sm_75 to sm_120.
+EXIT, BRANCH, LOAD = 0x94D, 0x947, 0x981
 
 
 class Code(NamedTuple):
@@ -35,6 +36,7 @@ class Code(NamedTuple):
     stack: int
     spills: int
     instructions: int
+    loop: int
 
 
 @functools.cache
@@ -69,13 +71,15 @@ def compiled(source, options, names, arch):
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         ).groups()
         registers = re.search(r"Used (\d+) registers", part)[1]
-        code = Code(int(registers), int(stack), int(stores) + int(loads), sizes[kernel])
+        code = Code(int(registers), int(stack), int(stores) + int(loads), *sizes[kernel])
         found[known.get(kernel, kernel)] = code
     return found
 
 
 def instructions(cubin):
-    """{kernel: number of its instructions up to its last exit}, of an ELF file."""
+    """{kernel: (its instructions up to its last exit, those of its longest loop that
+    reads memory)}, of an ELF file.
+    """
     start, count, strings = (
         struct.unpack_from("<Q", cubin, 40)[0],
         struct.unpack_from("<H", cubin, 60)[0],
@@ -88,16 +92,28 @@ def instructions(cubin):
         text = cubin[table + name : cubin.index(b"\0", table + name)].decode()
         if text.startswith(".text."):
             words = struct.unpack_from(f"<{size // 8}Q", cubin, offset)[::2]
-            exits = [i for i, word in enumerate(words) if word & 0xFFF == EXIT]
-            found[text.removeprefix(".text.")] = exits[-1] + 1
+            operations = [word & 0xFFF for word in words]
+            end = max(i for i, operation in enumerate(operations) if operation == EXIT) + 1
+            loops = [0]
+            for i in range(end):
+                first = i + 1 + jump(words[i])
+                if operations[i] == BRANCH and LOAD in operations[first : i + 1]:
+                    loops.append(i + 1 - first)
+            found[text.removeprefix(".text.")] = end, max(loops)
     return found
 
 
-def values(launch):
-    """Of channels and time steps, those that a thread of a kernel with unrolled loops takes at
-    once; None where it loops.
+def jump(word):
+    """How many instructions a branch goes on, from the one behind it; negative: back."""
+    units = (word >> 34) << 8 | word >> 16 & 0xFF  # of 4 bytes, 38 bits with a sign
+    return (units - (1 << 38) if units >> 37 else units) // 4
+
+
+def at_once(launch):
+    """Values that a thread takes at once, all steps of its channels; None where it loops over
+    them, and of kernels that work on channels alone.
     """
-    if launch.name.startswith("lif_"):
+    if fakecuda.signature(launch)[0][1] != "rows":
         return None
     defines = launch.module.defines
     steps = int(defines.get("STEPS", 1)) if launch.name.startswith("fire") else 1
@@ -130,8 +146,8 @@ def table(archs, Ts, types):
                     code = compiled(module.code, module.options, module.names, arch)[name]
                     row = {"kernel": name.split("<")[0], "arch": arch, "dtype": dtype, "T": T}
                     row |= {"lanes": int(module.defines.get("LANES", 1)), **code._asdict()}
-                    at_once = values(one)
-                    yield row | {"per_value": at_once and code.instructions / at_once}
+                    values = at_once(one)
+                    yield row | {"per_value": values and code.loop / values}
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ neuron is one operator here as it is one kernel there: the release's reads its i
 spikes, membranes before and after the reset; ours writes spikes and recomputes the membranes.
 """
 
+import functools
 import sys
 
 import torch
@@ -58,30 +59,28 @@ class Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        name = operator.name()
-        view = any(
-            r.alias_info is not None and not r.alias_info.is_write for r in operator._schema.returns
-        )
-        if not view and not name.startswith(
-            ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")
-        ):
-            twice = (
-                args
-                if name in ("aten::native_batch_norm", "aten::native_batch_norm_backward")
-                else ()
-            )
-            tensors = tree_leaves((args, kwargs, result, twice))
-            if not operator._schema.returns:  # it writes to arguments
-                places = zip(operator._schema.arguments, args, strict=False)
-                tensors += [
-                    arg
-                    for place, arg in places
-                    if place.alias_info is not None and place.alias_info.is_write
-                ]
-            self.total += sum(
-                size(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)
-            )
+        self.total += moved(operator, args, kwargs, result)
         return result
+
+
+def moved(operator, args, kwargs, result):
+    """Bytes that a call of an operator reads and writes; 0 where it only makes a view or claims
+    memory.
+    """
+    name, schema = operator.name(), operator._schema
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+        return 0
+    if name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")):
+        return 0
+    twice = args if name in ("aten::native_batch_norm", "aten::native_batch_norm_backward") else ()
+    tensors = tree_leaves((args, kwargs, result, twice))
+    if not schema.returns:  # it writes to arguments
+        tensors += [
+            arg
+            for place, arg in zip(schema.arguments, args, strict=False)
+            if place.alias_info is not None and place.alias_info.is_write
+        ]
+    return sum(size(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 def size(tensor):
@@ -105,6 +104,16 @@ def neuron(
 @torch.library.custom_op("qkformer_bench::neuron_backward", mutates_args=())
 def neuron_backward(grad: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return grad + 0 * kept  # a gradient's size; its value is not looked at
+
+
+@neuron.register_fake
+def _(x, tau, v_threshold, membranes):
+    return tuple(torch.empty_like(x) if i == 0 or membranes else x.new_empty(0) for i in range(3))
+
+
+@neuron_backward.register_fake
+def _(grad, kept):
+    return torch.empty_like(grad)
 
 
 def _setup_context(ctx, inputs, output):
@@ -134,10 +143,8 @@ def parts(model):
                 yield f"{name} MLP", block.mlp
 
 
-def count(model, x, spikes):
-    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind; `spikes`
-    is the module.
-    """
+def inputs_of(model, x, spikes):
+    """{part: (what it gets when the model runs on x, the largest value that is marked)}."""
     inputs, hooks = {}, []
 
     def record(module, args):
@@ -145,10 +152,27 @@ def count(model, x, spikes):
 
     for _, module in parts(model):
         hooks.append(module.register_forward_pre_hook(record))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.train()(x)
+    model(x)
     for hook in hooks:
         hook.remove()
+    return inputs
+
+
+def stand_in(model, neurons, spikes, function, names=""):
+    """Neurons, those whose names end so, are function(x, tau, v_threshold)."""
+    for name, node in model.named_modules():
+        if isinstance(node, neurons) and name.endswith(names):
+            node.multi_step_forward = lambda x, node=node: spikes.mark(
+                function(x, node.tau, node.v_threshold)[0]
+            )
+
+
+def count(model, x, spikes):
+    """{kind: [MB moved, MB saved]} of a training step, summed over the parts of that kind; `spikes`
+    is the module.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inputs = inputs_of(model.train(), x, spikes)
     totals = {}
     for kind, module in parts(model):
         value, known = inputs[module]
@@ -175,17 +199,10 @@ def table(name, models, x, T):
         torch.manual_seed(0)
         model = entry(T=T, fused=path == "fast")
         membranes = path == "release-like"
-        for key, node in model.named_modules():
-            # A layer that is to run fused must keep its neuron as it is.
-            if isinstance(node, models.MultiStepLIF) and (membranes or key.endswith("attn_lif")):
-                arguments = {
-                    "tau": node.tau,
-                    "v_threshold": node.v_threshold,
-                    "membranes": membranes,
-                }
-                node.multi_step_forward = lambda x, arguments=arguments: spikes.mark(
-                    neuron(x, **arguments)[0]
-                )
+        # A layer that is to run fused must keep its neuron as it is.
+        names = "" if membranes else "attn_lif"
+        function = functools.partial(neuron, membranes=membranes)
+        stand_in(model, models.MultiStepLIF, spikes, function, names)
         for kind, (moved, saved) in count(model, x, spikes).items():
             row = {
                 "model": name,
