@@ -127,7 +127,8 @@ def settings(conv, bn, lif):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
     tau = lif.tau if lif.kind == "lif" else None  # PLIF's differ, and are tensors
-    return *shape, bn.training, bn.eps, lif.kind, tau, lif.v_threshold, lif.alpha, lif.backend
+    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.backend, lif.byte_spikes
+    return *shape, bn.training, bn.eps, *neuron
 
 
 def autocast(x):

@@ -21,8 +21,9 @@ def fire(x, lif):
         return lif(x)
     T, x = len(x), x[:1] if x.stride(0) == 0 else x
     neuron = Neuron(*fused.charge_of(lif), lif.v_threshold, lif.alpha)
-    spikes, small = Fire.apply(x, rates_of(lif, x, x.shape[2]), T, neuron, wants_bytes())
-    return mark(spikes, 1, small)
+    wanted = lif.byte_spikes and wants_bytes()
+    spikes, small = Fire.apply(x, rates_of(lif, x, x.shape[2]), T, neuron, wanted)
+    return mark(spikes, 1, small) if lif.byte_spikes else spikes
 
 
 def can_fire(x, lif):

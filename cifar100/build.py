@@ -189,6 +189,7 @@ def build_model(cfg, cross_sample_lif, ranks):
             surrogate_alpha=cfg.surrogate_alpha,
             backend=cfg.backend,
             fused=cfg.fused,
+            byte_spikes=cfg.byte_spikes,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None

@@ -112,7 +112,7 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         if lif.kind == "plif":
             pairs = zip(bns, lifs, strict=True)
             rates = join(rates_of(lif, x, bn.num_features) for bn, lif in pairs)
-    small = fires and wants_bytes()
+    small = fires and lif.byte_spikes and wants_bytes()
     options = Options(T, T // len(x), stride, padding, bn.eps, pool, neuron, small)
     if bn.training:
         bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
@@ -120,7 +120,7 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         out, norm, small = ConvBNLIF.apply(*args)
         update_statistics(convs, bns, norm, sign)
         if fires:
-            return mark(out, 1, small)
+            return mark(out, 1, small) if lif.byte_spikes else out
     else:
         y = convolve(x, weight, options)
         affine = running_affine(y, convs, bns, sign)

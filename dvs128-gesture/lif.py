@@ -40,6 +40,8 @@ class MultiStep:
             spikingjelly there, torch on any other device and in float64.
         fused: whether the layer that ends in this neuron may run fused, see layer.py. Default True.
         alpha: slope of the surrogate gradient, > 0. Default 4.0.
+        byte_spikes: whether the spikes may wait for the backward pass as bytes, see spikes.py.
+            Default True.
 
     Attributes of the node may be set afterwards. With v_reset, detach_reset or decay_input other
     than above, a surrogate_function that is no sigmoid, or store_v_seq, spikingjelly's functional
@@ -49,7 +51,15 @@ class MultiStep:
     cupy is asked for and can't run.
     """
 
-    def __init__(self, tau=2.0, v_threshold=1.0, backend="auto", fused=True, alpha=ALPHA):
+    def __init__(
+        self,
+        tau=2.0,
+        v_threshold=1.0,
+        backend="auto",
+        fused=True,
+        alpha=ALPHA,
+        byte_spikes=True,
+    ):
         if tau <= 1.0:
             raise ValueError(f"tau is {tau}; it must be larger than 1")
         for name, value in (("v_threshold", v_threshold), ("alpha", alpha)):
@@ -67,6 +77,7 @@ class MultiStep:
         )
         self.backend = backend
         self.fused = fused
+        self.byte_spikes = byte_spikes
 
     def supported_step_mode(self):
         return ("m",)
@@ -99,7 +110,8 @@ class MultiStep:
             if traced():
                 return traced_lif(x_seq, *self.constants())
             backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
-            return mark(IMPLEMENTATIONS[backend](x_seq, *self.constants()))
+            spikes = IMPLEMENTATIONS[backend](x_seq, *self.constants())
+            return mark(spikes) if self.byte_spikes else spikes
         if type(self.v) is not float or self.v not in (0.0, self.v_reset):
             raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
         spikes, self.v_seq = spikingjelly_lif(x_seq, *self.constants(), node=self)
@@ -139,7 +151,13 @@ NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
 
 
 def neuron_maker(
-    neuron="lif", tau=2.0, v_threshold=1.0, surrogate_alpha=ALPHA, backend="auto", fused=True
+    neuron="lif",
+    tau=2.0,
+    v_threshold=1.0,
+    surrogate_alpha=ALPHA,
+    backend="auto",
+    fused=True,
+    byte_spikes=True,
 ):
     """What makes a model's neurons, called with no argument.
 
@@ -151,7 +169,7 @@ def neuron_maker(
         raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(NEURONS)}")
     if neuron == "if" and tau != 2.0:
         raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    return partial(kind, tau, v_threshold, backend, fused, surrogate_alpha)
+    return partial(kind, tau, v_threshold, backend, fused, surrogate_alpha, byte_spikes)
 
 
 @torch.compiler.assume_constant_result

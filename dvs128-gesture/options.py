@@ -38,6 +38,8 @@ MODEL = {
     "backend": Key(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "byte_spikes": TrainKey(bool, True, "spikes wait for the backward pass as bytes; false takes "
+        "more memory and, on a GPU, less time"),
     "compile": Key(bool, False, "the model goes through torch.compile"),
     "cuda_graph": Key(bool, False, "a GPU gets all kernels of a pass in one call; several ranks "
         "train without"),

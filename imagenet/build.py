@@ -208,6 +208,7 @@ def build_model(cfg, cross_sample_lif, ranks):
             surrogate_alpha=cfg.surrogate_alpha,
             backend=cfg.backend,
             fused=cfg.fused,
+            byte_spikes=cfg.byte_spikes,
             **{name: value for name, value in own.items() if value is not None},
         )
     except (ValueError, RuntimeError) as error:

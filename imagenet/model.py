@@ -233,7 +233,7 @@ class HST(Classifier):
         cross_sample_lif: see SpikingSelfAttention.
         checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
-            fused: see neuron_maker and MultiStep in lif.py.
+            fused, byte_spikes: see neuron_maker and MultiStep in lif.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """

@@ -88,12 +88,10 @@ def test_cuda_side(cuda_on_host, kind, tau, alpha):
 
 @compiled
 @pytest.mark.parametrize("kind", lif.NEURONS)
-def test_model(kind, monkeypatch):
+def test_model(kind):
     """A whole model in float32: the same spikes and losses, and PLIF's time constants learn."""
-    node = lif.NEURONS[kind]
-    monkeypatch.setattr(cifar10.model, "MultiStepLIF", node)
     torch.manual_seed(0)
-    model = cifar10.model.QKFormer(embed_dims=32, num_heads=2, depths=3, T=3).train()
+    model = cifar10.model.QKFormer(3, neuron=kind, embed_dims=32, num_heads=2, depths=3).train()
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, lif.MultiStep):

@@ -97,3 +97,38 @@ def test_product(operator, scale):
         results.append((out, a.grad, b.grad))
     for ours, want in zip(*results, strict=True):
         torch.testing.assert_close(ours, want, rtol=0, atol=1e-12)
+
+
+def test_bytes_of_the_kernel_that_fired():
+    """A view of a fused layer's spikes is saved as a view of the bytes that its kernel wrote."""
+    torch.manual_seed(0)
+    modules = [torch.nn.Conv2d(3, 24, 1), torch.nn.BatchNorm2d(24), lif.MultiStepLIF()]
+    y = layer.conv_bn_lif(torch.randn(4, 2, 3, 5, 6), *modules)
+    known = y.spikes[2]
+    assert known.dtype == torch.uint8 and torch.equal(known.to(y.dtype), y) and 0 < y.mean() < 1
+    for view in (y, y.movedim(2, -1)[..., 5:12], y.flatten(0, 1)[3:], y.unflatten(2, (4, 6))):
+        small = spikes.save(view)
+        assert torch.equal(small.to(view.dtype), view)
+        assert small.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
+    y.mul_(0.5)
+    assert spikes.save(y) is y
+
+
+@pytest.mark.parametrize("file", ["model", "ms"])
+def test_byte_spikes_false(file):
+    """No tensor is saved as bytes, and all gradients are the same to the bit."""
+    kind = getattr(cifar10, file)
+    found = []
+    for byte_spikes in (True, False):
+        torch.manual_seed(0)
+        options = {"embed_dims": 32, "num_heads": 2, "depths": 3}
+        build = kind.MSQKFormer if file == "ms" else kind.QKFormer
+        model = build(byte_spikes=byte_spikes, **options).train()
+        types = []
+        pack = lambda x, types=types: types.append(x.dtype) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(torch.rand(2, 3, 16, 16)).square().sum()
+        loss.backward()
+        assert (torch.uint8 in types) == byte_spikes
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
