@@ -140,7 +140,7 @@ def read_shapes(weights, path, recorded):
         "dim": net.dim,
         "mlp_ratio": ratio,
         "attention": kinds,
-        "neuron": "plif" if net.learns_tau else recorded["neuron"],
+        "neuron": "plif" if net.learns_tau else recorded.get("neuron", "lif"),
         **classes,
     }
 

@@ -229,7 +229,8 @@ def test_test_py_uses_what_its_help_shows(tmp_path, monkeypatch):
     shown = {name for name, key in cifar10.options.KEYS.items() if "test" in key.scripts}
     assert shown - used == {"data_dir"}  # the digits come without a folder
     # What the functions that build model and transforms are handed, and use in training.
-    assert used - shown <= {"drop_path", "checkpoint_stages", *cifar10.options.AUGMENTATION}
+    train = {"drop_path", "checkpoint_stages", "surrogate_alpha", "byte_spikes"}
+    assert used - shown <= {*train, *cifar10.options.AUGMENTATION}
 
 
 def test_cross_sample_lif_as_a_truth_value(tmp_path):
