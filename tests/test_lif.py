@@ -255,7 +255,8 @@ def test_broadcast_input_is_not_copied(host):
     torch.testing.assert_close(ours, image.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_operators_are_registered_right(host):
+def test_operators_are_registered_right(host, monkeypatch):
+    importable(monkeypatch, load("cifar10"), "lif", "lif_cuda")
     x = torch.randn(4, 3, 5, requires_grad=True)
     for kind in lif.NEURONS:
         rate = torch.tensor(0.3, requires_grad=True) if kind == "plif" else None
