@@ -107,7 +107,10 @@ class Graph:
             if self.parameters:
                 self.grad = torch.zeros_like(logits)
                 with capturing(self.backward, self.forward.pool()):
-                    self.grads = self.gradients(logits, self.grad)
+                    grads = self.gradients(logits, self.grad)
+                pairs = zip(self.parameters, grads, strict=True)
+                used = [(parameter, grad) for parameter, grad in pairs if grad is not None]
+                self.parameters, self.grads = zip(*used, strict=True)
             self.logits = logits.detach()  # without the nodes, which are of the capture's stream
 
     def warm_up(self):
@@ -138,7 +141,9 @@ class Replay(torch.autograd.Function):
         graph.backward.replay()
         # Autograd would make the graph's own tensors the parameters' gradients, and with accum_iter
         # the next replay would overwrite what is being summed.
-        return None, None, *(None if g is None else g.clone() for g in graph.grads)
+        copies = [torch.empty_like(grad) for grad in graph.grads]
+        torch._foreach_copy_(copies, graph.grads)  # in a few kernels, not one each
+        return None, None, *copies
 
 
 def capturing(graph, pool=None):

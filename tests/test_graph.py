@@ -115,6 +115,21 @@ def test_a_backward_pass_belongs_to_the_last_forward_pass(cuda):
         first.sum().backward()
 
 
+class Idle(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.unused, self.frozen = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), False)
+
+
+def test_parameters_without_a_gradient(cuda):
+    model, x = Idle(3, 3), torch.ones(2, 3)
+    graph.Graph(model)(x).sum().backward()
+    assert (model.unused.grad, model.frozen.grad) == (None, None)
+    check_equal(
+        [model.weight.grad, model.bias.grad], [torch.full((3, 3), 2.0), torch.full((3,), 2.0)]
+    )
+
+
 class Asking(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
