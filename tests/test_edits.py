@@ -160,10 +160,10 @@ EDITS = {
                 "        self.reset_classifier(num_classes)",
             ),
             (
-                "        return x.flatten(3).mean(3)",
+                "        return x.movedim(2, 4)",
                 "        x = self.patch_embed4(x)\n"
                 "        x = torch.einsum('oc,tbchw->tbohw', self.lower.weight[..., 0], x)\n"
-                "        return x.flatten(3).mean(3)",
+                "        return x.movedim(2, 4)",
             ),
         ],
     ),

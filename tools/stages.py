@@ -17,7 +17,7 @@ from timing import ROOT, conftest
 
 GPU_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("lif", "fused", "layer", "fused_models", "gpu_steps", "graph")
+    for name in ("lif", "neurons", "fused", "layer", "fused_models", "gpu_steps", "graph")
 ]
 GOLDEN = {  # the folder, file and function of each
     "cifar10": ("cifar10", "model", "QKFormer"),
