@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load
-from on_graphs import FORBIDDEN, name_of
+from on_graphs import FORBIDDEN, name_of, tensors
 
 sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
@@ -127,8 +127,8 @@ def check_trace(case):
 def check_no_waits(events):
     """Nothing goes from the host to the GPU or back, as no CUDA graph allows it (graph.py)."""
     for operation in [event for event in events if hasattr(event, "operator")]:
-        tensors = operation.inputs + operation.outputs
-        assert len({tensor.device.type for tensor in tensors}) <= 1, operation
+        found = tensors(operation.args, operation.kwargs, operation.result)
+        assert len({tensor.device.type for tensor in found}) <= 1, operation
         assert name_of(operation.operator) not in FORBIDDEN, operation
 
 
