@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, load
 
 sys.path.insert(0, str(ROOT / "tools"))
+import checks
 import gpu
 import stages
 import timing
@@ -66,7 +67,7 @@ def test_kernels_leave_the_step_as_it_was(run, monkeypatch):
 def test_compiled_and_environment(run):
     line, rows = stages.compiled(run)
     assert rows[1]["error"] < 1e-5 and "differ by" in line
-    assert torch.__version__ in stages.environment(run)[0]
+    assert torch.__version__ in checks.environment(run)[0]
 
 
 def test_graphs(run, cuda, monkeypatch):

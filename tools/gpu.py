@@ -33,6 +33,7 @@ import sys
 import time
 from pathlib import Path
 
+import checks
 import stages
 import torch
 from timing import Run
@@ -55,7 +56,8 @@ NEEDS_GPU = ("graphs", "sanitizer")
 def one_stage(name, arguments):
     """In a process of its own: STAGE.json in --out."""
     run = Run(arguments)
-    line, rows = getattr(stages, name)(run)
+    stage = getattr(stages, name, None) or getattr(checks, name)
+    line, rows = stage(run)
     (run.out / f"{name}.json").write_text(
         json.dumps({"line": line, "rows": rows}, indent=1, default=str) + "\n"
     )
