@@ -326,4 +326,4 @@ def load(path, device="cpu"):
     )
     tested = load_tested(cfg, given, Ranks(cfg.device), Path(path))
     names = tested.classes if tested.classes or cfg.nb_classes != 1000 else data.class_names()
-    return tested.model.eval(), data.build_transform(cfg, train=False), names
+    return tested.model.eval(), data.input_transform(cfg), names

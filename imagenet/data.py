@@ -1,4 +1,4 @@
-"""Photographs in ImageNet's folder layout, through timm's transforms and mixup.
+"""Photographs in ImageNet's folder layout, through timm's transforms, random erasing and mixup.
 
     data_path/train/<class>/*.JPEG
     data_path/val/<class>/*.JPEG
@@ -18,6 +18,7 @@ from timm.data import (
     auto_augment,
     create_transform,
 )
+from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -26,7 +27,8 @@ import photos
 from batches import BatchLoader, test_batches, train_batches
 from config import UserError
 from images import BadImage, list_images, list_split, read_image
-from runtime import logger
+from pixels import Crop, Erasing, read_pixels
+from runtime import logger, seeded
 
 
 # Copied from cifar10/data.py
@@ -46,15 +48,16 @@ class Images(Dataset):
 
     Args:
         samples: [(path, number)].
-        transform: PIL image -> tensor.
+        read, transform: path -> image; image -> tensor.
         skip: whether a bad file is left out, with a line that names it; else it is a UserError.
         replace: whether the next good image takes the place of one left out, as in training; else
             its item is None.
         classes: their names.
     """
 
-    def __init__(self, samples, transform, skip, replace=False, classes=()):
-        self.samples, self.transform, self.classes = samples, transform, classes
+    def __init__(self, samples, read, transform, skip, replace=False, classes=()):
+        self.samples, self.read, self.transform = samples, read, transform
+        self.classes = classes
         self.skip, self.replace = skip, replace
 
     def __len__(self):
@@ -64,7 +67,7 @@ class Images(Dataset):
         for step in range(len(self) if self.replace else 1):
             path, number = self.samples[(index + step) % len(self)]
             try:
-                return self.transform(read_image(path)), number
+                return self.transform(self.read(path)), number
             except BadImage as error:
                 if not self.skip:
                     raise UserError(f"{error}; on_bad_image: skip leaves such files out") from None
@@ -75,9 +78,10 @@ class Images(Dataset):
 
 
 def build_transform(cfg, train):
-    """PIL image -> normalised tensor [3, input_size, input_size].
+    """image -> uint8 [3, input_size, input_size]; Loader normalises.
 
-    For training timm's random transform; for evaluation the centre.
+    For training timm's random transform of a uint8 image [3, H, W]; for evaluation the centre of a
+    PIL image.
     """
     size = cfg.input_size
     if not train:
@@ -87,25 +91,34 @@ def build_transform(cfg, train):
             [
                 transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(size),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+                transforms.PILToTensor(),
             ]
         )
     try:
-        return create_transform(
+        transform = create_transform(
             size,
             is_training=True,
+            use_prefetcher=True,
             color_jitter=cfg.color_jitter,
             auto_augment=cfg.aa,
             interpolation="bicubic",
-            re_prob=cfg.reprob,
-            re_mode=cfg.remode,
-            re_count=cfg.recount,
             mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"aa is {cfg.aa!r}, which timm does not take: {error}") from None
+    transform.transforms[0] = Crop(transform.transforms[0])
+    return transform
+
+
+def input_transform(cfg):
+    """PIL image -> the model's input in evaluation, [3, input_size, input_size], normalised."""
+    return transforms.Compose(
+        [
+            build_transform(cfg, False),
+            transforms.ConvertImageDtype(torch.float32),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
 
 
 def build_dataset(cfg, train, ranks):
@@ -119,7 +132,8 @@ def build_dataset(cfg, train, ranks):
             f"nb_classes is {cfg.nb_classes}, but {root} has {len(classes)} classes: "
             f"--nb_classes {len(classes)} takes them"
         )
-    return Images(samples, build_transform(cfg, train), cfg.on_bad_image == "skip", train, classes)
+    read, transform = read_pixels if train else read_image, build_transform(cfg, train)
+    return Images(samples, read, transform, cfg.on_bad_image == "skip", train, classes)
 
 
 def find_images(cfg):
@@ -130,7 +144,7 @@ def find_images(cfg):
     if not paths:
         raise UserError(f"{cfg.predict} holds no images ({', '.join(IMG_EXTENSIONS)})")
     samples = [(str(path), index) for index, path in enumerate(paths)]
-    return Images(samples, build_transform(cfg, False), cfg.on_bad_image == "skip")
+    return Images(samples, read_image, build_transform(cfg, False), cfg.on_bad_image == "skip")
 
 
 def class_names(classes=None):
@@ -155,48 +169,53 @@ def file_reader(cfg):
 
 
 class Loader:
-    """Images [B, 3, H, W] and targets of the given batches, on this rank's device."""
+    """Normalised images [B, 3, H, W] and targets of the given batches, on this rank's device.
 
-    def __init__(self, cfg, dataset, collate, batches, ranks):
-        self.device = ranks.device
-        self.layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    The next batch is sent there, normalised and erased while the model works on this one; on a GPU
+    by a stream of its own.
+    """
+
+    def __init__(self, cfg, dataset, collate, batches, ranks, train=False):
         pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
+        self.layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.loader = BatchLoader(dataset, collate, batches, cfg.num_workers, pin_memory)
+        self.prefetched = PrefetchLoader(self.loader, device=ranks.device)
+        # What is drawn here comes from other numbers than what the workers draw, below 2 ** 31.
+        self.seeds = [2**31 + seed for _, seed in batches]
+        if train and cfg.reprob > 0:
+            self.prefetched.random_erasing = Erasing(cfg, self.seeds, ranks.device)
+        self.mix = make_mixup(cfg) if train and mixes(cfg) else None
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        for batch in self.loader:
-            if batch is not None:
-                images, targets = batch
-                images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-                yield images, targets.to(self.device, non_blocking=True)
+        for seed, (images, targets) in zip(self.seeds, self.prefetched, strict=True):
+            if self.mix:
+                with seeded(seed):
+                    images, targets = self.mix(images, targets)
+            if len(images):
+                yield images.to(memory_format=self.layout), targets
 
 
 def collate_whole(items):
-    """Images and numbers of the items that are not None; None if there is no such item."""
+    """Images and numbers of the items that are not None; there may be none."""
     items = [item for item in items if item is not None]
-    return default_collate(items) if items else None
+    return default_collate(items) if items else (torch.empty(0, 3, 1, 1), torch.empty(0))
 
 
-class MixedCollate:
-    """Images and soft targets of a training batch, mixed."""
-
-    def __init__(self, cfg):
-        self.mixup = Mixup(
-            mixup_alpha=cfg.mixup,
-            cutmix_alpha=cfg.cutmix,
-            cutmix_minmax=cfg.cutmix_minmax,
-            prob=cfg.mixup_prob,
-            switch_prob=cfg.mixup_switch_prob,
-            mode=cfg.mixup_mode,
-            label_smoothing=cfg.smoothing,
-            num_classes=cfg.nb_classes,
-        )
-
-    def __call__(self, items):
-        return self.mixup(*default_collate(items))
+def make_mixup(cfg):
+    """timm's Mixup; it makes the targets soft."""
+    return Mixup(
+        mixup_alpha=cfg.mixup,
+        cutmix_alpha=cfg.cutmix,
+        cutmix_minmax=cfg.cutmix_minmax,
+        prob=cfg.mixup_prob,
+        switch_prob=cfg.mixup_switch_prob,
+        mode=cfg.mixup_mode,
+        label_smoothing=cfg.smoothing,
+        num_classes=cfg.nb_classes,
+    )
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks):
@@ -206,8 +225,8 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
     """
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
-    collate = MixedCollate(cfg) if mixes(cfg) else default_collate
-    return Loader(cfg, dataset, collate, batches[first_step * cfg.accum_iter : whole], ranks)
+    batches = batches[first_step * cfg.accum_iter : whole]
+    return Loader(cfg, dataset, default_collate, batches, ranks, train=True)
 
 
 def test_loader(cfg, dataset, ranks):

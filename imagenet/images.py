@@ -65,10 +65,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_image(path):
+def read_image(path, decode=lambda image, data: to_rgb(image)):
     """The RGB image in a file; BadImage if it can't be read or is not whole.
 
-    A JPEG has no checksums: changed bytes that still decode, to other pixels, can't be seen.
+    `decode` makes it of the opened PIL image and the file's bytes. A JPEG has no checksums: changed
+    bytes that still decode, to other pixels, can't be seen.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
@@ -77,8 +78,8 @@ def read_image(path):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":  # its checksums, which decoding leaves out
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
-        image = to_rgb(image)
         fault = jpeg_fault(data) if data.startswith(SOI) else None
+        image = None if fault else decode(image, data)
     except UnidentifiedImageError:
         fault = "unknown format"
     except Exception as error:  # damaged bytes can make a decoder fail in any way

@@ -273,8 +273,9 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
     trainer = imagenet.train.Trainer(
         cfg, imagenet.config.Given("", False, {}, {}), CPU, tmp_path, model, False
     )
-    plain = imagenet.data.build_transform(cfg, train=False)
-    trainer.train_set.transform = lambda image: plain(image).double()
+    trainer.train_set.read = imagenet.images.read_image
+    trainer.train_set.transform = imagenet.data.build_transform(cfg, train=False)
+    model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
     trainer.micro_steps = len(trainer.train_set) // trainer.micro_batch
     trainer.steps = len(trainer.train_set) // trainer.global_batch

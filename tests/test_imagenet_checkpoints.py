@@ -49,7 +49,7 @@ def test_released_checkpoint(tmp_path, photo_data):
         for block in stage:
             if hasattr(block, "attn"):
                 block.attn.cross_sample_lif = True
-    transform = imagenet.data.build_transform(resolve("--input_size", 32), train=False)
+    transform = imagenet.data.input_transform(resolve("--input_size", 32))
     with torch.no_grad():
         images = torch.stack([transform(Image.open(some / f"{number}.jpg")) for number in range(3)])
         probabilities = model(images).double().softmax(1)

@@ -24,19 +24,19 @@ def test_evaluation_transform(tmp_path):
         resized = np.asarray(image.resize((width, short), Image.BICUBIC)).transpose(2, 0, 1) / 255
         top, left = round((short - size) / 2), round((width - size) / 2)
         want = (resized[:, top : top + size, left : left + size] - mean) / std
-        have = imagenet.data.build_transform(resolve("--input_size", size), train=False)(image)
+        have = imagenet.data.input_transform(resolve("--input_size", size))(image)
         np.testing.assert_allclose(have.numpy(), want, atol=1e-5)
 
 
-def test_training_transform():
-    steps = imagenet.data.build_transform(resolve(), train=True).transforms
-    names = [type(step).__name__ for step in steps]
-    assert names[:3] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment"]
-    assert names[-2:] == ["Normalize", "RandomErasing"]
-    assert (steps[0].scale, steps[0].ratio) == ((0.08, 1.0), (3 / 4, 4 / 3)) and "bicubic" in str(
-        steps[0]
-    )
-    assert (steps[-1].probability, steps[-1].mode) == (0.25, "pixel")
+def test_training_transform(narrow):
+    crop, *others = imagenet.data.build_transform(resolve(), train=True).transforms
+    names = [type(step).__name__ for step in others]
+    assert names == ["RandomHorizontalFlip", "RandAugment", "MaybePILToTensor"]
+    assert (crop.crop.scale, crop.crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
+    cfg = resolve(*narrow, "--reprob", 0.25)
+    erasing = imagenet.data.train_loader(cfg, range(70), 0, 0, CPU).prefetched.random_erasing
+    assert (erasing.probability, erasing.mode, erasing.max_count) == (0.25, "pixel", 1)
+    assert imagenet.data.test_loader(cfg, range(70), CPU).prefetched.random_erasing is None
 
 
 @pytest.mark.parametrize("bits", [0, 1, 4])
@@ -62,7 +62,7 @@ def jpeg(image, **options):
 def test_whole_and_damaged_images(tmp_path):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (96, 80, 3), dtype=np.uint8))
     thumbnail = jpeg(image.resize((16, 16)))
-    plain, read = jpeg(image), imagenet.images.read_image
+    plain, read, read_pixels = jpeg(image), imagenet.images.read_image, imagenet.pixels.read_pixels
     path = tmp_path / "image"
     whole = [
         plain,
@@ -77,6 +77,7 @@ def test_whole_and_damaged_images(tmp_path):
         np.testing.assert_array_equal(
             np.asarray(read(path)), np.asarray(Image.open(path).convert("RGB"))
         )
+        np.testing.assert_array_equal(read_pixels(path).permute(1, 2, 0), read(path))
     middle = len(plain) // 2
     damaged = {
         plain[:-2] + b"\0\0": "not a whole image",
@@ -101,13 +102,11 @@ def test_whole_and_damaged_images(tmp_path):
         assert not content.startswith(plain[:2]) or imagenet.images.jpeg_fault(
             content
         )  # whatever the decoder takes
-        with pytest.raises(imagenet.images.BadImage) as caught:
-            read(path)
-        assert (
-            words in str(caught.value)
-            and str(path) in str(caught.value)
-            and "BytesIO" not in str(caught.value)
-        )
+        for reader in (read, read_pixels):
+            with pytest.raises(imagenet.images.BadImage) as caught:
+                reader(path)
+            text = str(caught.value)
+            assert words in text and str(path) in text and "BytesIO" not in text
 
 
 def test_mixup_and_workers(narrow):
@@ -159,7 +158,7 @@ def test_bad_images(tmp_path, lines, cut, narrow):
         loss = json.loads((tmp_path / "test-weights.json").read_text())["loss"]
         model = imagenet.build.build_model(resolve(*narrow), cross == "true", CPU)
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
-        transform = imagenet.data.build_transform(resolve(*narrow), train=False)
+        transform = imagenet.data.input_transform(resolve(*narrow))
         samples = [
             (p, c)
             for c, name in enumerate(photos.CLASSES)
@@ -189,6 +188,7 @@ def test_bad_training_image_is_replaced(tmp_path, narrow):
         )
     cfg = resolve(*args, "--on_bad_image", "skip")
     dataset = imagenet.data.build_dataset(cfg, True, CPU)
+    dataset.read = imagenet.images.read_image
     dataset.transform = imagenet.data.build_transform(cfg, train=False)
     batches = [
         list(imagenet.data.train_loader(cfg, dataset, 0, 0, CPU)) for cfg.num_workers in (0, 1)
