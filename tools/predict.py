@@ -52,8 +52,13 @@ class Cost:
                 self.add_operation(event)
 
     def add_launch(self, launch):
-        pointers = [arg for arg in launch.args if isinstance(arg, fakecuda.Pointer)]
-        moved = sum(traffic.size(pointer.tensor) for pointer in pointers)
+        names = [name for _, name, _ in fakecuda.signature(launch)]
+        moved = sum(
+            traffic.size(arg.tensor)
+            for name, arg in zip(names, launch.args, strict=True)
+            # of y, a kernel over channels alone reads one row
+            if isinstance(arg, fakecuda.Pointer) and (name != "y" or "channels" != names[0])
+        )
         seconds = 0
         if registers.at_once(launch):  # rows, then channels
             module, values = launch.module, int(launch.args[0]) * int(launch.args[1])

@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MB = 2**20
+NORMALISING = [
+    f"aten::{kind}_batch_norm{way}" for kind in ("native", "cudnn") for way in ("", "_backward")
+]
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -72,7 +75,7 @@ def moved(operator, args, kwargs, result):
         return 0
     if name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view")):
         return 0
-    twice = args if name in ("aten::native_batch_norm", "aten::native_batch_norm_backward") else ()
+    twice = args if name in NORMALISING else ()
     tensors = tree_leaves((args, kwargs, result, twice))
     if not schema.returns:  # it writes to arguments
         tensors += [
