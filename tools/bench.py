@@ -8,6 +8,7 @@ Usage:
     python tools/bench.py --model cifar10 MSQKFormer --batch 16    # and with membrane shortcuts
     python tools/bench.py --profile trace.json   # PyTorch's profiler, for chrome://tracing
     python tools/bench.py --bytes                # bytes moved and saved, by parts of the model
+    python tools/bench.py --predict              # launches and time on an H100 that is not there
 
 What is compared:
     fast          the folder's model as it comes
