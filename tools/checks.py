@@ -170,7 +170,7 @@ def sanitizer(run):
         raise RuntimeError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     rows = []
     for tool in ("memcheck", "racecheck"):
-        words = [sys.executable, "-m", "pytest", "-n0", "-q", "-k", "gpu or cupy", *GPU_TESTS[:2]]
+        words = [sys.executable, "-m", "pytest", "-n0", "-q", "-k", "gpu or cupy", *GPU_TESTS[:3]]
         words = [
             "compute-sanitizer",
             "--tool",
