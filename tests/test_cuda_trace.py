@@ -231,7 +231,7 @@ def check_layouts(case, model, trained, evaluated):
     products = sum(type(module).__name__.endswith("SelfAttention") for module in model.modules())
     blocks = sum(hasattr(module, "inputs") for module in model.modules())
     forward = inputs + 4 * products
-    backward = inputs + 5 * products + 2 * blocks + 2
+    backward = inputs + 5 * products + (blocks - products) + 1  # of masks, sums over q's heads
     again = forward if case[3].get("checkpoint_stages") else 0
     for events, most in ((trained, 2 * (forward + again + backward)), (evaluated, forward)):
         found = Counter(transposed(events, model))

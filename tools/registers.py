@@ -59,7 +59,7 @@ def compiled(source, options, names, arch):
     log = ask(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(log)
-    sizes = instructions(ask(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN))
+    sizes = instructions(ask(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), arch)
     known = {}
     for name in names:
         known[nvrtc.nvrtcGetLoweredName(program, name.encode())[1].decode()] = name
@@ -76,7 +76,7 @@ def compiled(source, options, names, arch):
     return found
 
 
-def instructions(cubin):
+def instructions(cubin, arch):
     """{kernel: (its instructions up to its last exit, those of its longest loop that
     reads memory)}, of an ELF file.
     """
@@ -96,17 +96,19 @@ def instructions(cubin):
             end = max(i for i, operation in enumerate(operations) if operation == EXIT) + 1
             loops = [0]
             for i in range(end):
-                first = i + 1 + jump(words[i])
+                first = i + 1 + jump(words[i], arch)
                 if operations[i] == BRANCH and LOAD in operations[first : i + 1]:
                     loops.append(i + 1 - first)
             found[text.removeprefix(".text.")] = end, max(loops)
     return found
 
 
-def jump(word):
+def jump(word, arch):
     """How many instructions a branch goes on, from the one behind it; negative: back."""
-    units = (word >> 34) << 8 | word >> 16 & 0xFF  # of 4 bytes, 38 bits with a sign
-    return (units - (1 << 38) if units >> 37 else units) // 4
+    bits, width, unit = word >> 32, 32, 16  # bytes
+    if int(arch.removeprefix("sm_")) >= 90:  # groups of 4 bytes
+        bits, width, unit = (word >> 34) << 8 | word >> 16 & 0xFF, 38, 4
+    return (bits - (1 << width) if bits >> width - 1 else bits) // unit
 
 
 def at_once(launch):
