@@ -85,7 +85,8 @@ class Graph:
             first = error.__context__ or error  # an error in a capture makes its end fail too
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            why = f"this model can't be captured ({str(first).splitlines()[0]})"
+            text = (str(first).strip() or type(first).__name__).splitlines()[0]
+            why = f"this model can't be captured ({text})"
             raise UserError(f"cuda_graph: {why}; cuda_graph: false runs without") from None
 
     def capture(self, x):
