@@ -14,7 +14,7 @@ from on_graphs import FORBIDDEN, name_of, tensors
 sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
 
-pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs PyTorch's CUDA build")
+pytestmark = pytest.mark.skipif(not fakecuda.POSSIBLE, reason="needs a newer PyTorch for CUDA")
 SMALL = {"embed_dims": 48, "num_heads": 2, "depths": 3}
 IMAGES, EVENTS = (3, 3, 32, 32), (3, 5, 2, 32, 32)
 # (folder, file, function, options, shape of a batch, autocast's type)

@@ -26,6 +26,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+# PyTorch's CUDA build, of a version that knows how to do without a driver.
+POSSIBLE = torch.version.cuda is not None and hasattr(torch._C, "_ensureCUDADeviceGuardSet")
+
 
 class Pointer(int):
     """The address of a fake tensor, with the tensor."""
