@@ -36,9 +36,7 @@ def test_kernels_stay_in_registers(T):
 @pytest.mark.parametrize("T", [1, 4, 16, 64])
 def test_kernels_compile(arch, T):
     for row in registers.table([arch], [T], registers.TYPES):
-        if T <= 16:
-            assert row["spills"] == row["stack"] == 0, row
-        assert row["registers"] <= 255
+        assert row["spills"] == row["stack"] == 0, row
 
 
 def test_table_says_what_the_compiler_did():
