@@ -222,10 +222,11 @@ class ConvBNLIF(torch.autograd.Function):
 def convolution_backward(grad, x, weight, options, wants_x):
     x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
     x = x.to(grad.dtype)
-    pointwise = (
-        weight.shape[2:] == (1, 1) and options.stride == (1, 1) and options.padding == (0, 0)
-    )
-    if pointwise:  # matrix products of rows of channels
+    # On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
+    # out. It has none in float64.
+    products = grad.is_cuda or grad.dtype == torch.float64
+    pointwise = weight.shape[2:] == (1, 1) and (options.stride, options.padding) == ((1, 1), (0, 0))
+    if products and pointwise:  # matrix products of rows of channels
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_weight = sum_over_rows(rows, x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
         grad_x = rows @ weight.flatten(1) if wants_x else None
