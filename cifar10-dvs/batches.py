@@ -1,10 +1,12 @@
 """Batches of a data set: their share for each rank, made by worker processes."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
+import sys
 from multiprocessing import queues, resource_tracker
 
 import torch
@@ -48,10 +50,12 @@ class Batches(Dataset):
 def start_worker(_):
     """A batch that can't be sent is a word to BatchLoader, which would wait for it without end."""
     queues.Queue._on_queue_feeder_error = say_lost
+    sys.excepthook = lambda *_: None  # of the thread that sends: it would say so again and again
 
 
 def say_lost(queue, error, batch):
-    queue.put((batch[0], f"{LOST}{error}"))
+    with contextlib.suppress(ValueError):  # closed: nobody waits any more
+        queue.put((batch[0], f"{LOST}{error}"))
 
 
 def usable_cores():
@@ -106,11 +110,13 @@ class BatchLoader(DataLoader):
         with deaf():
             if self.num_workers and context.get_start_method() != "fork":
                 resource_tracker.ensure_running()  # which hears some of the signals again
-            with deaf():
-                batches = super().__iter__()
-        if signal.getsignal(signal.SIGCHLD) != handler:
-            # PyTorch's handler raises anywhere, even within a step; a lost worker is seen without.
-            signal.signal(signal.SIGCHLD, handler)
+            try:
+                with deaf():
+                    batches = super().__iter__()
+            finally:
+                if signal.getsignal(signal.SIGCHLD) != handler:
+                    # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
+                    signal.signal(signal.SIGCHLD, handler)
         while True:
             try:
                 batch = next(batches)

@@ -23,6 +23,7 @@ logger = logging.getLogger("qkformer")
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_SIGNAL = 3  # seconds in which another signal is the first one, which a launcher passes on
+SCARCE = "can't allocate memory|can't start new thread|failed to map segment"
 MACHINE = (  # errors of the machine, which are no fault of the program
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
@@ -182,7 +183,7 @@ def explain(error):
     no_memory = re.search("CUDA out of memory|ALLOC_FAILED", text)
     if no_memory or isinstance(error, torch.OutOfMemoryError):
         return f"not enough GPU memory; make batch_size smaller ({text.split('. ')[0]})"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or re.search(SCARCE, text):
         return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
     if "Too many open files" in str(error):
         return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"

@@ -127,6 +127,7 @@ def test_faults_of_the_machine_are_a_line():
         torch.empty(2**55, dtype=torch.uint8)
     assert "not enough memory" in runtime.explain(error.value)
     assert "not enough memory" in runtime.explain(MemoryError())
+    assert "not enough memory" in runtime.explain(RuntimeError("can't start new thread"))
     assert "not enough GPU memory" in runtime.explain(
         torch.OutOfMemoryError("CUDA out of memory. Tried")
     )
