@@ -92,6 +92,7 @@ class BatchLoader(DataLoader):
             done += 1
             yield batch
         if self.fault:
+            end_workers()  # what one lacks the others lack too
             logger.warning(
                 f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
                 "lack of memory, or /dev/shm is full (docker run --shm-size=8g), or too many files "

@@ -225,6 +225,39 @@ def test_gradients_that_stay_not_finite():
         step(math.inf)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_scale_of_mixed_precision_finds_its_way_down(bad):
+    """Gradients that overflow at a large scale cost their steps and nothing else: the weights are
+    those of the steps that were done."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler, skips = torch.amp.GradScaler("cpu", init_scale=2.0**60), engine.Skips(optimizer)
+    steps = 0
+    while steps < 3:
+        before = weight.item()
+        scaler.scale(weight.sum()).backward()
+        if scaler.get_scale() > 2.0**20:  # as float16 would
+            weight.grad.fill_(bad)
+        skips.step(scaler, optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        steps += weight.item() != before
+    assert weight.item() == pytest.approx(0.7) and scaler.get_scale() == 2.0**20
+
+
+def test_an_epoch_without_a_step():
+    batches = cifar10.batches.train_batches
+    with pytest.raises(
+        UserError, match=r"^batch_size 16 is more than the 15 training samples; mak"
+    ):
+        batches(15, 16, 0, 0, CPU)
+    two = copy.copy(CPU)
+    two.world_size = 2
+    with pytest.raises(UserError, match=r"^batch_size 8 x 2 ranks is more than the 15 training"):
+        batches(15, 8, 0, 0, two)
+    assert len(batches(15, 5, 0, 0, CPU)) == 3
+
+
 @pytest.mark.parametrize("name", ["adamw", "lookahead_adamw", "adafactor", "sgd"])
 def test_steps_of_other_optimizers_count(name):
     from timm.optim import create_optimizer_v2
