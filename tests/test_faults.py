@@ -1,6 +1,7 @@
 """Faults of processes, in forks of this one: signals, lost workers and ranks, a second run."""
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import resource
@@ -105,7 +106,7 @@ def test_workers_end_with_their_parent(tmp_path, killed):
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 
 
-# Signals
+# Signals, and a compiler
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -166,6 +167,40 @@ def test_the_compiler_is_deaf_to_signals(tmp_path, monkeypatch):
     wait_for((tmp_path / "ready").exists)
     os.killpg(pid, signal.SIGTERM)
     assert ended(pid) == 0
+
+
+def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
+    """Other numbers of steps run fused; this one module by module, with a line, and the same
+    result.
+    """
+    library = cifar10.kernels.host_library
+
+    def broken(build):
+        if build.T == 3:
+            raise OSError("ptxas ran out of registers")
+        return library(build)
+
+    monkeypatch.setattr(cifar10.kernels, "host_library", broken)
+    cifar10.kernels.host_error.cache_clear()
+    caplog.set_level(logging.INFO)
+    try:
+        model = cifar10.model.QKFormer(
+            T=3, img_size_h=16, img_size_w=16, embed_dims=16, num_heads=2, depths=3
+        ).eval()
+        x = torch.rand(2, 3, 16, 16)
+        with torch.no_grad():
+            found = model(x)
+            model.apply(
+                lambda module: setattr(module, "fused", False) if hasattr(module, "fused") else None
+            )
+            assert torch.equal(found, model(x)) or torch.allclose(found, model(x), atol=1e-5)
+        assert (
+            not cifar10.kernels.available("cpu", torch.float32, "auto", 3)
+            and "registers" in caplog.text
+        )
+        assert cifar10.kernels.available("cpu", torch.float32, "auto", 2)
+    finally:
+        cifar10.kernels.host_error.cache_clear()
 
 
 # Ranks
