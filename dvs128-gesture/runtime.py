@@ -187,6 +187,8 @@ def explain(error):
         return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
     if "Too many open files" in str(error):
         return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return f"{error.strerror}: perhaps in /dev/shm (docker run --shm-size=8g, or workers: 0)"
     if isinstance(error, OSError) and error.errno in MACHINE:
         return f"{error.filename or type(error).__name__}: {error.strerror}"
     if type(error).__module__ == "torch._inductor.exc":
