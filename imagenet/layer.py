@@ -221,19 +221,24 @@ class ConvBNLIF(torch.autograd.Function):
 
 def convolution_backward(grad, x, weight, options, wants_x):
     x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
-    x = x.to(grad.dtype)
+    x, stride = x.to(grad.dtype), options.stride
     # On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
-    # out. It has none in float64.
-    products = grad.is_cuda or grad.dtype == torch.float64
-    pointwise = weight.shape[2:] == (1, 1) and (options.stride, options.padding) == ((1, 1), (0, 0))
-    if products and pointwise:  # matrix products of rows of channels
+    # out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
+    products = grad.is_cuda or grad.dtype == torch.float64 or stride != (1, 1)
+    if products and weight.shape[2:] == (1, 1) and options.padding == (0, 0):
+        seen = x[:, :, :: stride[0], :: stride[1]]  # rows of channels, matrix products of them
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_weight = sum_over_rows(rows, x.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
-        grad_x = rows @ weight.flatten(1) if wants_x else None
+        grad_weight = sum_over_rows(rows, seen.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
         if not wants_x:
             return None, grad_weight
-        return grad_x.unflatten(0, (len(x), *x.shape[2:])).permute(0, 3, 1, 2), grad_weight
-    args = (None, options.stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
+        grad_seen = (rows @ weight.flatten(1)).unflatten(0, (len(x), *seen.shape[2:]))
+        grad_seen = grad_seen.permute(0, 3, 1, 2)
+        if stride == (1, 1):
+            return grad_seen, grad_weight
+        grad_x = torch.zeros_like(x)
+        grad_x[:, :, :: stride[0], :: stride[1]] = grad_seen
+        return grad_x, grad_weight
+    args = (None, stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
     return aten.convolution_backward(grad, x, weight, *args)[:2]
 
 

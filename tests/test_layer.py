@@ -297,3 +297,25 @@ def test_layer_on_gpu(kind):
     half = whole_numbers(torch.float16, (4, 8, 12, 32, 24)).cuda()
     ours, plain = both(kind, half, torch.float32, device="cuda", autocast=torch.float16)
     assert (ours[0] != plain[0]).float().mean() <= 1e-2
+
+
+@compiled
+@pytest.mark.parametrize("size", [(56, 56), (31, 57)])
+def test_a_narrow_strided_layer(size):
+    """1x1 at stride 2, few channels, large images: PyTorch 2.11's own backward pass of it crashes
+    here on a CPU. Against float64.
+    """
+    torch.manual_seed(0)
+    x, found = torch.randn(2, 24, 4, *size), []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(1)
+        conv = nn.Conv2d(4, 8, 1, 2, bias=False).to(dtype)
+        bn, node = nn.BatchNorm2d(8).to(dtype), lif.MultiStepLIF()
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        spikes = layer.conv_bn_lif(leaf, conv, bn, node)
+        (spikes * spikes.mean((0, 1, 3, 4), keepdim=True)).sum().backward()
+        found.append([leaf.grad.double(), conv.weight.grad.double(), bn.weight.grad.double()])
+    for ours, want in zip(*found, strict=True):
+        error = (ours - want).norm() / want.norm()
+        assert error < 2e-2  # a spike that flips takes gradients with it
+    assert (found[0][0][..., 1::2, :] == 0).all() and (found[0][0][..., 1::2] == 0).all()
