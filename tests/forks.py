@@ -1,5 +1,6 @@
 """Forks of the process that tests, for what is to end, or be ended, by itself."""
 
+import atexit
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ def forked(function, output=None):
     code = 99
     try:
         os.setpgid(0, 0)
+        atexit._clear()  # what the process that tests has to end is not this one's
         if output:
             file = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1), os.dup2(file, 2)

@@ -4,13 +4,14 @@ import copy
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load
+from conftest import ROOT, load
 from forks import ended, forked, opened
 from on_digits import CPU, SMALL, cifar10, resolve
 
@@ -140,6 +141,34 @@ def test_faults_of_the_machine_are_a_line():
         runtime.explain(RuntimeError("shapes differ")) is None
         and runtime.explain(KeyError("a")) is None
     )
+
+
+RANK = """
+import os, threading, time
+import torch, torch.distributed
+from runtime import run
+
+def sort():
+    numbers = torch.rand(100_000)
+    while True:
+        numbers.sort()
+
+def main():
+    threading.Thread(target=sort, daemon=True).start()  # comes back to Python as it ends
+    time.sleep(0.1)
+    print("done", end="")
+    return 3
+
+run(main)
+"""
+
+
+def test_a_rank_ends_though_threads_of_torch_do_not():
+    """Gloo's threads outlive the last collective call at will; Python's end would abort."""
+    env = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", RANK]
+    done = subprocess.run(command, cwd=ROOT / "cifar10", env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done", "")
 
 
 # Checkpoints
