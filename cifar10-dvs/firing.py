@@ -149,10 +149,13 @@ class Peek:
 
     @torch.inference_mode()
     def rates(self, model, autocast):
-        """{stage: firing rate of its neurons}; logs which neurons are silent if that has changed.
+        """{stage: firing rate of its neurons}, {} where there was no batch; logs which neurons are
+        silent if that has changed.
 
         One more pass of a few samples, in evaluation mode, which changes nothing in the model.
         """
+        if self.images is None:
+            return {}
         with Counter(model) as counter, autocast():
             model.forward(self.images)  # torch.compile's would not call the hooks
         stages = {}

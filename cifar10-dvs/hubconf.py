@@ -1,8 +1,9 @@
 """Loads a model from any working directory; several folders work in one process:
 
     import torch
-    model, transform, classes = torch.hub.load("QKFormer/cifar10", "load", "best.pth",
-    source="local") logits = model(transform(image).unsqueeze(0))
+    loaded = torch.hub.load("QKFormer/cifar10", "load", "best.pth", source="local")
+    model, transform, classes = loaded
+    logits = model(transform(image).unsqueeze(0))
 
 `load` is build.py's, `QKFormer` and the other models are those registered with timm.
 """

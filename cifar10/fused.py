@@ -24,8 +24,9 @@ def charge_of(lif):
     if lif.kind != "lif":
         return {"plif": "PARAMETRIC", "if": "INTEGRATE"}[lif.kind], 1.0
     # Where 1 / tau is exact, a product with it has the bits of the division, in less time.
-    exact = math.frexp(lif.tau)[0] == 0.5
-    return ("MULTIPLY", 1 / lif.tau) if exact else ("DIVIDE", lif.tau)
+    tau = float(lif.tau)
+    exact = math.frexp(tau)[0] == 0.5
+    return ("MULTIPLY", 1 / tau) if exact else ("DIVIDE", tau)
 
 
 def rows_of_channels(x):

@@ -63,12 +63,16 @@ def conv_bn_lif_each(x, *layers):
 
 
 class Neuron(NamedTuple):
-    """See fused.py; alpha is the slope of the surrogate gradient."""
+    """See fused.py; alpha is the slope of the surrogate gradient. A kernel takes floats alone."""
 
     charge: str
     rate: float
     v_threshold: float
     alpha: float
+
+
+def neuron_of(lif):
+    return Neuron(*fused.charge_of(lif), float(lif.v_threshold), float(lif.alpha))
 
 
 class Options(NamedTuple):
@@ -108,12 +112,12 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     neuron, rates = None, None
     if fires:
-        neuron = Neuron(*fused.charge_of(lif), lif.v_threshold, lif.alpha)
+        neuron = neuron_of(lif)
         if lif.kind == "plif":
             pairs = zip(bns, lifs, strict=True)
             rates = join(rates_of(lif, x, bn.num_features) for bn, lif in pairs)
     small = fires and lif.byte_spikes and wants_bytes()
-    options = Options(T, T // len(x), stride, padding, bn.eps, pool, neuron, small)
+    options = Options(T, T // len(x), stride, padding, float(bn.eps), pool, neuron, small)
     if bn.training:
         bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
         args = (x, weight, bias, gamma, beta, rates, options)
@@ -257,7 +261,7 @@ def update_statistics(convs, bns, norm, sign):
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
         running = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        fused.update(norm, start, conv.bias, bn.momentum, *running)
+        fused.update(norm, start, conv.bias, float(bn.momentum), *running)
         start += bn.num_features
 
 
@@ -265,10 +269,10 @@ def running_affine(y, convs, bns, sign):
     """[2, C]: scale and shift of y by the running statistics of all layers."""
     affine, start = y.new_empty(2, y.shape[1], dtype=bns[0].weight.dtype), 0
     for conv, bn in zip(convs, bns, strict=True):
-        mean, bias, gamma = bn.running_mean, conv.bias, bn.weight
+        mean, bias, gamma, eps = bn.running_mean, conv.bias, bn.weight, float(bn.eps)
         if sign is not None:  # of a layer alone
             mean, gamma = mean * sign, gamma * sign
             bias = None if bias is None else bias * sign
-        fused.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, bn.eps)
+        fused.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, eps)
         start += bn.num_features
     return affine

@@ -113,22 +113,30 @@ def evaluate(model, loader, ranks, autocast, stop=False):
 
 
 class Skips:
-    """Counts the steps in a row that the scaler left out; FloatingPointError if they are many."""
+    """Counts the steps in a row that the scaler left out; FloatingPointError if they are many.
+
+    A fused optimizer leaves them out itself, on the GPU, and the count is a tensor there: it is
+    read every SKIPPED steps, so that no step waits for it.
+    """
 
     def __init__(self, optimizer):
-        self.count = 0
+        self.steps = self.count = 0
         inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-        inner.register_step_post_hook(self.reset)  # costs nothing; the scale is on the GPU
+        inner.register_step_post_hook(self.stepped)
 
-    def reset(self, *_):
-        self.count = 0
+    def stepped(self, optimizer, *_):
+        found_inf = getattr(optimizer, "found_inf", None)  # the scaler's, for a fused optimizer
+        self.count = 0 if found_inf is None else self.count * (found_inf > 0)
 
     def step(self, scaler, optimizer):
         """scaler.step(optimizer)."""
+        self.steps += 1
         self.count += 1
         scaler.step(optimizer)
-        if self.count >= SKIPPED:
-            raise FloatingPointError(f"gradients are not finite in {self.count} steps in a row")
+        known = not torch.is_tensor(self.count) or self.steps % SKIPPED == 0
+        if known and self.count >= SKIPPED:
+            count = int(self.count)
+            raise FloatingPointError(f"gradients are not finite in {count} steps in a row")
 
 
 def check_weights(model, step):

@@ -48,8 +48,9 @@ def build_optimizer(cfg, model):
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
-    except (ValueError, RuntimeError, TypeError, AssertionError, AttributeError) as error:
-        raise UserError(f"opt {cfg.opt} with sched {cfg.sched}: {error}") from None
+    except Exception as error:  # an optimizer of timm fails in its own way on settings
+        settings = f"opt {cfg.opt} with opt_betas {cfg.opt_betas} and sched {cfg.sched}"
+        raise UserError(f"{settings}: {error}") from None
     if getattr(optimizer, "is_second_order", False):
         raise UserError(
             f"opt is {cfg.opt}, which needs second derivatives; the surrogate gradient has none"
@@ -71,22 +72,27 @@ class Trainer(Run):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder
         self.train_set = data.build_dataset(cfg, True, ranks, fixed="num_classes" in given.flags)
         self.test_set = data.build_dataset(cfg, False, ranks)
+        _, height, width = data.image_size(cfg)
+        if cfg.batch_size * cfg.time_step * (height // 4) * (width // 4) == 1:
+            small = f"batch_size 1 at {height} x {width} pixels and time_step 1"
+            raise UserError(
+                f"{small} leaves BatchNorm a single value a channel; make one of them larger"
+            )
         self.model, self.cross_sample_lif = load_model(
             cfg, ranks, checkpoint, path, new_head=finetune
         )
         if cfg.sync_bn and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.ema = None
-        if cfg.model_ema:  # before DDP wraps the model; every rank keeps the same average
-            device = "cpu" if cfg.model_ema_force_cpu else None
-            self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
         self.ddp = graphed(self.model, cfg, ranks, training=True)
         if ranks.world_size > 1:
-            # Running statistics are each rank's own in training; fit() makes them rank 0's before a
-            # test.
+            # Running statistics are each rank's own in training; test() makes them alike.
             self.ddp = torch.nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False
             )
+        self.ema = None
+        if cfg.model_ema:  # after DDP has sent rank 0's weights: each rank keeps the same average
+            device = "cpu" if cfg.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
         self.reduce_bn = cfg.dist_bn == "reduce"
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
         self.criterion = (
@@ -169,9 +175,8 @@ class Trainer(Run):
         elif steps > 0:
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
-            self.meter.total = (
-                number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
-            )
+            total = number(checkpoint, "loss_total", 0.0, path)
+            self.meter.total = total * (self.meter.steps / steps)  # to the bit where they are equal
             if self.meter.steps > self.steps:
                 raise UserError(
                     f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here"

@@ -15,7 +15,7 @@ from yml import show
 HERE = Path(__file__).resolve().parent
 OLDEST = {
     "torch": "2.6",
-    "timm": "1.0.12",
+    "timm": "1.0.30",
     "spikingjelly": "2.0",
 }  # versions that were tried and work
 PATH = Key(Path, None, "path of a yml")

@@ -46,7 +46,7 @@ def can_fuse(x, convs, bns, lifs):
         if reason is not None:
             say_plain(describe(convs[0]), reason)
             return False
-    if x.dim() != 5 or len(x) > kernels.MAX_T:
+    if x.dim() != 5 or not x.numel() or len(x) > kernels.MAX_T:
         return False
     kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
     if len(kinds) > 1 or None in kinds:

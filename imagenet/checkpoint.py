@@ -252,8 +252,9 @@ def check_optimizer(optimizer, scaler):
             if torch.is_tensor(value):
                 if not value.isfinite().all():
                     raise ValueError(f"{name} is not finite")
-                whole = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
-                if whole and value.shape != parameter.shape:
+                # others keep sums of their own, such as NovoGrad's one number for each parameter
+                whole = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+                if name in whole and value.shape != parameter.shape:
                     raise ValueError(f"{name} is of another shape than its parameter")
             elif name == "step" and not 0 <= value < math.inf:
                 raise ValueError(f"step is {value}")

@@ -12,7 +12,7 @@ import torch
 import fused
 import kernels
 from fusible import can_fuse, changed, observed
-from layer import Neuron, fused_layers, plain_conv_bn, rates_of
+from layer import fused_layers, neuron_of, plain_conv_bn, rates_of
 from spikes import mark, wants_bytes
 
 
@@ -21,14 +21,13 @@ def fire(x, lif):
     if x.device.type != "cpu" or not can_fire(x, lif):  # on a GPU the neuron's own kernel does it
         return lif(x)
     T, x = len(x), x[:1] if x.stride(0) == 0 else x
-    neuron = Neuron(*fused.charge_of(lif), lif.v_threshold, lif.alpha)
     wanted = lif.byte_spikes and wants_bytes()
-    spikes, small = Fire.apply(x, rates_of(lif, x, x.shape[2]), T, neuron, wanted)
+    spikes, small = Fire.apply(x, rates_of(lif, x, x.shape[2]), T, neuron_of(lif), wanted)
     return mark(spikes, 1, small) if lif.byte_spikes else spikes
 
 
 def can_fire(x, lif):
-    if not getattr(lif, "fused", True) or x.dim() != 5 or len(x) > kernels.MAX_T:
+    if not getattr(lif, "fused", True) or x.dim() != 5 or len(x) > kernels.MAX_T or not x.numel():
         return False
     if observed() is not None or changed(lif) is not None:
         return False

@@ -49,7 +49,10 @@ def predict(cfg, ranks, model, names):
             rows.append(
                 (index, [str(path), *classes, *(f"{value:.6f}" for value in values), *named])
             )
-    return [row for _, row in sorted(row for share in ranks.gather(rows) for row in share)]
+    rows = sorted(row for share in ranks.gather(rows) for row in share)
+    if not rows:
+        raise UserError(f"predict: no image in {cfg.predict} can be read")
+    return [row for _, row in rows]
 
 
 def class_names(cfg, recorded):

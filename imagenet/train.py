@@ -72,16 +72,15 @@ class Trainer(Run):
         )  # of an epoch, with those left over at its end
         self.steps = len(self.train_set) // self.global_batch  # of the optimizer
         self.lr = optim.peak_lr(cfg, ranks.world_size)
+        self.ddp = graphed(model, cfg, ranks, training=True)
+        if ranks.world_size > 1:
+            # Running statistics are each rank's own in training; test() makes them alike.
+            self.ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.ema = None
-        if cfg.model_ema:  # before DDP wraps the model; every rank keeps the same average
+        if cfg.model_ema:  # after DDP has sent rank 0's weights: each rank keeps the same average
             self.ema = ModelEmaV3(
                 model, decay=cfg.model_ema_decay, device="cpu" if cfg.model_ema_force_cpu else None
             )
-        self.ddp = graphed(model, cfg, ranks, training=True)
-        if ranks.world_size > 1:
-            # Running statistics are each rank's own in training; fit() makes them rank 0's before a
-            # test.
-            self.ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.optimizer = optim.build_optimizer(cfg, model)
         self.criterion = (
             SoftTargetCrossEntropy()
@@ -150,9 +149,8 @@ class Trainer(Run):
         if steps := number(checkpoint, "step", 0, path, low=0):
             # The epoch's order of images is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
-            self.meter.total = (
-                number(checkpoint, "loss_total", 0.0, path) / steps * self.meter.steps
-            )
+            total = number(checkpoint, "loss_total", 0.0, path)
+            self.meter.total = total * (self.meter.steps / steps)  # to the bit where they are equal
             if self.meter.steps > self.steps:
                 raise UserError(
                     f"{path}: can't be resumed: its step is {steps}; an epoch has {self.steps} here"

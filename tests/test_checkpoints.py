@@ -167,6 +167,8 @@ def test_bad_input_to_the_scripts(trained_on_digits, tmp_path):
         (["--aa", "nonsense"], ["aa is 'nonsense'"]),
         (["--opt", "nonsense"], ["nonsense"]),
         (["--opt", "adahessian"], ["adahessian"]),
+        (["--opt", "adan"], ["opt adan", "opt_betas"]),
+        (["--img-size", 4, "-b", 1, "--time-step", 1], ["batch_size 1", "single value"]),
         (["--cutmix-minmax", 0.9, 0.1], ["cutmix_minmax"]),
         (["--input-size", 1, 16, 16], ["input_size", "3 channels"]),
         (["--mlp-ratio", 0.1, "--dim", 16], ["mlp_ratios is 0.1"]),

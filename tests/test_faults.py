@@ -11,9 +11,10 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 from forks import ended, forked, opened, wait_for
-from on_digits import cifar10
+from on_digits import SMALL, cifar10
 
 UserError = cifar10.config.UserError
 runtime = cifar10.runtime
@@ -256,6 +257,27 @@ def test_lost_rank(tmp_path, number):
         words in (tmp_path / "rank0").read_text()
         and "Traceback" not in (tmp_path / "rank0").read_text()
     )
+
+
+def test_averaged_weights_are_alike_on_all_ranks(tmp_path):
+    """Each rank's own start, from a seed of its own, is in no average."""
+
+    def function(ranks):
+        flags = [*map(str, SMALL), "--model-ema"]
+        cfg, _, given = cifar10.config.load_config(
+            cifar10.options.KEYS, cifar10.options.NO_EFFECT, cifar10.options.DEFAULT_CONFIG, flags
+        )
+        timm.utils.random_seed(cfg.seed, ranks.rank)
+        trainer = cifar10.train.Trainer(cfg, given, ranks, tmp_path, None, None, False)
+        sums = [
+            sum(weight.double().abs().sum().item() for weight in model.parameters())
+            for model in (trainer.model, trainer.ema.module)
+        ]
+        assert len({number for both in ranks.gather(sums) for number in both}) == 1
+        return 0
+
+    pids = two_ranks(tmp_path, function)
+    assert [ended(pid) for pid in pids] == [0, 0], (tmp_path / "rank0").read_text()
 
 
 def test_a_rank_says_what_it_waits_for(tmp_path, monkeypatch):

@@ -324,6 +324,17 @@ def test_predictions_of_two_ranks(tmp_path, narrow, trained_narrow, photo_data):
     )
 
 
+def test_nothing_to_predict(tmp_path, narrow, lines, trained_narrow):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.JPEG").write_bytes(b"")
+    flags = ("--checkpoint", trained_narrow[0] / "best.pth", "--on_bad_image", "skip")
+    paths = ("--predict", folder, "--predictions", tmp_path / "a.csv")
+    said = lines(imagenet.test.main, *narrow, *flags, *paths).splitlines()[-1]
+    assert said == f"error: predict: no image in {folder} can be read"
+    assert not (tmp_path / "a.csv").exists()
+
+
 def test_test_errors(tmp_path, narrow, lines, trained_narrow):
     def last(*args):
         return lines(imagenet.test.main, *narrow, *args).splitlines()[-1]

@@ -3,9 +3,11 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import load
+from spikingjelly.activation_based import surrogate
 from torch import nn
 
 cifar10 = load("cifar10")
@@ -103,6 +105,37 @@ def test_image_shown_T_times(kind):
 
 
 @compiled
+@compiled
+@pytest.mark.parametrize("number", [int, np.float32, np.int64, torch.tensor])
+def test_constants_of_any_type_of_number(number):
+    """As a user may set them later: what a kernel gets has the kernel's type."""
+    torch.manual_seed(0)
+    x, results = torch.randn(4, 3, 12, 8, 6), []
+    for on in (True, False):
+        (conv, bn, node), _ = make_layer("1x1", torch.float32, fused=on)
+        node.v_threshold, node.tau, bn.eps, bn.momentum = map(number, (1, 3, 1, 1))
+        node.surrogate_function = surrogate.Sigmoid(alpha=number(4))
+        assert layer.can_fuse(x, [conv], [bn], [node]) == on
+        leaf = x.clone().requires_grad_()
+        spikes = layer.conv_bn_lif(leaf, conv, bn, node)
+        (spikes * torch.linspace(-1, 1, spikes.numel()).view_as(spikes)).sum().backward()
+        bn.eval()
+        with torch.no_grad():
+            tested = layer.conv_bn_lif(x, conv, bn, node)
+        results.append((spikes, tested, leaf.grad, bn.running_var, bn.weight.grad))
+    fast, plain = results
+    assert 0.05 < fast[0].mean() < 0.95 and 0.05 < fast[1].mean() < 0.95
+    for one, other in zip(fast, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_no_images():
+    modules, _ = make_layer("3x3", torch.float32)
+    modules.eval()
+    with torch.no_grad():
+        assert layer.conv_bn_lif(torch.zeros(4, 0, 12, 8, 6), *modules).shape == (4, 0, 9, 8, 6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_flips_few_spikes(kind):
     """float32 against float32: sums in another order. Flips are counted, in training and in
