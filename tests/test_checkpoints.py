@@ -205,6 +205,7 @@ def test_no_data_and_no_network(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_no_compiler_for_torch_compile(tmp_path):
     args = [*SMALL, "--compile", "true", "--epochs", 1, "--output", tmp_path]
     done = script("cifar10", "train", *args, env={"CXX": "no-such-compiler"}, check=False)

@@ -158,6 +158,7 @@ def test_ranks_and_resumption_share_the_order_of_images(narrow):
         )
 
 
+@pytest.mark.long
 def test_started_on_two_ranks_resumed_on_one(tmp_path, narrow):
     args = (
         *narrow,

@@ -194,6 +194,7 @@ def test_two_ranks_stop_together_and_resume(tmp_path):
     assert same(*(weights_of(tmp_path / name / "last.pth") for name in ("stopped", "whole")))
 
 
+@pytest.mark.long
 def test_101_samples_on_two_ranks():
     """Each sample once and in its batch: one rank and two give the same figures, under both
     semantics.

@@ -18,13 +18,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load, log_of, on_cpu
+from conftest import ROOT, compiler, load, log_of, on_cpu
 from on_digits import cifar10
 from on_events import write
 
@@ -53,22 +52,8 @@ class Fork:
         return None
 
 
-COMPILER = """#!/bin/sh
-# g++ that keeps what it made for the next of a thousand runs
-source=$(mktemp) && cat > $source
-for word; do [ "$last" = -o ] && made=$word; last=$word; done
-kept=$0-$( (echo "$@" | sed "s: $made : :"; cat $source) | sha1sum | cut -c1-40)
-[ -f $kept ] || { g++ "$@" < $source && cp $made $kept.$$ && mv $kept.$$ $kept; } || exit
-rm $source && cp $kept $made
-"""
-
-
-@functools.cache
 def environment():
-    path = Path(tempfile.mkdtemp(), "compiler")
-    path.write_text(COMPILER)
-    path.chmod(0o700)
-    return {**os.environ, **ENV, "CXX": str(path)}
+    return {**os.environ, **ENV, "CXX": compiler()}
 
 
 @functools.cache
