@@ -20,6 +20,7 @@ from ranks import Ranks
 from runs import shown, write_result
 from runtime import logger
 from weights import architecture, steps_of
+from yml import show
 
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}
@@ -83,6 +84,20 @@ def settle(cfg, given, checkpoint, path, purpose="test"):
         and Path(place).is_dir()
     ):
         cfg.data_dir = place
+    if purpose == "resume":
+        say_changes(cfg, checkpoint, path)
+
+
+def say_changes(cfg, checkpoint, path):
+    """A line names the settings of training whose values are not those of the run so far."""
+    then, changed = checkpoint.get("config"), []
+    for name, key in options.KEYS.items() if isinstance(then, dict) else ():
+        if key.scripts == ("train",) and key.group != "run" and key.kind != Path and name in then:
+            now, before = getattr(cfg, name), then[name]
+            if show(now) != show(before):
+                changed.append(f"{name} {show(now)} (was {show(before)})")
+    if changed:
+        logger.info(f"warning: {path} was trained otherwise; now {', '.join(changed)}")
 
 
 def what_was_said(name, given, checkpoint):
@@ -104,6 +119,9 @@ def what_was_said(name, given, checkpoint):
 def read_config(checkpoint, path):
     """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
     recorded = {name: options.KEYS[name].default for name in NEURON}  # of files that lack them
+    read_shapes(
+        checkpoint["model"], path, recorded
+    )  # first: a file of another folder is not damaged
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():
             if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_dir"):

@@ -61,7 +61,8 @@ class Trainer(Run):
         if self.global_batch > len(self.train_set):
             batches = f"batch_size {cfg.batch_size} x accum_iter {cfg.accum_iter}"
             whole = f"{batches} x {ranks.world_size} ranks"
-            raise UserError(f"{whole} is more than the {len(self.train_set)} training images")
+            found = f"{whole} is more than the {len(self.train_set)} training images"
+            raise UserError(f"{found}; make batch_size or accum_iter smaller")
         if cfg.batch_size * cfg.time_step * (cfg.input_size // 16) ** 2 == 1:
             small = f"batch_size 1 at input_size {cfg.input_size} and time_step 1"
             raise UserError(

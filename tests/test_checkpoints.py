@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import on_cpu, one_line, script
+from conftest import load, on_cpu, one_line, script
 from on_digits import SMALL, cifar10
 
 
@@ -190,6 +190,29 @@ def test_one_line_for_each_mistake(flags, words, tmp_path, monkeypatch):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(
         error.value
     )
+
+
+def test_a_resumed_run_says_which_settings_changed(caplog):
+    cfg = cifar10.config.load_config(
+        cifar10.options.KEYS, cifar10.options.NO_EFFECT, cifar10.options.DEFAULT_CONFIG, []
+    )[0]
+    then = {**vars(cfg), "lr": 0.5, "mixup": 0.0, "output": "elsewhere", "workers": 1}
+    with caplog.at_level("INFO", logger="qkformer"):
+        cifar10.build.say_changes(cfg, {"config": dict(vars(cfg))}, "a.pth")
+        cifar10.build.say_changes(cfg, {}, "a.pth")
+        assert not caplog.messages
+        cifar10.build.say_changes(cfg, {"config": then}, "a.pth")
+    changed = "mixup 0.5 (was 0.0), lr 0.001 (was 0.5)"
+    assert caplog.messages == [f"warning: a.pth was trained otherwise; now {changed}"]
+
+
+def test_a_file_of_another_folder_is_not_damaged(tmp_path):
+    torch.manual_seed(0)
+    weights = load("imagenet").model.QKFormer_10_384(T=1).state_dict()
+    content = {"model": weights, "config": {"input_size": 48}}
+    torch.save(content, tmp_path / "imagenet.pth")
+    with pytest.raises(cifar10.config.UserError, match=r"for ImageNet, another architecture"):
+        cifar10.build.read_config(content, tmp_path / "imagenet.pth")
 
 
 def test_no_data_and_no_network(tmp_path):

@@ -230,7 +230,8 @@ def test_bad_layouts(tmp_path, lines, narrow):
     )
     last = lines(imagenet.train.main, *args).splitlines()[-1]
     assert (
-        last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images"
+        last == "error: batch_size 16 x accum_iter 1 x 1 ranks is more than the 4 training images; "
+        "make batch_size or accum_iter smaller"
     )
     (tmp_path / "data" / "val" / photos.CLASSES[0]).rename(tmp_path / "data" / "val" / "n9")
     assert (
