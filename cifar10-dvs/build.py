@@ -111,9 +111,8 @@ def what_was_said(name, given, checkpoint):
 def read_config(checkpoint, path):
     """{key: value} of network, input and split: what a checkpoint records and what shapes tell."""
     recorded = {name: options.KEYS[name].default for name in NEURON}  # of files that lack them
-    read_shapes(
-        checkpoint["model"], path, recorded
-    )  # first: a file of another folder is not damaged
+    # First, since a file of another folder is not damaged.
+    read_shapes(checkpoint["model"], path, recorded)
     if isinstance(checkpoint.get("config"), dict):
         for name, value in checkpoint["config"].items():
             if name in (*SHAPES, *NETWORK, *INPUT, *SPLIT, "data_path"):

@@ -105,7 +105,6 @@ def test_image_shown_T_times(kind):
 
 
 @compiled
-@compiled
 @pytest.mark.parametrize("number", [int, np.float32, np.int64, torch.tensor])
 def test_constants_of_any_type_of_number(number):
     """As a user may set them later: what a kernel gets has the kernel's type."""
@@ -136,6 +135,7 @@ def test_no_images():
         assert layer.conv_bn_lif(torch.zeros(4, 0, 12, 8, 6), *modules).shape == (4, 0, 9, 8, 6)
 
 
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_flips_few_spikes(kind):
     """float32 against float32: sums in another order. Flips are counted, in training and in

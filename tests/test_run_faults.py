@@ -278,6 +278,12 @@ def test_scale_of_mixed_precision_finds_its_way_down(bad):
     assert weight.item() == pytest.approx(0.7) and scaler.get_scale() == 2.0**20
 
 
+def test_a_test_without_a_batch_has_no_rates():
+    """As of rank 0, where none of its images can be read."""
+    peek = cifar10.firing.Peek([])
+    assert not list(peek) and peek.rates(torch.nn.Identity(), None) == {}
+
+
 def test_an_epoch_without_a_step():
     batches = cifar10.batches.train_batches
     with pytest.raises(
