@@ -124,6 +124,7 @@ def open_run(cfg, output):
                 f"{folder} is in use by another run: wait for its end, or stop it, or set another "
                 f"experiment"
             )
+        cfg.experiment = experiment_of(folder)  # also where another yml resumes it
         return folder, resume
     for number in itertools.count(1):
         folder = root / (cfg.experiment if number == 1 else f"{cfg.experiment}-{number}")

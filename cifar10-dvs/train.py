@@ -201,6 +201,7 @@ class Trainer(Run):
                 logger.info(
                     f"{path}: holds no averaged weights; model_ema starts with its plain ones"
                 )
+        self.load_statistics(checkpoint, path)
         set_rng_state(checkpoint.get("rng", []), self.ranks, path)
         logger.info(f"resuming {path} at epoch {self.epoch}, step {self.meter.steps}")
 

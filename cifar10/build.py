@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from timm.data import create_transform
+from torchvision import transforms
 
 import data
 import model as models
@@ -14,6 +15,7 @@ from config import UserError, load_config
 from energy import counting
 from engine import evaluate, make_autocast
 from graph import graphed
+from images import to_rgb
 from kernels import available
 from lif import resolve_backend
 from ranks import Ranks
@@ -291,4 +293,4 @@ def load(path, device="cpu"):
         std=cfg.std,
         crop_pct=cfg.crop_pct,
     )
-    return model.eval(), transform, checkpoint.get("classes")
+    return model.eval(), transforms.Compose([to_rgb, transform]), checkpoint.get("classes")

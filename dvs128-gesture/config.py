@@ -61,6 +61,14 @@ SYNONYMS = {  # what others call a key: a hint, where such a name is not one of 
     "surrogate_alpha": "alpha slope surrogate_slope",
 }
 
+UNREAD = {  # flags of files that a script does not read, and those that it does
+    "train": (
+        ("checkpoint", "predict"),
+        "train.py starts from the weights of --finetune, or goes on with the run of --resume",
+    ),
+    "test": (("finetune", "resume"), "test.py tests the file of --checkpoint"),
+}
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
@@ -103,8 +111,8 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
 
     Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys
     without effect, and what of cfg was set where, a Given.
-    Raises UserError for a file that can't be read, an unknown key, and a value of the wrong type
-    or out of range.
+    Raises UserError for a file that can't be read, an unknown key, a value of the wrong type or out
+    of range, and a flag of a file that the script would not read.
     """
     check_versions()
     parser = _parser(keys, no_effect, default_file, description)
@@ -146,6 +154,10 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
             into[name] = cfg[name]
     if cfg["experiment"] is None:
         cfg["experiment"] = file.stem
+    others, own = UNREAD.get(Path(sys.argv[0]).stem, ((), ""))
+    unread = [name for name in others if name in given.flags]
+    if unread and not cfg.get("test_only"):
+        raise UserError(f"command line: --{unread[0]} is not read here; {own}")
     return argparse.Namespace(**cfg), notes, given
 
 

@@ -26,7 +26,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import photos
 from batches import BatchLoader, test_batches, train_batches
 from config import UserError
-from images import BadImage, list_images, list_split, read_image
+from images import BadImage, list_images, list_split, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 from runtime import logger, seeded
 
@@ -114,6 +114,7 @@ def input_transform(cfg):
     """PIL image -> the model's input in evaluation, [3, input_size, input_size], normalised."""
     return transforms.Compose(
         [
+            to_rgb,
             build_transform(cfg, False),
             transforms.ConvertImageDtype(torch.float32),
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),

@@ -10,7 +10,7 @@ import time
 from timm.utils import distribute_bn
 
 import data
-from checkpoint import save_checkpoint
+from checkpoint import fault_of, save_checkpoint
 from config import UserError
 from engine import LossMeter, evaluate, make_autocast
 from firing import Peek
@@ -46,8 +46,38 @@ class Run:
         if self.log:
             self.log.point(name, value, self.epoch * self.steps + step)
 
+    def statistics(self):
+        """{name: running statistic} of this rank's model and of its averaged weights."""
+        modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema else {})}
+        return {
+            f"{kind}.{name}": buffer
+            for kind, module in modules.items()
+            for name, buffer in module.named_buffers()
+            if "running_" in name
+        }
+
+    def load_statistics(self, checkpoint, path):
+        """Within an epoch, go on with those of this rank, if as many ranks as now saved theirs."""
+        saved = checkpoint.get("statistics")
+        if saved is None or not (self.reduce_bn and self.meter.steps):
+            return
+        try:
+            if len(saved) != self.ranks.world_size:
+                return
+            for name, buffer in self.statistics().items():
+                value = saved[self.ranks.rank][name]
+                if fault := fault_of(name, value):
+                    raise ValueError(f"{name} {fault}")
+                buffer.copy_(value)
+        except Exception as error:  # whatever the file has there
+            why = f"its statistics are not those of its model ({error})"
+            raise UserError(f"{path}: can't be resumed: {why}") from None
+
     def save(self, *names):
         state = self.state()
+        if self.reduce_bn and self.meter.steps:  # within an epoch each rank has its own
+            own = {name: buffer.cpu() for name, buffer in self.statistics().items()}
+            state["statistics"] = self.ranks.gather(own)
 
         def write():
             for name in names:

@@ -7,7 +7,9 @@ import functools
 import importlib
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -119,24 +121,32 @@ class Golden:
         return torch.as_tensor(generator.randint(0, num_classes, self.meta["input"]["shape"][0]))
 
 
-def check_golden(golden, build, lif_class, semantics, plain_losses=True):
-    """Every array of one semantics ("per_sample" or "release") to a relative 1e-9; `build()` makes
-    the model.
+# Semantics, and the path that takes the steps of an optimizer; the long ones complete the rest.
+GOLDEN = [
+    ("per_sample", "fused"),
+    ("release", "neither"),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (("per_sample", "plain"), ("release", "fused"), ("release", "plain"))
+    ),
+]
 
-    Both paths; without `plain_losses` the plain one takes no steps of an optimizer.
+
+def check_golden(golden, build, lif_class, semantics, steps):
+    """Every array of one semantics ("per_sample" or "release") through both paths to a relative
+    1e-9; `build(fused)` makes the model. For `steps` see GOLDEN.
     """
-    for fused in (True, False):
-        path = lambda fused=fused: build(fused=fused)  # noqa: E731
-        check_golden_path(golden, path, lif_class, semantics, fused or plain_losses)
+    check_golden_path(golden, build, lif_class, semantics, True, steps == "fused")
+    check_golden_path(golden, build, lif_class, semantics, False, steps == "plain")
 
 
-def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
+def check_golden_path(golden, build, lif_class, semantics, fused, with_losses):
     def equal(name, value):
         want = golden.arrays[f"{semantics}/{name}"]
         assert np.shape(value) == want.shape, name
         assert np.abs(np.asarray(value) - want).max() <= 1e-9 * np.abs(want).max(), name
 
-    model = golden.fill(build())
+    model = golden.fill(build(fused))
     x, criterion = golden.input(), torch.nn.functional.cross_entropy
     rates = {}
 
@@ -146,21 +156,18 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
 
         return hook
 
-    hooks = [
-        m.register_forward_hook(record(name))
-        for name, m in model.named_modules()
-        if isinstance(m, lif_class)
-    ]
+    neurons = [pair for pair in model.named_modules() if isinstance(pair[1], lif_class)]
+    # Hooks would send the fused path the plain way.
+    hooks = [m.register_forward_hook(record(name)) for name, m in neurons if not fused]
     model.eval()
-    with torch.no_grad():
-        equal("eval_logits", model(x))  # with hooks, which the fused path leaves to the plain one
-    for hook in hooks:
-        hook.remove()
     with torch.no_grad():
         logits = model(x)
     equal("eval_logits", logits)
-    assert list(rates) == golden.meta["lif_modules"]
-    equal("firing_rates", list(rates.values()))
+    if not fused:
+        assert list(rates) == golden.meta["lif_modules"]
+        equal("firing_rates", list(rates.values()))
+    for hook in hooks:
+        hook.remove()
 
     target = golden.target(logits.shape[1])
     model.train()
@@ -174,7 +181,7 @@ def check_golden_path(golden, build, lif_class, semantics, with_losses=True):
 
     if not with_losses:
         return
-    model = golden.fill(build()).train()
+    model = golden.fill(build(fused)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.06)
     losses = []
     for _ in range(3):
@@ -222,71 +229,113 @@ def compiler():
     return str(path)
 
 
-def script(
-    folder, name, *args, ranks=1, launcher="torchrun", timeout=900, check=True, env=None, **kwargs
-):
-    """Run a script of a folder as a user would, on the CPU; returns the CompletedProcess, its
-    output in .stdout.
+def environment():
+    """Of a script's run: threads, since with others sums round otherwise, and a quick compiler."""
+    env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, **env, "CXX": compiler()}
+
+
+@functools.cache
+def fork_server():
+    command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    return subprocess.Popen(command, env=environment(), **pipes)
+
+
+class Fork:
+    """A run of a script on `ranks` processes, by tests/forkserver.py; no launcher ends one for the
+    other. The server takes one at a time.
     """
-    command = [sys.executable, f"{name}.py"]
-    if ranks > 1:
-        module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[
-            launcher
-        ]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            module,
-            f"--nproc_per_node={ranks}",
-            f"--master_port={port}",
-            f"{name}.py",
-        ]
-    done = subprocess.run(
-        [
-            *command,
-            *(on_cpu(args) if name in ("train", "test", "../tests/eval_101") else map(str, args)),
-        ],
-        cwd=kwargs.pop("cwd", ROOT / folder),
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "CXX": compiler(),
-            **(env or {}),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        **kwargs,
-    )
+
+    def __init__(self, folder, flags, output, ranks=1, name="train"):
+        self.server = fork_server()
+        line = json.dumps([str(ROOT / folder), name, flags, str(output), ranks])
+        self.server.stdin.write(f"{line}\n".encode())
+        self.pids = [*map(int, self.server.stdout.readline().split())]
+        self.pid = self.pids[0]
+
+    def wait(self, seconds):
+        """The exit code, of ranks the largest; None if one goes on."""
+        if select.select([self.server.stdout], [], [], seconds)[0]:
+            return max(map(int, self.server.stdout.readline().split()), key=abs)
+        return None
+
+
+def script(folder, name, *args, ranks=1, launcher="", timeout=900, check=True, cwd=None, env=None):
+    """Run a script of a folder on the CPU; returns the CompletedProcess, its output in .stdout.
+
+    With a launcher, or more variables in `env`, as a user would; else in forks that have PyTorch.
+    """
+    flags = on_cpu(args) if name in ("train", "test", "../tests/eval_101") else [*map(str, args)]
+    cwd = cwd or ROOT / folder
+    if name in ("train", "test") and not launcher and not env:
+        done = forked_script(cwd, name, flags, ranks, timeout)
+    else:
+        done = subprocess.run(
+            [sys.executable, *launched(ranks, launcher or "torchrun"), f"{name}.py", *flags],
+            cwd=cwd,
+            env={**environment(), **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
     assert not check or done.returncode == 0, done.stdout
     return done
 
 
+def launched(ranks, launcher):
+    """Python's flags of a launcher."""
+    if ranks == 1:
+        return []
+    module = {"torchrun": "torch.distributed.run", "launch": "torch.distributed.launch"}[launcher]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["-m", module, f"--nproc_per_node={ranks}", f"--master_port={port}"]
+
+
+def forked_script(cwd, name, flags, ranks, timeout):
+    with tempfile.NamedTemporaryFile() as output:
+        run = Fork(cwd, flags, output.name, ranks, name)
+        code = run.wait(timeout)
+        if code is None:
+            for pid in run.pids:
+                os.kill(pid, signal.SIGKILL)
+            run.wait(60)
+        text = Path(output.name).read_text(errors="replace")
+    assert code is not None, f"goes on after {timeout} s: {text}"
+    return subprocess.CompletedProcess([f"{name}.py", *flags], code, text)
+
+
+class Started(Fork):
+    """A run of a folder's train.py that goes on, its output line by line in .stdout."""
+
+    def __init__(self, folder, flags):
+        with tempfile.TemporaryDirectory() as place:
+            os.mkfifo(f"{place}/output")
+            super().__init__(folder, flags, f"{place}/output")
+            self.stdout = open(f"{place}/output", errors="replace")
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, seconds=900):
+        code = super().wait(seconds)
+        assert code is not None, "it goes on"
+        return code
+
+
 def start(folder, *args, ranks=1, env=None):
-    """Start a folder's train.py on the CPU and go on; returns the process, its output line by line
-    in .stdout.
+    """Start a folder's train.py on the CPU and go on; ranks by torchrun, and runs with more
+    variables, as a user would.
     """
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks > 1
-        else []
-    )
+    if ranks == 1 and not env:
+        return Started(folder, on_cpu(args))
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", *on_cpu(args)],
+        [sys.executable, *launched(ranks, "torchrun"), "train.py", *on_cpu(args)],
         cwd=ROOT / folder,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "ignore",
-            "CXX": compiler(),
-            **(env or {}),
-        },
+        env={**environment(), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

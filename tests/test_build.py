@@ -220,7 +220,11 @@ import copy, pickle, torch
 hub = lambda folder, name, *a, **k: torch.hub.load(r"{ROOT}/" + folder, name, *a, source="local", **k)
 model, transform, classes = hub("cifar10", "load", r"{trained_on_digits[0] / "best.pth"}")
 from PIL import Image
-image = transform(Image.new("RGB", (40, 30), (200, 0, 90))).unsqueeze(0)
+picture = Image.new("RGB", (40, 30), (200, 0, 90))
+image = transform(picture).unsqueeze(0)
+assert torch.equal(transform(picture.convert("RGBA"))[None], image)
+grey = picture.convert("L")
+assert torch.equal(transform(grey), transform(grey.convert("RGB")))
 small = dict(embed_dims=32, num_heads=2)
 others = [hub("imagenet", "MSQKFormer_10_384", **small), hub("cifar10-dvs", "QKFormer", **small)]
 again, *_ = hub("cifar10", "load", r"{trained_on_digits[0] / "last.pth"}")

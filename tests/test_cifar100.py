@@ -21,9 +21,14 @@ def resolve(*argv):
 
 
 @pytest.mark.parametrize(
-    "semantics", ["per_sample", pytest.param("release", marks=pytest.mark.long)]
+    ("semantics", "steps"),
+    [
+        ("per_sample", "neither"),
+        pytest.param("per_sample", "fused", marks=pytest.mark.long),
+        pytest.param("release", "fused", marks=pytest.mark.long),
+    ],
 )
-def test_golden(semantics):
+def test_golden(semantics, steps):
     golden = Golden("cifar100")
 
     def build(fused):
@@ -31,7 +36,7 @@ def test_golden(semantics):
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics, plain_losses=False)
+    check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics, steps)
 
 
 def test_the_recipe_builds_the_published_model():

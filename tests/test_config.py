@@ -326,3 +326,30 @@ def test_old_libraries_are_named(name, version, monkeypatch):
         resolve()
     monkeypatch.undo()
     resolve()
+
+
+@pytest.mark.parametrize(
+    ("folder", "script", "flag", "read"),
+    [
+        ("cifar10", "train", "checkpoint", "--finetune"),
+        ("imagenet", "train", "predict", "--finetune"),
+        ("cifar100", "test", "finetune", "--checkpoint"),
+        ("cifar10-dvs", "test", "resume", "--checkpoint"),
+        ("dvs128-gesture", "train", "checkpoint", "--resume"),
+    ],
+)
+def test_a_file_that_the_script_does_not_read(folder, script, flag, read, monkeypatch):
+    """Else a run would begin without the weights that its user named."""
+    options, config = load(folder).options, load(folder).config
+
+    def resolved(*argv):
+        table = options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG
+        return vars(config.load_config(*table, list(argv))[0])
+
+    monkeypatch.setattr("sys.argv", [f"{script}.py"])
+    with pytest.raises(config.UserError, match=f"--{flag} is not read here; {script}.py .*{read}"):
+        resolved(f"--{flag}", "x.pth")
+    if folder == "dvs128-gesture":  # where train.py can test, too
+        assert resolved(f"--{flag}", "x.pth", "--test_only")[flag] == "x.pth"
+    monkeypatch.setattr("sys.argv", [{"train": "test.py", "test": "train.py"}[script]])
+    assert resolved(f"--{flag}", "x.pth")[flag] == "x.pth"

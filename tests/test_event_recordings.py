@@ -56,7 +56,7 @@ def refused(folder, root, *words):
 def test_a_web_page_and_an_empty_file(folder, root, recording):
     recording.write_bytes(b"<!DOCTYPE html><html>Sign in</html>" * 100)
     refused(folder, root, recording, "a web page", "get it again")
-    recording.write_bytes(os.urandom(800))
+    recording.write_bytes(b"\0" + os.urandom(800))
     refused(folder, root, recording, "no AEDAT file")
     recording.write_bytes(b"")
     refused(folder, root, recording, "empty")

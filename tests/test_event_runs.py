@@ -5,13 +5,11 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, build_model, copy_folder, load, log_of, on_cpu, script
+from conftest import Fork, build_model, copy_folder, load, log_of, on_cpu, script
 from on_events import CLASSES, FOLDERS, ONCE, SMALL, check_frames, cpu, resolve, write
 
 
@@ -90,24 +88,12 @@ RANDOM += ["--drop-path", 0.2, "--mixup-prob", 1, "--lr", 1e-2]
 
 def kill_when(condition, folder, *args):
     """Start train.py and SIGKILL it as soon as condition() holds."""
-    command = [sys.executable, "train.py", *on_cpu(args)]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-    }  # as script(): with other threads sums round otherwise
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT / folder.name,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 120
+    run = Fork(folder.name, on_cpu(args), os.devnull)
+    deadline = time.monotonic() + 600
     while not condition():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+        assert run.wait(0.001) is None and time.monotonic() < deadline
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait(60) == -signal.SIGKILL
 
 
 @ONCE

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import ROOT, Golden, build_model, check_golden, load
+from conftest import GOLDEN, ROOT, Golden, build_model, check_golden, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
 
 # Model --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("semantics", ["per_sample", "release"])
-def test_golden(folder, semantics):
+@pytest.mark.parametrize(("semantics", "steps"), GOLDEN)
+def test_golden(folder, semantics, steps):
     golden = Golden(folder.name)
 
     def build(fused):
@@ -21,7 +21,7 @@ def test_golden(folder, semantics):
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, folder.lif.MultiStepLIF, semantics)
+    check_golden(golden, build, folder.lif.MultiStepLIF, semantics, steps)
 
 
 def test_the_recipe_builds_the_published_model(folder):

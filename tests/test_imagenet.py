@@ -17,17 +17,22 @@ SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
 
 
 @pytest.mark.parametrize(
-    ("size", "semantics"),
+    ("size", "semantics", "steps"),
     [
-        (384, "per_sample"),
-        (384, "release"),
-        (512, "per_sample"),
-        (768, "per_sample"),
-        pytest.param(512, "release", marks=pytest.mark.long),
-        pytest.param(768, "release", marks=pytest.mark.long),
+        (384, "per_sample", "fused"),
+        (384, "release", "neither"),
+        (512, "per_sample", "neither"),
+        (768, "per_sample", "neither"),
+        *(
+            pytest.param(size, semantics, "fused", marks=pytest.mark.long)
+            for size in (512, 768)
+            for semantics in ("per_sample", "release")
+        ),
+        pytest.param(384, "per_sample", "plain", marks=pytest.mark.long),
+        pytest.param(384, "release", "fused", marks=pytest.mark.long),
     ],
 )
-def test_golden(size, semantics):
+def test_golden(size, semantics, steps):
     golden = Golden(f"imagenet-{size}")
 
     def build(fused):
@@ -38,7 +43,7 @@ def test_golden(size, semantics):
             fused=fused,
         )
 
-    check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, plain_losses=size == 384)
+    check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, steps)
 
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())

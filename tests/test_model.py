@@ -5,14 +5,14 @@ promises.
 import pytest
 import timm
 import torch
-from conftest import Golden, check_golden, load
+from conftest import GOLDEN, Golden, check_golden, load
 
 cifar10 = load("cifar10")
 SMALL = {"embed_dims": 64, "num_heads": 4}
 
 
-@pytest.mark.parametrize("semantics", ["per_sample", "release"])
-def test_golden(semantics):
+@pytest.mark.parametrize(("semantics", "steps"), GOLDEN)
+def test_golden(semantics, steps):
     golden = Golden("cifar10")
 
     def build(fused):
@@ -20,7 +20,7 @@ def test_golden(semantics):
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics)
+    check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics, steps)
 
 
 def test_state_dict():

@@ -20,7 +20,7 @@ def test_golden_cifar10():
     def build(fused):
         return timm.create_model("MSQKFormer", T=golden.meta["T"], fused=fused)
 
-    check_golden(golden, build, lif.MultiStepLIF, "per_sample")
+    check_golden(golden, build, lif.MultiStepLIF, "per_sample", "fused")
 
 
 @pytest.mark.parametrize(
@@ -34,10 +34,10 @@ def test_golden_cifar10():
 def test_golden_imagenet(on, losses):
     golden = Golden("imagenet-ms-384")
 
-    def build():
-        return timm.create_model("MSQKFormer_10_384", T=golden.meta["T"], fused=on)
+    def build(fused):
+        return timm.create_model("MSQKFormer_10_384", T=golden.meta["T"], fused=fused)
 
-    check_golden_path(golden, build, imagenet.lif.MultiStepLIF, "per_sample", losses)
+    check_golden_path(golden, build, imagenet.lif.MultiStepLIF, "per_sample", on, losses)
 
 
 def test_state_dict():

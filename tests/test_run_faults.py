@@ -181,8 +181,9 @@ def trained(tmp_path_factory):
     args = [
         *map(
             str,
-            [*SMALL, "--batch-size", 512, "--model-ema", "--output", output, "--experiment", "run"],
-        )
+            [*SMALL, "--batch-size", 512, "--model-ema", "--dist-bn", "reduce"],
+        ),
+        *map(str, ["--output", output, "--experiment", "run"]),
     ]
     assert cifar10.train.main([*args, "--epochs", "1"]) == 0
     content = torch.load(output / "run" / "last.pth", weights_only=True)
@@ -212,6 +213,8 @@ ODD = {
     "scaler": lambda c: c.update(scaler={"scale": math.nan}),
     "rng": lambda c: c.update(rng=["x"]),
     "rng ": lambda c: c.update(rng=7),
+    "statistics": lambda c: c.update(statistics=[{}]),
+    "statistics ": lambda c: c.update(statistics=3),
     "given": lambda c: c.update(given={"yml": 3}),
     "optimizer state ": lambda c: c.update(config=[1]),
     "cross_sample_lif": lambda c: c.update(cross_sample_lif="true"),

@@ -127,7 +127,7 @@ def test_killed_and_resumed(trained_on_digits, tmp_path):
     for line in process.stdout:
         if line.startswith("epoch 1, step 7/"):
             break
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     folder = tmp_path / "killed"
     assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == 0
@@ -179,7 +179,9 @@ def test_two_ranks(tmp_path, launcher):
 
 
 def test_two_ranks_stop_together_and_resume(tmp_path):
+    """Each with its own running statistics, which are saved too."""
     args = [*SMALL, "--epochs", 3, "--log-interval", 1, "--output", tmp_path]
+    args += ["--dist-bn", "reduce", "--model-ema", "--model-ema-decay", 0.9]
     script("cifar10", "train", *args, "--experiment", "whole", ranks=2)
     process = start("cifar10", *args, "--experiment", "stopped", ranks=2)
     for line in process.stdout:
@@ -242,6 +244,9 @@ def test_folders(tmp_path):
     assert opened(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth")
     assert opened(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth")
     assert opened(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth")
+    cfg = resolve("--output", tmp_path, "--experiment", "a", "--resume", tmp_path / "b/last.pth")
+    cifar10.runs.open_run(cfg, cfg.output)
+    assert cfg.experiment == "b"  # by which resume: auto finds it again
 
 
 def test_log_with_a_torn_line(tmp_path):

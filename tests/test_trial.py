@@ -9,11 +9,9 @@ each folder and fault says how often it struck and what came of it; docs/faults.
 
 import contextlib
 import functools
-import json
 import os
 import random
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compiler, load, log_of, on_cpu
+from conftest import ROOT, Fork, environment, load, log_of, on_cpu
 from on_digits import cifar10
 from on_events import write
 
@@ -32,35 +30,6 @@ KILLS, SEED = int(os.environ.get("TRIAL", 5)), int(os.environ.get("SEED", 0))
 FEW = max(KILLS // 5, 1)
 SIGNALS = cifar10.runtime.STOP_SIGNALS
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
-ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-
-
-class Fork:
-    """A run of `ranks` processes, by tests/forkserver.py; no launcher ends one for the other."""
-
-    def __init__(self, folder, flags, output, ranks=1):
-        self.server = fork_server()
-        line = json.dumps([str(ROOT / folder), flags, str(output), ranks])
-        self.server.stdin.write(f"{line}\n".encode())
-        self.pids = [*map(int, self.server.stdout.readline().split())]
-        self.pid = self.pids[0]
-
-    def wait(self, seconds):
-        """The exit code, of ranks the largest; None if one goes on."""
-        if select.select([self.server.stdout], [], [], seconds)[0]:
-            return max(map(int, self.server.stdout.readline().split()), key=abs)
-        return None
-
-
-def environment():
-    return {**os.environ, **ENV, "CXX": compiler()}
-
-
-@functools.cache
-def fork_server():
-    command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-    return subprocess.Popen(command, env=environment(), **pipes)
 
 
 class Launched:
