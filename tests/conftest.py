@@ -19,6 +19,9 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+# Two processes test side by side, and what they start: threads of OpenMP would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import timm

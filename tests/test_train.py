@@ -173,7 +173,7 @@ def test_two_ranks(tmp_path, launcher):
     best = max(log, key=lambda line: line["test_acc1"])
     for number in (1, 2):
         path = tmp_path / "two" / "best.pth"
-        script("cifar10", "test", *SMALL, "--checkpoint", path, ranks=number, launcher=launcher)
+        script("cifar10", "test", *SMALL, "--checkpoint", path, ranks=number)
         result = json.loads((tmp_path / "two" / "test-best.json").read_text())
         assert (result["top1"], result["loss"]) == (best["test_acc1"], best["test_loss"])
 
