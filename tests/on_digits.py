@@ -32,7 +32,7 @@ RANDOM = [
     "--drop-path",
     0.2,
     "--epochs",
-    3,
+    2,
     "--workers",
     1,
 ]

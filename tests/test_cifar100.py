@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    GOLDEN_LONG,
     ROOT,
     Golden,
     build_model,
     check_golden,
-    check_golden_path,
     copy_folder,
     load,
     script,
@@ -30,26 +30,17 @@ def resolve(*argv):
 
 
 @pytest.mark.parametrize(
-    ("semantics", "steps"),
-    [
-        ("per_sample", None),
-        pytest.param("per_sample", "fused", marks=pytest.mark.long),
-        pytest.param("release", "fused", marks=pytest.mark.long),
-    ],
+    ("semantics", "fused", "losses"), [("per_sample", True, False), *GOLDEN_LONG]
 )
-def test_golden(semantics, steps):
-    """Without the long ones the fused path alone: the code is a copy of cifar10's."""
+def test_golden(semantics, fused, losses):
     golden = Golden("cifar100")
 
-    def build(fused):
+    def build():
         return cifar100.model.QKFormer(
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    if steps is None:
-        check_golden_path(golden, build, cifar100.lif.MultiStepLIF, semantics, True, False)
-    else:
-        check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics, steps)
+    check_golden(golden, build, cifar100.lif.MultiStepLIF, semantics, fused, losses)
 
 
 def test_the_recipe_builds_the_published_model():

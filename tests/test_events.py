@@ -6,22 +6,22 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import GOLDEN, ROOT, Golden, build_model, check_golden, load
+from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, build_model, check_golden, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
 
 # Model --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("semantics", "steps"), GOLDEN)
-def test_golden(folder, semantics, steps):
+@pytest.mark.parametrize(("semantics", "fused", "losses"), GOLDEN + GOLDEN_LONG)
+def test_golden(folder, semantics, fused, losses):
     golden = Golden(folder.name)
 
-    def build(fused):
+    def build():
         return folder.model.QKFormer(
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, folder.lif.MultiStepLIF, semantics, steps)
+    check_golden(golden, build, folder.lif.MultiStepLIF, semantics, fused, losses)
 
 
 def test_the_recipe_builds_the_published_model(folder):

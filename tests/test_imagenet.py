@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT, Golden, check_golden, script
+from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, check_golden, script
 from on_photos import CPU, imagenet, resolve
 
 SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
@@ -17,25 +17,17 @@ SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
 
 
 @pytest.mark.parametrize(
-    ("size", "semantics", "steps"),
+    ("size", "semantics", "fused", "losses"),
     [
-        (384, "per_sample", "fused"),
-        (384, "release", "neither"),
-        (512, "per_sample", "neither"),
-        (768, "per_sample", "neither"),
-        *(
-            pytest.param(size, semantics, "fused", marks=pytest.mark.long)
-            for size in (512, 768)
-            for semantics in ("per_sample", "release")
-        ),
-        pytest.param(384, "per_sample", "plain", marks=pytest.mark.long),
-        pytest.param(384, "release", "fused", marks=pytest.mark.long),
+        *((384, *case) for case in GOLDEN),
+        *((size, "per_sample", True, False) for size in (512, 768)),
+        *(pytest.param(n, *case.values, marks=case.marks) for n in SIZES for case in GOLDEN_LONG),
     ],
 )
-def test_golden(size, semantics, steps):
+def test_golden(size, semantics, fused, losses):
     golden = Golden(f"imagenet-{size}")
 
-    def build(fused):
+    def build():
         return timm.create_model(
             f"QKFormer_10_{size}",
             T=golden.meta["T"],
@@ -43,7 +35,7 @@ def test_golden(size, semantics, steps):
             fused=fused,
         )
 
-    check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, steps)
+    check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, fused, losses)
 
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())

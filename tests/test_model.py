@@ -5,22 +5,22 @@ promises.
 import pytest
 import timm
 import torch
-from conftest import GOLDEN, Golden, check_golden, load
+from conftest import GOLDEN, GOLDEN_LONG, Golden, check_golden, load
 
 cifar10 = load("cifar10")
 SMALL = {"embed_dims": 64, "num_heads": 4}
 
 
-@pytest.mark.parametrize(("semantics", "steps"), GOLDEN)
-def test_golden(semantics, steps):
+@pytest.mark.parametrize(("semantics", "fused", "losses"), GOLDEN + GOLDEN_LONG)
+def test_golden(semantics, fused, losses):
     golden = Golden("cifar10")
 
-    def build(fused):
+    def build():
         return cifar10.model.QKFormer(
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics, steps)
+    check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics, fused, losses)
 
 
 def test_state_dict():

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import Golden, build_model, check_golden, check_golden_path, load
+from conftest import Golden, build_model, check_golden, load
 from on_ms import SMALL, cifar10, cifar100, imagenet, make_model
 from spikingjelly.activation_based.model import maxformer
 from torch import nn
@@ -14,30 +14,31 @@ lif = cifar10.lif
 # The model ----------------------------------------------------------------------------------------
 
 
-def test_golden_cifar10():
+@pytest.mark.parametrize("fused", [True, False])
+def test_golden_cifar10(fused):
     golden = Golden("cifar10-ms")
 
-    def build(fused):
+    def build():
         return timm.create_model("MSQKFormer", T=golden.meta["T"], fused=fused)
 
-    check_golden(golden, build, lif.MultiStepLIF, "per_sample", "fused")
+    check_golden(golden, build, lif.MultiStepLIF, "per_sample", fused, True)
 
 
 @pytest.mark.parametrize(
-    ("on", "losses"),
+    ("fused", "losses"),
     [
         (True, False),
         pytest.param(True, True, marks=pytest.mark.long),
         pytest.param(False, True, marks=pytest.mark.long),
     ],
 )
-def test_golden_imagenet(on, losses):
+def test_golden_imagenet(fused, losses):
     golden = Golden("imagenet-ms-384")
 
-    def build(fused):
+    def build():
         return timm.create_model("MSQKFormer_10_384", T=golden.meta["T"], fused=fused)
 
-    check_golden_path(golden, build, imagenet.lif.MultiStepLIF, "per_sample", on, losses)
+    check_golden(golden, build, imagenet.lif.MultiStepLIF, "per_sample", fused, losses)
 
 
 def test_state_dict():
