@@ -5,10 +5,11 @@ Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", N
 Parameter names are those of the authors' release, whose checkpoints load as they are. Tensors are
 [T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; all else merges T and B.
 
-Four functions are short for what is written here at the right. They compute the same in less
+Five functions are short for what is written here at the right. They compute the same in less
 memory: a fused layer passes over it once (layer.py), and spikes are saved as bytes (spikes.py).
     conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); with pool=True lif(max_pool(bn(conv(x))))
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
+    fire(x, lif)                    lif(x)
     add(x, y)                       x + y
     product(operator, x, y, lif)    operator(x, y)
 """
@@ -23,6 +24,7 @@ from torch import nn
 from head import Classifier
 from layer import conv_bn_lif, conv_bn_lif_each
 from lif import MultiStepLIF, neuron_maker
+from neuron import fire
 from recompute import checkpointed
 from spikes import add, product
 
@@ -116,7 +118,7 @@ class SpikingSelfAttention(Attention):
         q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
         x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
         x = (x * self.scale).transpose(2, 3).flatten(3)  # [T, B, tokens, C]
-        return self.attn_lif(x).unflatten(2, (H, W)).movedim(4, 2)
+        return fire(x.unflatten(2, (H, W)).movedim(4, 2), self.attn_lif)
 
     def forward(self, x):
         shape, x = x.shape, self.attend(x)

@@ -19,7 +19,8 @@ from model import (
     SpikingSelfAttention,
     TokenQKAttention,
 )
-from preact import conv_bn, fire
+from neuron import fire
+from preact import conv_bn
 
 
 class MSTokenQKAttention(TokenQKAttention):

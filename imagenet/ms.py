@@ -13,7 +13,8 @@ from torch import nn
 from layer import conv_bn_lif
 from lif import MultiStepLIF
 from model import HST, ChannelQKAttention, DropPath, SpikingSelfAttention, TokenQKAttention, build
-from preact import conv_bn, fire
+from neuron import fire
+from preact import conv_bn
 
 
 # Copied from cifar10/ms.py

@@ -103,7 +103,16 @@ def test_checkpoint_stages(name, on):
 @compiled
 def test_whole_model_compiles(monkeypatch):
     importable(
-        monkeypatch, cifar10, "spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer"
+        monkeypatch,
+        cifar10,
+        "spikes",
+        "lif_cuda",
+        "lif",
+        "kernels",
+        "fused",
+        "fusible",
+        "layer",
+        "neuron",
     )
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
@@ -163,7 +172,16 @@ def test_a_pixel_that_wants_its_gradient():
 def test_model_on_gpu(monkeypatch):
     """A float16 training step of a model, eager, with recomputed stages and compiled."""
     importable(
-        monkeypatch, cifar10, "spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer"
+        monkeypatch,
+        cifar10,
+        "spikes",
+        "lif_cuda",
+        "lif",
+        "kernels",
+        "fused",
+        "fusible",
+        "layer",
+        "neuron",
     )
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
     recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()

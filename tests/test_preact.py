@@ -8,7 +8,7 @@ from conftest import importable
 from on_ms import SMALL, cifar10, compiled, make_model
 from torch import nn
 
-preact, lif = cifar10.preact, cifar10.lif
+preact, neuron, lif = cifar10.preact, cifar10.neuron, cifar10.lif
 
 
 # Its paths ----------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ def test_model_compiles(monkeypatch):
         "fused",
         "fusible",
         "layer",
+        "neuron",
         "preact",
         "model",
         "ms",
@@ -164,7 +165,7 @@ def test_fire_is_the_neuron(static):
     grad, results = torch.randn(4, 3, 12, 8, 6, dtype=x.dtype), []
     for on in (True, False):
         leaf = x.clone().requires_grad_()
-        spikes = preact.fire(leaf.expand(grad.shape), lif.MultiStepLIF(fused=on, v_threshold=0.8))
+        spikes = neuron.fire(leaf.expand(grad.shape), lif.MultiStepLIF(fused=on, v_threshold=0.8))
         spikes.backward(grad)
         results.append((spikes.detach(), {"x": leaf.grad}))
     check_same(*results)
@@ -179,7 +180,7 @@ def test_who_hooks_a_module_sees_it_called():
         handle = module.register_forward_hook(
             lambda module, *_: called.append(type(module).__name__)
         )
-        preact.conv_bn(preact.fire(x, modules[2]), *modules)
+        preact.conv_bn(neuron.fire(x, modules[2]), *modules)
         handle.remove()
     assert called == ["Conv2d", "BatchNorm2d", "MultiStepLIF"]
 

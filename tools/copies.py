@@ -34,6 +34,7 @@ SAME = (
     "portable.cuh",
     "fusible.py",
     "kernels.py",
+    "neuron.py",
     "recompute.py",
     "config.py",
     "keys.py",
