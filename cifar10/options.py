@@ -55,7 +55,7 @@ MODEL = {
     "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
         "rank 0 (broadcast) or the mean over the ranks (reduce)",
         choices=("", "broadcast", "reduce")),
-    "channels_last": Key(bool, False, "memory format channels_last in the plain path too"),
+    "channels_last": Key(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {

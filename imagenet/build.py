@@ -231,6 +231,10 @@ def build_model(cfg, cross_sample_lif, ranks):
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
+    if cfg.channels_last and ranks.device.type == "cpu":
+        # PyTorch 2.11's backward pass of a 1x1 convolution of stride 2 may overrun its memory.
+        logger.info("channels_last has no effect on a CPU: PyTorch's convolutions may crash in it")
+        cfg.channels_last = False
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(ranks.device, memory_format=layout)
     if cfg.compile:

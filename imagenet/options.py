@@ -53,7 +53,7 @@ MODEL = {
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
         length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),
-    "channels_last": Key(bool, False, "memory format channels_last in the plain path too"),
+    "channels_last": Key(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {

@@ -320,6 +320,13 @@ def test_signal_during_evaluation(trained_on_digits, tmp_path):
     )
 
 
+def test_channels_last_on_a_cpu(tmp_path):
+    """In the plain path PyTorch's own convolutions would crash with so few channels."""
+    args = [*SMALL, "--output", tmp_path, "--epochs", 1, "--cooldown-epochs", 0, "--fused", "false"]
+    done = script("cifar10", "train", *args, "--channels-last")
+    assert "channels_last has no effect on a CPU" in done.stdout and "best top-1" in done.stdout
+
+
 @pytest.mark.parametrize("batch", [64, 1024])
 def test_divergence(tmp_path, batch, monkeypatch):
     """In the middle of an epoch, and in its only step, when no loss shows it yet."""
