@@ -155,7 +155,7 @@ def load_config(keys, no_effect, default_file, argv=None, description=None):
     if cfg["experiment"] is None:
         cfg["experiment"] = file.stem
     others, own = UNREAD.get(Path(sys.argv[0]).stem, ((), ""))
-    unread = [name for name in others if name in given.flags]
+    unread = [name for name in others if given.flags.get(name)]
     if unread and not cfg.get("test_only"):
         raise UserError(f"command line: --{unread[0]} is not read here; {own}")
     return argparse.Namespace(**cfg), notes, given
