@@ -69,6 +69,7 @@ def test_paths_compute_the_same(name, models):
         torch.testing.assert_close(logits[0], other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_bytes(tmp_path):
     """The counted table of the parts of two models: less is saved everywhere, and less moved where
     images come in.
