@@ -198,6 +198,10 @@ def on_cpu(argv):
     return words if "--device" in words else [*words, "--device", "cpu"]
 
 
+# The modules of the fused path.
+FUSED = ("spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer", "neuron")
+
+
 def importable(monkeypatch, modules, *names):
     """For this test the folder's modules have the names by which torch.compile looks them up."""
     for name in names:

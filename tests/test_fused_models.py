@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import importable, load
+from conftest import FUSED, importable, load
 from torch import nn
 
 cifar10 = load("cifar10")
@@ -102,18 +102,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_whole_model_compiles(monkeypatch):
-    importable(
-        monkeypatch,
-        cifar10,
-        "spikes",
-        "lif_cuda",
-        "lif",
-        "kernels",
-        "fused",
-        "fusible",
-        "layer",
-        "neuron",
-    )
+    importable(monkeypatch, cifar10, *FUSED)
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
@@ -171,18 +160,7 @@ def test_a_pixel_that_wants_its_gradient():
 @gpu
 def test_model_on_gpu(monkeypatch):
     """A float16 training step of a model, eager, with recomputed stages and compiled."""
-    importable(
-        monkeypatch,
-        cifar10,
-        "spikes",
-        "lif_cuda",
-        "lif",
-        "kernels",
-        "fused",
-        "fusible",
-        "layer",
-        "neuron",
-    )
+    importable(monkeypatch, cifar10, *FUSED)
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
     recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
     x = torch.randn(8, 3, 32, 32, device="cuda")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import importable
+from conftest import FUSED, importable
 from on_ms import SMALL, cifar10, compiled, make_model
 from torch import nn
 
@@ -89,20 +89,7 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_model_compiles(monkeypatch):
-    importable(
-        monkeypatch,
-        cifar10,
-        "spikes",
-        "lif",
-        "kernels",
-        "fused",
-        "fusible",
-        "layer",
-        "neuron",
-        "preact",
-        "model",
-        "ms",
-    )
+    importable(monkeypatch, cifar10, *FUSED, "preact", "model", "ms")
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do
