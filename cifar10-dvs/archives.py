@@ -6,7 +6,7 @@ import stat
 import tarfile
 import zipfile
 
-from config import UserError
+from harness.config import UserError
 
 
 def unpack(archive, folder):

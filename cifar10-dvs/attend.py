@@ -1,3 +1,4 @@
+# Copied from cifar10/attend.py
 """Pictures of attention: what the masks of Q-K attention let pass, what a token of SSA looks at.
 
 One PNG for each sample. For each stage it shows the last block: the masks of all heads over the
@@ -13,11 +14,11 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 import data
-from config import UserError
-from engine import make_autocast, progress
-from firing import stage_of
-from runs import shown
-from runtime import logger
+from harness.config import UserError
+from harness.engine import make_autocast, progress
+from harness.firing import stage_of
+from harness.runs import shown
+from harness.runtime import logger
 
 TILE = 72  # pixels of a tile's longer side, at least
 COLUMNS = 600  # of a raster, at most

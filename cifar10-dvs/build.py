@@ -8,18 +8,18 @@ import torch
 import data
 import model as models
 import options
-from checkpoint import load_checkpoint, load_weights, resolve_semantics
-from config import UserError, load_config
 from energy import counting
-from engine import evaluate, make_autocast
-from graph import graphed
-from kernels import available
-from lif import resolve_backend
-from ranks import Ranks
-from runs import shown, write_result
-from runtime import logger
-from weights import architecture, steps_of
-from yml import show
+from harness.checkpoint import load_checkpoint, load_weights, resolve_semantics
+from harness.config import UserError, load_config
+from harness.engine import evaluate, make_autocast
+from harness.graph import graphed
+from harness.ranks import Ranks
+from harness.runs import shown, write_result
+from harness.runtime import logger
+from harness.weights import architecture, steps_of
+from harness.yml import show
+from spiking.kernels import available
+from spiking.lif import resolve_backend
 
 MODELS = {name: getattr(models, name) for name in models.__all__}  # those registered with timm
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others,

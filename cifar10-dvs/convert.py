@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from aedat import check_raw
 from archives import unpack
-from config import UserError
+from harness.config import UserError
 
 logger = logging.getLogger("qkformer")
 

@@ -12,10 +12,10 @@ from torchvision.datasets import DatasetFolder
 
 import shapes
 from augment import augment
-from batches import BatchLoader, test_batches, train_batches
-from config import UserError
 from convert import prepare, read_array
-from runtime import logger
+from harness.batches import BatchLoader, test_batches, train_batches
+from harness.config import UserError
+from harness.runtime import logger
 
 # folder in it: archive
 ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}

@@ -5,7 +5,7 @@ A TrainKey is used by train.py alone; test.py accepts it too.
 
 from pathlib import Path
 
-from keys import Key, TestKey, TrainKey, grouped
+from harness.keys import Key, TestKey, TrainKey, grouped
 
 DEFAULT_CONFIG = "cifar10-dvs.yml"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
 from convert import alone, scratch
-from runtime import logger
+from harness.config import UserError
+from harness.runtime import logger
 
 QUICK = {"samples": 40}  # what the quick start makes
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

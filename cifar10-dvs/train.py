@@ -18,15 +18,15 @@ from timm.utils import ModelEmaV3, random_seed
 import data
 import options
 from build import load_model, measure, settle
-from checkpoint import check_optimizer, load_checkpoint, load_weights, number
-from config import UserError, load_config
-from engine import Progress, Skips, check_weights, load_optimizer, make_autocast
-from graph import graphed
-from loop import Run
-from loss import TET
-from ranks import Ranks
-from runs import find_checkpoint, find_run, open_run, shown
-from runtime import (
+from harness.checkpoint import check_optimizer, load_checkpoint, load_weights, number
+from harness.config import UserError, load_config
+from harness.engine import Progress, Skips, check_weights, load_optimizer, make_autocast
+from harness.graph import graphed
+from harness.loop import Run
+from harness.loss import TET
+from harness.ranks import Ranks
+from harness.runs import find_checkpoint, find_run, open_run, shown
+from harness.runtime import (
     StopSignal,
     get_rng_state,
     logger,
@@ -68,6 +68,8 @@ class Trainer(Run):
         checkpoint, path: weights to start from, or None.
         finetune: whether their head may be of other classes.
     """
+
+    data = data
 
     def __init__(self, cfg, given, ranks, folder, checkpoint, path, finetune):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder

@@ -13,11 +13,11 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
-from batches import BatchLoader, test_batches, train_batches
-from config import UserError
+from harness.batches import BatchLoader, test_batches, train_batches
+from harness.config import UserError
+from harness.runtime import logger
 from images import list_split, read_image
 from options import NUM_CLASSES
-from runtime import logger
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,

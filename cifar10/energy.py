@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import torch
 
-from firing import Counter, silent, stage_of
-from runs import shown
-from runtime import logger
+from harness.firing import Counter, silent, stage_of
+from harness.runs import shown
+from harness.runtime import logger
 
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
 # The paper's firing rates, of the outputs of neurons: HST-10-768 at 224 x 224 with T = 4, stages 1

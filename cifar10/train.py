@@ -17,15 +17,15 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 import data
 import options
 from build import load_model, settle
-from checkpoint import check_optimizer, load_checkpoint, load_weights, number
-from config import UserError, load_config
-from engine import Progress, Skips, check_weights, load_optimizer, make_autocast
-from graph import graphed
-from loop import Run
-from loss import TET
-from ranks import Ranks
-from runs import open_run, shown
-from runtime import (
+from harness.checkpoint import check_optimizer, load_checkpoint, load_weights, number
+from harness.config import UserError, load_config
+from harness.engine import Progress, Skips, check_weights, load_optimizer, make_autocast
+from harness.graph import graphed
+from harness.loop import Run
+from harness.loss import TET
+from harness.ranks import Ranks
+from harness.runs import open_run, shown
+from harness.runtime import (
     StopSignal,
     get_rng_state,
     logger,
@@ -66,6 +66,8 @@ class Trainer(Run):
         checkpoint, path: weights to start from, or None.
         finetune: whether their head may be of other classes.
     """
+
+    data = data
 
     def __init__(self, cfg, given, ranks, folder, checkpoint, path, finetune):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder

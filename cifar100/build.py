@@ -11,19 +11,19 @@ import data
 import model as models
 import ms
 import options
-from checkpoint import load_checkpoint, load_weights, resolve_semantics
-from config import UserError, load_config
 from energy import counting
-from engine import evaluate, make_autocast
-from graph import graphed
+from harness.checkpoint import load_checkpoint, load_weights, resolve_semantics
+from harness.config import UserError, load_config
+from harness.engine import evaluate, make_autocast
+from harness.graph import graphed
+from harness.ranks import Ranks
+from harness.runs import shown, write_result
+from harness.runtime import logger
+from harness.weights import architecture, steps_of
+from harness.yml import show
 from images import to_rgb
-from kernels import available
-from lif import resolve_backend
-from ranks import Ranks
-from runs import shown, write_result
-from runtime import logger
-from weights import architecture, steps_of
-from yml import show
+from spiking.kernels import available
+from spiking.lif import resolve_backend
 
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}

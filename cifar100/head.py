@@ -1,3 +1,4 @@
+# Copied from cifar10/head.py
 """The head of the network, with the names that timm's models have for it."""
 
 import timm.layers

@@ -10,8 +10,6 @@ MS-QKFormer; parameter names are those of their weights. What both models share 
 from timm.models import register_model
 from torch import nn
 
-from layer import conv_bn_lif
-from lif import MultiStepLIF
 from model import (
     HST,
     ChannelQKAttention,
@@ -20,8 +18,10 @@ from model import (
     SpikingSelfAttention,
     TokenQKAttention,
 )
-from neuron import fire
-from preact import conv_bn
+from spiking.layer import conv_bn_lif
+from spiking.lif import MultiStepLIF
+from spiking.neuron import fire
+from spiking.preact import conv_bn
 
 
 class MSTokenQKAttention(TokenQKAttention):

@@ -5,8 +5,8 @@ import sys
 
 from tqdm import tqdm
 
-from config import UserError
-from runtime import logger
+from harness.config import UserError
+from harness.runtime import logger
 
 VERSION = b"3.1"  # of AEDAT
 HEADER = struct.Struct("<HHIIIIII")  # of a packet: type, source, bytes an event, ..., three counts

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
 from convert import alone, scratch
-from runtime import logger
+from harness.config import UserError
+from harness.runtime import logger
 
 QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture

@@ -16,10 +16,10 @@ import data
 import options
 from attend import show
 from build import load_tested, measure
-from config import load_config
-from ranks import Ranks
-from runs import find_checkpoint
-from runtime import logger, run, set_up_log
+from harness.config import load_config
+from harness.ranks import Ranks
+from harness.runs import find_checkpoint
+from harness.runtime import logger, run, set_up_log
 
 
 # Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir, cudnn.benchmark->cudnn.deterministic

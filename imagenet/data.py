@@ -24,11 +24,11 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import photos
-from batches import BatchLoader, test_batches, train_batches
-from config import UserError
+from harness.batches import BatchLoader, test_batches, train_batches
+from harness.config import UserError
+from harness.runtime import logger, seeded
 from images import BadImage, list_images, list_split, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
-from runtime import logger, seeded
 
 
 # Copied from cifar10/data.py

@@ -21,11 +21,11 @@ from timm.models import register_model
 from torch import nn
 
 from head import Classifier
-from layer import conv_bn_lif, conv_bn_lif_each
-from lif import MultiStepLIF, neuron_maker
-from neuron import fire
-from recompute import checkpointed
-from spikes import add, product
+from spiking.layer import conv_bn_lif, conv_bn_lif_each
+from spiking.lif import MultiStepLIF, neuron_maker
+from spiking.neuron import fire
+from spiking.recompute import checkpointed
+from spiking.spikes import add, product
 
 
 # Copied from cifar10/model.py

@@ -10,11 +10,11 @@ import timm.layers
 from timm.models import register_model
 from torch import nn
 
-from layer import conv_bn_lif
-from lif import MultiStepLIF
 from model import HST, ChannelQKAttention, DropPath, SpikingSelfAttention, TokenQKAttention, build
-from neuron import fire
-from preact import conv_bn
+from spiking.layer import conv_bn_lif
+from spiking.lif import MultiStepLIF
+from spiking.neuron import fire
+from spiking.preact import conv_bn
 
 
 # Copied from cifar10/ms.py

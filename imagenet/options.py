@@ -5,7 +5,7 @@ A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts a
 
 from pathlib import Path
 
-from keys import Key, TestKey, TrainKey, grouped
+from harness.keys import Key, TestKey, TrainKey, grouped
 
 DEFAULT_CONFIG = "imagenet.yml"
 

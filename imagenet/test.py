@@ -22,12 +22,12 @@ import data
 import options
 from attend import show
 from build import load_tested, measure
-from config import UserError, load_config
-from engine import make_autocast, progress
-from graph import graphed
-from ranks import Ranks
-from runs import find_checkpoint
-from runtime import logger, run, set_up_log
+from harness.config import UserError, load_config
+from harness.engine import make_autocast, progress
+from harness.graph import graphed
+from harness.ranks import Ranks
+from harness.runs import find_checkpoint
+from harness.runtime import logger, run, set_up_log
 
 
 @torch.inference_mode()

@@ -22,15 +22,15 @@ import data
 import optim
 import options
 from build import load_model, measure, settle
-from checkpoint import check_optimizer, load_checkpoint, load_weights, number
-from config import UserError, load_config
-from engine import Progress, Skips, check_weights, make_autocast
-from graph import graphed
-from loop import Run
-from loss import TET
-from ranks import Ranks
-from runs import open_run, shown
-from runtime import (
+from harness.checkpoint import check_optimizer, load_checkpoint, load_weights, number
+from harness.config import UserError, load_config
+from harness.engine import Progress, Skips, check_weights, make_autocast
+from harness.graph import graphed
+from harness.loop import Run
+from harness.loss import TET
+from harness.ranks import Ranks
+from harness.runs import open_run, shown
+from harness.runtime import (
     StopSignal,
     get_rng_state,
     logger,
@@ -49,6 +49,8 @@ class Trainer(Run):
         ranks, folder: of this run.
         model, cross_sample_lif: what load_model gives.
     """
+
+    data = data
 
     def __init__(self, cfg, given, ranks, folder, model, cross_sample_lif):
         self.cfg, self.given, self.ranks, self.folder = cfg, given, ranks, folder

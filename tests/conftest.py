@@ -4,7 +4,6 @@ the scripts.
 
 import atexit
 import functools
-import importlib
 import json
 import os
 import select
@@ -17,7 +16,6 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 # Two processes test side by side, and what they start: threads of OpenMP would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +25,8 @@ import pytest
 import timm
 import torch
 
+import models
+
 pytest_plugins = ["on_digits", "on_photos", "on_events", "on_host", "on_graphs"]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -34,23 +34,13 @@ DATA = Path(__file__).resolve().parent / "data"
 
 @functools.cache
 def load(folder):
-    """The modules of a data set folder, as attributes. Those of several folders can be used in one
-    process.
+    """All modules of a data set folder, packages' too, as attributes. Those of several folders can
+    be used in one process.
     """
-    names = [path.stem for path in (ROOT / folder).glob("*.py")]
-    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(ROOT / folder))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of timm, that a model of this name is there already
-            return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(ROOT / folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(hidden)
-        if folder != "cifar10":
-            register(load("cifar10"))
+    modules = models.load(folder)
+    if folder != "cifar10":
+        register(load("cifar10"))
+    return modules
 
 
 def register(modules):
@@ -60,11 +50,9 @@ def register(modules):
     for file, name in (("model", "QKFormer"), ("ms", "MSQKFormer")):
         module = getattr(modules, file, None)
         if hasattr(module, name):
-            sys.modules[file] = module  # where timm looks for the function's module
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 timm.models.register_model(getattr(module, name))
-            del sys.modules[file]
 
 
 def build_model(modules, cfg, cross_sample_lif=False):
@@ -196,16 +184,6 @@ def on_cpu(argv):
     """
     words = [*map(str, argv)]
     return words if "--device" in words else [*words, "--device", "cpu"]
-
-
-# The modules of the fused path.
-FUSED = ("spikes", "lif_cuda", "lif", "kernels", "fused", "fusible", "layer", "neuron")
-
-
-def importable(monkeypatch, modules, *names):
-    """For this test the folder's modules have the names by which torch.compile looks them up."""
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, getattr(modules, name))
 
 
 COMPILER = """#!/bin/sh

@@ -10,10 +10,10 @@ import torch
 import data
 import options
 from build import build_model
-from config import load_config
-from engine import evaluate, make_autocast
-from ranks import Ranks
-from runtime import run
+from harness.config import load_config
+from harness.engine import evaluate, make_autocast
+from harness.ranks import Ranks
+from harness.runtime import run
 
 sys.path.insert(1, sys.argv.pop(1))
 from conftest import Golden

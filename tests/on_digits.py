@@ -3,6 +3,7 @@ run with them.
 """
 
 import pytest
+
 from conftest import load, on_cpu, script
 
 cifar10 = load("cifar10")

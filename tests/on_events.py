@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import recordings
 import torch
+
+import recordings
 from conftest import Golden, load
 
 FOLDERS = ("dvs128-gesture", "cifar10-dvs")

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from conftest import load
 
 # What a capture on a GPU does not allow: a value that the host wants to know, a size that depends on
 # values, a tensor made of Python's numbers.

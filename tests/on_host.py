@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+
 from conftest import load
 
 lif, lif_cuda = load("cifar10").lif, load("cifar10").lif_cuda

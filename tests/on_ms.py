@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import load
 from torch import nn
+
+from conftest import load
 
 cifar10, cifar100, imagenet = load("cifar10"), load("cifar100"), load("imagenet")
 compiled = pytest.mark.skipif(

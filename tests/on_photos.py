@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from conftest import ROOT, load, on_cpu, script, start
 
 imagenet = load("imagenet")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load
 from PIL import Image
+
+from conftest import load
 
 cifar10, gesture = load("cifar10"), load("dvs128-gesture")
 ALONE = SimpleNamespace(main=True)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
+
 from conftest import ROOT, Golden, load
 
-sys.path.insert(0, str(ROOT / "tools"))
 spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+
 from conftest import ROOT, Golden, load, log_of
 from on_digits import CPU, call, cifar10
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import load, on_cpu, one_line, script
 from on_digits import SMALL, cifar10
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import yaml
+
 from conftest import (
     GOLDEN_LONG,
     ROOT,

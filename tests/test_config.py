@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import yaml
+
 from conftest import ROOT, build_model, load
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")

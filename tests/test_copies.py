@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+
 from conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("copies", ROOT / "tools" / "copies.py")
@@ -64,7 +65,9 @@ def tree(tmp_path):
     for folder, model in (("cifar10", MODEL), ("imagenet", COPY)):
         (tmp_path / folder).mkdir()
         for name in copies.SAME:
-            (tmp_path / folder / name).write_text(f"# {name}\n")
+            (tmp_path / folder / name / "__pycache__").mkdir(parents=True)
+            (tmp_path / folder / name / "lif.py").write_text(f"# {name}\n")
+            (tmp_path / folder / name / "__pycache__" / "lif.pyc").write_text(folder)
         (tmp_path / folder / "model.py").write_text(model)
     (tmp_path / "cifar10" / "data.py").write_text("SIZE = 32\n")
     (tmp_path / "imagenet" / "data.py").write_text("# Copied from cifar10/data.py\nSIZE = 32\n")
@@ -82,13 +85,8 @@ def test_clean(tree):
 @pytest.mark.parametrize(
     ("file", "old", "new", "problem"),
     [
-        ("imagenet/lif.py", "lif", "Lif", "imagenet/lif.py: differs from cifar10/lif.py"),
-        (
-            "cifar10/config.py",
-            "config",
-            "Config",
-            "imagenet/config.py: differs from cifar10/config.py",
-        ),
+        ("imagenet/spiking/lif.py", "spik", "Spik", "imagenet/spiking: differs from cifar10"),
+        ("cifar10/harness/lif.py", "harn", "Harn", "imagenet/harness: differs from cifar10"),
         ("imagenet/data.py", "32", "33", "imagenet/data.py: differs from cifar10/data.py"),
         (
             "imagenet/model.py",
@@ -119,8 +117,11 @@ def test_drift(tree, file, old, new, problem):
 
 
 def test_missing_file(tree):
-    (tree / "imagenet" / "lif.py").unlink()
-    assert copies.check(tree) == ["imagenet/lif.py: differs from cifar10/lif.py"]
+    (tree / "imagenet" / "spiking" / "lif.py").unlink()
+    assert copies.check(tree) == ["imagenet/spiking: differs from cifar10/spiking"]
+    (tree / "cifar10" / "spiking" / "lif.py").unlink()
+    (tree / "imagenet" / "spiking" / "more.py").write_text("")
+    assert copies.check(tree) == ["imagenet/spiking: differs from cifar10/spiking"]
 
 
 def test_what_can_not_be_renewed(tree):

@@ -2,17 +2,15 @@
 fits its kernel, every gradient its parameter, and nothing is transposed on the way.
 """
 
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
-from on_graphs import FORBIDDEN, name_of, tensors
 
-sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
+from conftest import load
+from on_graphs import FORBIDDEN, name_of, tensors
 
 pytestmark = pytest.mark.skipif(not fakecuda.POSSIBLE, reason="needs a newer PyTorch for CUDA")
 SMALL = {"embed_dims": 48, "num_heads": 2, "depths": 3}

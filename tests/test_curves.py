@@ -2,16 +2,14 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "tools"))
 import curves
+from conftest import ROOT
 
 
 def write_run(folder, accuracies, config=None, tail="", **more):

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+
 from conftest import copy_folder, load
 
 cifar10 = load("cifar10")

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, on_cpu
 from spikingjelly.activation_based import op_counter
 from torch import nn
+
+from conftest import load, on_cpu
 
 cifar10, imagenet, gesture = load("cifar10"), load("imagenet"), load("dvs128-gesture")
 ALONE = SimpleNamespace(gather=lambda value: [value], main=True)

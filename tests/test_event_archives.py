@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 
 import pytest
+
 from on_events import cpu, resolve, write
 
 MODULE = b"raise SystemExit('planted')\n"

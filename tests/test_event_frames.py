@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from conftest import load, one_line, script
 from on_events import FOLDERS, check_frames, cpu, resolve, write
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from spikingjelly.datasets import cifar10_dvs, utils
+
 from conftest import load
 from on_events import FOLDERS, check_frames, cpu, resolve, write
-from spikingjelly.datasets import cifar10_dvs, utils
 
 FEW = {"dvs128-gesture": {"train": 1, "trials": 1}, "cifar10-dvs": {"samples": 2}}
 EVENTS = np.random.default_rng(0).integers([0] * 4, [10**6, 128, 128, 2], (900, 4))  # t, x, y, p

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from conftest import Fork, build_model, copy_folder, load, log_of, on_cpu, script
 from on_events import CLASSES, FOLDERS, ONCE, SMALL, check_frames, cpu, resolve, write
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import yaml
+
 from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, build_model, check_golden, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
 

@@ -7,12 +7,13 @@ import os
 import resource
 import signal
 import socket
-import sys
 import time
 
 import pytest
 import timm
 import torch
+
+from conftest import ROOT
 from forks import ended, forked, opened, wait_for
 from on_digits import SMALL, cifar10
 
@@ -50,11 +51,11 @@ def workers():
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_are_deaf_to_signals(method, monkeypatch):
+def test_workers_are_deaf_to_signals(method, monkeypatch, tmp_path):
     """All signals that end a run leave its workers alone, however they are started."""
     if method == "forkserver":  # where what a worker is sent has to be importable
-        monkeypatch.setitem(sys.modules, "batches", cifar10.batches)
-        monkeypatch.syspath_prepend(str(cifar10.config.HERE))
+        (tmp_path / "qkformer_cifar10").symlink_to(ROOT / "cifar10")
+        monkeypatch.syspath_prepend(tmp_path)
     batches = loader(range(12), collate=sum)
     batches.multiprocessing_context = method
     found = iter(batches)

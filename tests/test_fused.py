@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import load
 from torch import nn
+
+from conftest import load
 
 cifar10 = load("cifar10")
 lif, fused, kernels = cifar10.lif, cifar10.fused, cifar10.kernels

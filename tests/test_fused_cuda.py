@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+
 from conftest import load
 from test_fused import SIZES, check_kernels, check_pooling, compiled
 

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import FUSED, importable, load
 from torch import nn
+
+from conftest import load
 
 cifar10 = load("cifar10")
 lif, fused, kernels, layer = cifar10.lif, cifar10.fused, cifar10.kernels, cifar10.layer
@@ -102,7 +103,6 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_whole_model_compiles(monkeypatch):
-    importable(monkeypatch, cifar10, *FUSED)
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     check_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), prefixed(want))
@@ -160,7 +160,6 @@ def test_a_pixel_that_wants_its_gradient():
 @gpu
 def test_model_on_gpu(monkeypatch):
     """A float16 training step of a model, eager, with recomputed stages and compiled."""
-    importable(monkeypatch, cifar10, *FUSED)
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
     recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
     x = torch.randn(8, 3, 32, 32, device="cuda")

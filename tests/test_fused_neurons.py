@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from conftest import load
 from test_fused import compiled
 from test_fused_cuda import cuda_on_host
-from torch import nn
 
 cifar10 = load("cifar10")
 lif, fused, layer, neuron = cifar10.lif, cifar10.fused, cifar10.layer, cifar10.neuron

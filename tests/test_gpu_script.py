@@ -3,14 +3,11 @@ takes too long.
 """
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load
 
-sys.path.insert(0, str(ROOT / "tools"))
 import checks
 import gpu
 import stages
@@ -19,11 +16,6 @@ import timing
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """With the modules that other tests have: a second import would take their operators' place."""
-    modules = vars(load("cifar10"))
-    monkeypatch.setattr(timing.tables, "import_folder", lambda folder: modules)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
     return timing.Run(SimpleNamespace(device="cpu", small=True, out=tmp_path))
 
 

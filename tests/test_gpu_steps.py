@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from conftest import ROOT, load
 from on_graphs import FORBIDDEN, RECIPES, name_of
 from test_bench import bench
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 cifar10, imagenet = load("cifar10"), load("imagenet")
 engine, layer = cifar10.engine, cifar10.layer

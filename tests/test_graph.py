@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from conftest import Golden, load, log_of, on_cpu, same, weights_of
 from on_digits import SMALL
-from torch import nn
 
 cifar10, imagenet = load("cifar10"), load("imagenet")
 graph, UserError = cifar10.graph, cifar10.config.UserError

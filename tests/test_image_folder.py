@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import load, on_cpu
 from PIL import Image
+
+from conftest import load, on_cpu
 
 CLASSES = ("green things", "red", "über")
 SMALL = [

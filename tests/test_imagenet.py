@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+
 from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, check_golden, script
 from on_photos import CPU, imagenet, resolve
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from conftest import Golden, log_of, same, script
 from on_photos import CPU, UserError, imagenet, photos, release_file, resolve
-from PIL import Image
 
 
 def test_released_checkpoint(tmp_path, photo_data):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+
 from conftest import Golden
 from on_photos import CPU, UserError, imagenet, photos, resolve
-from PIL import Image
 
 
 def test_evaluation_transform(tmp_path):

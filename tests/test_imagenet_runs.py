@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+
 from conftest import log_of, same, script, start, weights_of
 from on_photos import imagenet, kill_at, photos, resolve, slurm
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load
 from PIL import EpsImagePlugin, Image
 from torchvision.datasets import ImageFolder
+
+from conftest import load
 
 images = load("cifar10").images
 PIXELS = np.random.RandomState(0).randint(0, 256, (24, 40, 3), dtype=np.uint8)

@@ -6,14 +6,12 @@ element of what a kernel writes is written once.
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, load
 
-sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
+from conftest import load
 
 pytestmark = [
     pytest.mark.long,

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import load
 from spikingjelly.activation_based import surrogate
 from torch import nn
+
+from conftest import load
 
 cifar10 = load("cifar10")
 lif, fused, kernels, layer = cifar10.lif, cifar10.fused, cifar10.kernels, cifar10.layer

@@ -7,8 +7,9 @@ import logging
 
 import pytest
 import torch
-from conftest import importable, load
 from spikingjelly.activation_based import functional, monitor, neuron, op_counter
+
+from conftest import load
 
 lif, lif_cuda = load("cifar10").lif, load("cifar10").lif_cuda
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -82,7 +83,6 @@ def test_stateless():
 
 
 def test_compiles_without_graph_breaks(monkeypatch):
-    importable(monkeypatch, load("cifar10"), "spikes", "lif")
     torch.manual_seed(2)
     node = lif.MultiStepLIF()
     compiled = torch.compile(lambda x: node(x) * 2, fullgraph=True, backend="aot_eager")
@@ -256,7 +256,6 @@ def test_broadcast_input_is_not_copied(host):
 
 
 def test_operators_are_registered_right(host, monkeypatch):
-    importable(monkeypatch, load("cifar10"), "lif", "lif_cuda")
     x = torch.randn(4, 3, 5, requires_grad=True)
     for kind in lif.NEURONS:
         rate = torch.tensor(0.3, requires_grad=True) if kind == "plif" else None
@@ -291,7 +290,6 @@ def test_cupy(dtype, shape):
 
 @gpu
 def test_cupy_on_another_stream_and_compiled(monkeypatch):
-    importable(monkeypatch, load("cifar10"), "spikes", "lif")
     torch.manual_seed(8)
     x = torch.randn(4, 1 << 20, device="cuda")
     want = lif.torch_lif(x * 1.5, 2.0, 1.0)

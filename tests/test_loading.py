@@ -1,17 +1,12 @@
 """tools/loading.py: three loaders of one recipe, each of which does the whole of it."""
 
 import re
-import sys
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ROOT
-from on_photos import imagenet, resolve
 
-with patch.dict(sys.modules, vars(imagenet)), patch.object(sys, "path", [*sys.path]):
-    sys.path.insert(0, str(ROOT / "tools"))
-    import loading
+import loading
+from on_photos import resolve
 
 
 @pytest.fixture

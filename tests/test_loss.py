@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import load, log_of, on_cpu
-from on_digits import SMALL, cifar10
 from spikingjelly.activation_based.functional import temporal_efficient_training_cross_entropy
 from timm.loss import SoftTargetCrossEntropy
+
+from conftest import load, log_of, on_cpu
+from on_digits import SMALL, cifar10
 
 T, B, CLASSES = 5, 6, 7
 

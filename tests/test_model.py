@@ -5,6 +5,7 @@ promises.
 import pytest
 import timm
 import torch
+
 from conftest import GOLDEN, GOLDEN_LONG, Golden, check_golden, load
 
 cifar10 = load("cifar10")

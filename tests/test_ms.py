@@ -3,10 +3,11 @@
 import pytest
 import timm
 import torch
-from conftest import Golden, build_model, check_golden, load
-from on_ms import SMALL, cifar10, cifar100, imagenet, make_model
 from spikingjelly.activation_based.model import maxformer
 from torch import nn
+
+from conftest import Golden, build_model, check_golden, load
+from on_ms import SMALL, cifar10, cifar100, imagenet, make_model
 
 lif = cifar10.lif
 

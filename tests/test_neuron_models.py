@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import build_model, copy_folder, load
-from on_digits import resolve
 from spikingjelly.activation_based import neuron
 from torch import nn
+
+from conftest import build_model, copy_folder, load
+from on_digits import resolve
 
 cifar10 = load("cifar10")
 lif, layer = cifar10.lif, cifar10.layer
@@ -67,7 +68,7 @@ def test_neuron_of_other_types_alone(kind, dtype):
 def test_own_neuron_with_a_name(tmp_path, monkeypatch):
     """One that docs/changing-the-model.md has in NEURONS: its layers are not taken for LIF's."""
     folder = copy_folder("cifar10", tmp_path).rename(tmp_path / "named")
-    text = (folder / "lif.py").read_text()
+    text = (folder / "spiking" / "lif.py").read_text()
     line = 'NEURONS = {"lif": MultiStepLIF,'
     assert line in text
     own = (
@@ -75,7 +76,7 @@ def test_own_neuron_with_a_name(tmp_path, monkeypatch):
         "        return super().multi_step_forward(x + 0.2)\n\n\n"
         'NEURONS = {"shifted": ShiftedLIF, "lif": MultiStepLIF,'
     )
-    (folder / "lif.py").write_text(text.replace(line, own))
+    (folder / "spiking" / "lif.py").write_text(text.replace(line, own))
     modules, x = load(str(folder)), torch.rand(2, 3, 8, 8)
     share_compiled(modules, monkeypatch)
     small = {"embed_dims": 32, "num_heads": 2}

@@ -6,12 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from on_photos import CPU, imagenet, photos, resolve
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from on_photos import CPU, imagenet, photos, resolve
 
 MEAN, STD = (
     torch.tensor(value)[:, None, None] for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import FUSED, importable
-from on_ms import SMALL, cifar10, compiled, make_model
 from torch import nn
+
+from on_ms import SMALL, cifar10, compiled, make_model
 
 preact, neuron, lif = cifar10.preact, cifar10.neuron, cifar10.lif
 
@@ -89,7 +89,6 @@ def test_checkpoint_stages(name, on):
 
 @compiled
 def test_model_compiles(monkeypatch):
-    importable(monkeypatch, cifar10, *FUSED, "preact", "model", "ms")
     model, x = make_model("cifar10", depths=3)
     want = step(copy.deepcopy(model), x)
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # as the scripts do

@@ -1,15 +1,11 @@
 """What a GPU that is not there would take (tools/predict.py), against counts by hand."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, load
 
-sys.path.insert(0, str(ROOT / "tools"))
-import bench
 import fakecuda
 import predict
+from conftest import load
 
 pytestmark = pytest.mark.skipif(not fakecuda.POSSIBLE, reason="needs a newer PyTorch for CUDA")
 
@@ -63,7 +59,7 @@ def test_kernels():
 
 @pytest.mark.long
 def test_table(capsys):
-    rows = predict.table("cifar10", bench.import_models("cifar10"), torch.empty(16, 3, 32, 32), 4)
+    rows = predict.table("cifar10", load("cifar10"), torch.empty(16, 3, 32, 32), 4)
     found = {(row["path"], row["part"]): row for row in rows}
     for path in ("fast", "release-like"):
         parts = [

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from conftest import copy_folder, load, script
 from on_events import FOLDERS
 from on_photos import photos
-from PIL import Image
 
 GENERATORS = [("imagenet", "photos"), *((name, "shapes") for name in FOLDERS)]
 SMALL = {"imagenet": {"train": 8, "val": 2}, "dvs128-gesture": {"train": 2, "test": 1, "trials": 1}}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+
 from conftest import ROOT
 from on_digits import CPU, cifar10, resolve
-from PIL import Image
 
 
 def ranks(rank, world_size):

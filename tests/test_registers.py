@@ -1,11 +1,7 @@
 """What the CUDA kernels are compiled to, for every GPU that is served (tools/registers.py)."""
 
-import sys
-
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
 import fakecuda
 import registers
 

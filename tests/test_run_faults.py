@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from conftest import ROOT, load
 from forks import ended, forked, opened
 from on_digits import CPU, SMALL, cifar10, resolve

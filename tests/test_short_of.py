@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+
 from conftest import on_cpu
 from on_digits import cifar10
 

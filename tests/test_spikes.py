@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+
 from conftest import load
 
 cifar10 = load("cifar10")

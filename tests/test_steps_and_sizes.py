@@ -4,19 +4,17 @@ pictures from the command line of the event folders.
 
 import csv
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Golden, load, on_cpu
-from on_events import CLASSES, FOLDERS
 from PIL import Image
 
-sys.path.insert(0, str(ROOT / "tools"))
 import sweep
+from conftest import ROOT, Golden, load, on_cpu
+from on_events import CLASSES, FOLDERS
 
 STEPS = [1, 2, 4, 8, 16]
 FEW = {"dvs128-gesture": {"train": 1, "test": 1, "trials": 1}, "cifar10-dvs": {"samples": 10}}
@@ -77,9 +75,6 @@ def image_loss(images, path, T, size):
 
 def test_sweep_of_T_and_size(images, capsys, monkeypatch):
     """tools/sweep.py: a row for each T and size, as counted by hand; the same in the JSON."""
-    modules = SimpleNamespace(import_module=lambda name: getattr(images, name))
-    monkeypatch.setattr(sweep, "importlib", modules)
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(ROOT)
     args = ["--checkpoint", images.place / "one.pth", "--size", 8, 12, "--T", *STEPS]
     flags = on_cpu([*images.flags, "--cross_sample_lif", "false"])

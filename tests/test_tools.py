@@ -1,10 +1,5 @@
 """tools/memory.py: what is counted is what autograd keeps, and grows as the paper says."""
 
-import sys
-
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
 import memory
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from conftest import ROOT, log_of, on_cpu, one_line, same, script, start, weights_of
 from on_digits import CPU, RANDOM, SMALL, cifar10, resolve
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def ranks(rank, world_size):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import ROOT, Fork, environment, load, log_of, on_cpu
 from on_digits import cifar10
 from on_events import write

@@ -5,6 +5,7 @@ import signal
 import pytest
 import safetensors.torch
 import torch
+
 from conftest import log_of, same, weights_of
 from on_digits import CPU, RANDOM, SMALL, call, cifar10
 

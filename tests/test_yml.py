@@ -7,9 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from conftest import load
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 cifar10 = load("cifar10")

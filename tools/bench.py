@@ -27,28 +27,23 @@ precision.
 
 import argparse
 import functools
-import importlib
 import json
 import platform
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
-import predict
 import torch
-import traffic
 from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
 
-ROOT = Path(__file__).resolve().parent.parent
-IMAGENET = tuple(
-    f"{name}_10_{dim}" for name in ("QKFormer", "MSQKFormer") for dim in (384, 512, 768)
-)
-FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")  # MSQKFormer is that of cifar10/
-EVENT = ("dvs128-gesture", "cifar10-dvs")
+import models
+import predict
+import traffic
+from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
+
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
 # Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the
 # default.
@@ -64,30 +59,9 @@ PUBLISHED = [
 ]
 
 
-@functools.cache
-def import_folder(folder):
-    """{name: module} of a folder's model.py and, where it has one, ms.py, beside those of other
-    folders.
-    """
-    for path in (ROOT / folder).glob("*.py"):
-        sys.modules.pop(path.stem, None)
-    sys.path.insert(0, str(ROOT / folder))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of timm, that a model of this name is there already
-        files = [name for name in ("model", "ms") if (ROOT / folder / f"{name}.py").exists()]
-        modules = {name: importlib.import_module(name) for name in files}
-    sys.path.pop(0)
-    return modules
-
-
-def import_models(name):
-    folder = "imagenet" if name in IMAGENET else "cifar10" if name == "MSQKFormer" else name
-    return import_folder(folder)["ms" if name.startswith("MS") else "model"]
-
-
-def build(name, path, T, models):
+def build(name, path, T, modules):
     """The module to time, or None where there is no such path for a model."""
-    entry = getattr(models, name if "QKFormer" in name else "QKFormer")
+    entry = models.entry(name, modules)
     if path == "spikingjelly":
         peer = getattr(qkformer, name.lower(), None)
         return peer(T=T) if peer else None
@@ -100,13 +74,6 @@ def set_up(name):
     """cuDNN as the folder's train.py sets it."""
     torch.backends.cudnn.benchmark = name not in EVENT
     torch.backends.cudnn.deterministic = name in EVENT
-
-
-def make_input(name, batch, T, size, device):
-    shape = (batch, T, 2, size, size) if name in EVENT else (batch, 3, size, size)
-    return (torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)).to(
-        device
-    )
 
 
 class Candidate:
@@ -176,11 +143,11 @@ class Candidate:
 def bench(name, batch, T, size, paths, rounds, device, dtype):
     """[{path, kind, images/s, ...}, ...] of one configuration, and its candidates."""
     set_up(name)
-    models, x = import_models(name), make_input(name, batch, T, size, device)
+    modules, x = load(folder_of(name)), make_input(name, batch, T, size, device)
     candidates = {}
     for path in paths:
         torch.manual_seed(0)
-        model = build(name, path, T, models)
+        model = build(name, path, T, modules)
         if model is None:
             continue
         # What the others hold on a GPU is in everybody's peak; so each is measured alone, and moved
@@ -252,8 +219,8 @@ def print_table(rows):
 def configurations(arguments, on_gpu):
     """(model, batch, T, size) one after another."""
     chosen = [(arguments.model, arguments.batch, arguments.T, arguments.size)]
-    for models, batches, Ts, sizes in PUBLISHED if arguments.published else chosen:
-        for name in models:
+    for names, batches, Ts, sizes in PUBLISHED if arguments.published else chosen:
+        for name in names:
             for batch in batches or [32 if on_gpu else 2]:
                 for T in Ts or [16 if name in EVENT else 4]:
                     for size in sizes or [
@@ -325,7 +292,7 @@ def main():
         if arguments.bytes or arguments.predict:
             way = predict if arguments.predict else traffic
             x = make_input(name, batch, T, size, "cpu")
-            found = way.table(name, import_models(name), x, T)
+            found = way.table(name, load(folder_of(name)), x, T)
             way.print_table(found)
             rows += found
             continue

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import torch
+
 from timing import ROOT, conftest
 
 GPU_TESTS = [

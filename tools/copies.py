@@ -6,7 +6,7 @@ Usage:
 
 Each data set folder is self-contained, so code is copied, not imported. Three kinds of copies are
 checked:
-- the files named in SAME, which are alike to the byte in every folder;
+- the packages named in SAME, which are alike to the byte in every folder;
 - a file whose first line is `# Copied from cifar10/data.py`: the rest of it is that file;
 - a class, function, method or assignment behind a line `# Copied from cifar10/model.py`: it is the
   one of the same name there. `# Copied from cifar10/model.py with mlp1->fc1, ssa->attn` replaces
@@ -18,42 +18,12 @@ A class or function that is a copy but is not marked as one is reported too.
 import argparse
 import ast
 import re
+import shutil
 import sys
 from pathlib import Path
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
-SAME = (
-    "spikes.py",
-    "head.py",
-    "lif.py",
-    "lif_cuda.py",
-    "lif.cu",
-    "layer.py",
-    "fused.py",
-    "fused.cu",
-    "portable.cuh",
-    "fusible.py",
-    "kernels.py",
-    "neuron.py",
-    "recompute.py",
-    "config.py",
-    "keys.py",
-    "yml.py",
-    "runtime.py",
-    "engine.py",
-    "graph.py",
-    "batches.py",
-    "ranks.py",
-    "checkpoint.py",
-    "weights.py",
-    "runs.py",
-    "hubconf.py",
-    "loop.py",
-    "loss.py",
-    "firing.py",
-    "energy.py",
-    "attend.py",
-)
+SAME = ("spiking", "harness")  # packages, alike to the byte
 MARKER = re.compile(r"^ *# Copied from (\S+\.py)(?: with (.+))?$")
 SHORT = 4  # definitions of fewer lines need no mark
 
@@ -129,7 +99,7 @@ def check_file(root, path):
         lines[start:end] = want
 
     first = root / FOLDERS[0] / path.name
-    if path != first and first.is_file() and path.name not in SAME:
+    if path != first and first.is_file():
         original = first.read_text()
         theirs = {
             name: original.splitlines()[start : end + 1]
@@ -147,17 +117,26 @@ def check_file(root, path):
     return ("\n".join(lines) + "\n" if edits else text), problems
 
 
+def content(package):
+    """{path in a package: its bytes}."""
+    files = [path for path in package.rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    return {path.relative_to(package): path.read_bytes() for path in files}
+
+
 def check(root, fix=False):
     """[problem], a line each; with `fix`, what can be renewed is, and the rest is returned."""
     problems = []
     folders = [root / name for name in FOLDERS if (root / name).is_dir()]
     for name in SAME:
+        original = content(folders[0] / name)
         for folder in folders[1:]:
-            original, copy = (folders[0] / name).read_bytes(), folder / name
-            if not copy.is_file() or copy.read_bytes() != original:
-                problems.append(f"{copy.relative_to(root)}: differs from {folders[0].name}/{name}")
+            if content(folder / name) != original:
+                problems.append(f"{folder.name}/{name}: differs from {folders[0].name}/{name}")
                 if fix:
-                    copy.write_bytes(original)
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                    ignored = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(folders[0] / name, folder / name, ignore=ignored)
     for folder in folders:
         for path in sorted(folder.glob("*.py")):
             text, found = check_file(root, path)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import matplotlib
 import yaml
-from logs import CurveError, Run, read_run
 from matplotlib.figure import Figure
+
+from logs import CurveError, Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 DIFFER = (

@@ -17,7 +17,6 @@ import functools
 import itertools
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -143,12 +142,6 @@ def as_cudnn(result, args):
     if any(x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
         return result.contiguous(memory_format=torch.channels_last)
     return result
-
-
-def modules_of(folder):
-    """A folder's modules among those that Python has loaded."""
-    files = [(module, vars(module).get("__file__")) for module in [*sys.modules.values()]]
-    return [module for module, file in files if file and Path(file).resolve().parent == folder]
 
 
 @functools.cache

@@ -33,9 +33,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import checks
 import stages
-import torch
 from timing import Run
 
 LIMITS = {  # seconds

@@ -36,14 +36,11 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "imagenet"))
-import data
-import options
-import pixels
-from config import load_config
-from images import read_image
-from ranks import Ranks
+from models import load
 
+imagenet = load("imagenet")
+ranks = imagenet.ranks.Ranks("cpu")
+read_image, options = imagenet.images.read_image, imagenet.options
 FILES = 24  # in each of two classes
 CPU = torch.device("cpu")
 
@@ -86,10 +83,10 @@ def steps_of(cfg, paths):
     release, timm, ours = (
         theirs_transform(cfg).transforms,
         theirs_transform(cfg, on_device=True).transforms,
-        data.build_transform(cfg, train=True).transforms,
+        imagenet.data.build_transform(cfg, train=True).transforms,
     )
     photographs, tensors = (
-        [read(path) for path in paths] for read in (default_loader, pixels.read_pixels)
+        [read(path) for path in paths] for read in (default_loader, imagenet.pixels.read_pixels)
     )
     crops = [ours[0](image) for image in tensors]
     floats, integers = ([(last(image), 0) for image in crops] for last in (release[3], ours[3]))
@@ -110,7 +107,7 @@ def steps_of(cfg, paths):
             opened,
             each(lambda path: read_image(path, lambda image, content: image), paths),
         ),
-        "read, check, decode": (decoded, decoded, each(pixels.read_pixels, paths)),
+        "read, check, decode": (decoded, decoded, each(imagenet.pixels.read_pixels, paths)),
         "crop and resize": (cropped, cropped, each(ours[0], tensors)),
         "flip": (flipped,) * 3,
         "RandAugment": (augmented,) * 3,
@@ -118,7 +115,7 @@ def steps_of(cfg, paths):
         "normalise and erase": (
             each(lambda item: release[5](release[4](item[0].clone())), floats),
             on_device(timm_erasing),
-            on_device(pixels.Erasing(cfg, [1], CPU)),
+            on_device(imagenet.pixels.Erasing(cfg, [1], CPU)),
         ),
         "collate": (
             lambda: default_collate(floats),
@@ -132,7 +129,7 @@ def loaders_of(cfg, root, images):
     """[(name, function that makes the loader of one epoch)]; each file comes again and again."""
     theirs = ImageFolder(root / "train", theirs_transform(cfg))
     timm = create_dataset("", root=str(root), split="train")
-    ours = data.build_dataset(cfg, True, Ranks("cpu"))
+    ours = imagenet.data.build_dataset(cfg, True, ranks)
     for samples in (theirs.samples, timm.reader.samples, ours.samples):
         samples *= images // len(samples)
     return [
@@ -158,7 +155,7 @@ def loaders_of(cfg, root, images):
                 persistent_workers=False,
             ),
         ),
-        ("ours", lambda epoch: data.train_loader(cfg, ours, epoch, 0, Ranks("cpu"))),
+        ("ours", lambda epoch: imagenet.data.train_loader(cfg, ours, epoch, 0, ranks)),
     ]
 
 
@@ -198,7 +195,9 @@ def main(argv=None):
         size = make_photographs(root, args.quality)
         flags = ["--data_path", folder, "--nb_classes", "2", "--num_workers", "1"]
         (root / "val").symlink_to("train")
-        cfg, *_ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags)
+        cfg, *_ = imagenet.config.load_config(
+            options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags
+        )
         paths = sorted(map(str, (root / "train").rglob("*.JPEG")))
         print(
             f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; medians of {args.rounds}"

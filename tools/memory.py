@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+import models
 from traffic import Saved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,10 +116,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    sys.path.insert(0, str(ROOT / "cifar10"))
-    from lif import MultiStepLIF
-
-    neuron = MultiStepLIF(v_threshold=0.5, backend="torch")
+    neuron = models.load("cifar10").lif.MultiStepLIF(v_threshold=0.5, backend="torch")
     head = f"{'N':>7}" + "".join(f"{name:>28}" for name in ATTENTIONS)
     print(f"MB for the backward pass: counted, measured ({args.device})\n{head}", flush=True)
     rows = []

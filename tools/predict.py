@@ -17,15 +17,15 @@ The neuron of the release-like path is one kernel, as spikingjelly's is on a GPU
 
 import contextlib
 import functools
-import sys
 import time
-from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import flop_registry
 
 import fakecuda
+import models
 import registers
-import torch
 import traffic
-from torch.utils.flop_counter import flop_registry
 
 GPU = "H100"
 ARCH = "sm_90"
@@ -207,21 +207,20 @@ def host_seconds(model, x, spikes, modules, fast):
     return found
 
 
-def table(name, models, x, T):
+def table(name, modules, x, T):
     """Rows {model, part, path, launches, mb, gflop, gpu_ms, host_ms, kernels} of both paths; x has
     the shape of the batch.
     """
-    entry = getattr(models, name if "QKFormer" in name else "QKFormer")
-    modules = fakecuda.modules_of(Path(models.__file__).resolve().parent)
-    spikes, rows = sys.modules["spikes"], []
+    entry, spikes, rows = models.entry(name, modules), modules.spikes, []
+    modules, lif = [*vars(modules).values()], modules.lif
     for path in ("release-like", "fast"):
         fast = path == "fast"
         model = entry(T=T, fused=fast)
         narrow = entry(T=T, fused=fast, embed_dims=48, num_heads=1)
         if not fast:
             neuron = functools.partial(traffic.neuron, membranes=True)
-            traffic.stand_in(model, models.MultiStepLIF, spikes, neuron)
-            traffic.stand_in(narrow, models.MultiStepLIF, spikes, Neuron.apply)
+            traffic.stand_in(model, lif.MultiStepLIF, spikes, neuron)
+            traffic.stand_in(narrow, lif.MultiStepLIF, spikes, Neuron.apply)
         with fakecuda.Machine(modules) as machine:
             events = events_of(model, machine.randn(*x.shape), spikes, machine)
         small = torch.rand(2, *x.shape[1:-2], 32, 32)

@@ -20,8 +20,10 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import fakecuda
 import torch
+
+import fakecuda
+import models
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -124,11 +126,9 @@ def at_once(launch):
 
 def launched(dtype, T, width=384, folder="cifar10"):
     """{(kernel, its options): Launch} of a training step and an evaluation."""
-    import bench
-
-    models = bench.import_models(folder)
-    model = models.QKFormer(T=T, embed_dims=width, depths=3)
-    with fakecuda.Machine(fakecuda.modules_of(bench.ROOT / folder)) as machine:
+    modules = models.load(folder)
+    model = modules.model.QKFormer(T=T, embed_dims=width, depths=3)
+    with fakecuda.Machine(vars(modules).values()) as machine:
         machine.move(model)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             fakecuda.backward(model.train()(machine.randn(2, 3, 32, 32)).float().sum())

@@ -2,11 +2,11 @@
 
 import copy
 import itertools
-import sys
 import warnings
 from types import SimpleNamespace
 
 import torch
+
 from timing import conftest
 
 ROWS = {
@@ -78,7 +78,7 @@ def profiled(run, candidate, path):
 
 def kernels(run):
     candidate = run.candidate()
-    fused, rows, seen = sys.modules["fused"], [], set()
+    fused, rows, seen = run.modules().fused, [], set()
     launch = fused.launch
 
     def timed(name, y, *args, **build):

@@ -14,13 +14,14 @@ checkpoint NAME.pth. Weights and statistics of BatchNorm stay those that were tr
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import models
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {  # {folder: the flags of T and, where there are several, of the size}
@@ -127,8 +128,8 @@ def draw(path, rows, title):
 def main(argv=None):
     args = parse(argv)
     os.chdir(ROOT / args.folder)  # as test.py runs, so that relative paths mean the same
-    sys.path.insert(0, str(ROOT / args.folder))
-    script, config = importlib.import_module("test"), importlib.import_module("config")
+    modules = models.load(args.folder)
+    script, config = modules.test, modules.config
     try:
         rows = sweep(script.main, args)
     except config.UserError as error:

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import bench as tables
 import torch
+
+import bench as tables
+import models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,12 +32,15 @@ class Run:
         )
         self.batch = 2 if self.small else 32
 
+    def modules(self):
+        return models.load(models.folder_of(self.name))
+
     def candidate(self, path="fast"):
         torch.manual_seed(0)
-        models = tables.import_models(self.name)
         tables.set_up(self.name)
-        x = tables.make_input(self.name, self.batch, self.T, self.size, self.device)
-        return tables.Candidate(tables.build(self.name, path, self.T, models), x, self.dtype, False)
+        x = models.make_input(self.name, self.batch, self.T, self.size, self.device)
+        model = tables.build(self.name, path, self.T, self.modules())
+        return tables.Candidate(model, x, self.dtype, False)
 
     def lively(self):
         """A candidate in evaluation whose neurons fire; with the weights of a start the logits

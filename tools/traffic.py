@@ -10,11 +10,12 @@ spikes, membranes before and after the reset; ours writes spikes and recomputes 
 """
 
 import functools
-import sys
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import models
 
 MB = 2**20
 NORMALISING = [
@@ -191,13 +192,11 @@ def count(model, x, spikes):
     return totals
 
 
-def table(name, models, x, T):
+def table(name, modules, x, T):
     """Rows {model, kind, path, moved_mb, saved_mb}, per image, of the release's way of computing
     and the fast one.
     """
-    entry = getattr(models, name if "QKFormer" in name else "QKFormer")
-    rows = []
-    spikes = sys.modules["spikes"]
+    entry, spikes, rows = models.entry(name, modules), modules.spikes, []
     for path in ("release-like", "fast"):
         torch.manual_seed(0)
         model = entry(T=T, fused=path == "fast")
@@ -205,7 +204,7 @@ def table(name, models, x, T):
         # A layer that is to run fused must keep its neuron as it is.
         names = "" if membranes else "attn_lif"
         function = functools.partial(neuron, membranes=membranes)
-        stand_in(model, models.MultiStepLIF, spikes, function, names)
+        stand_in(model, modules.lif.MultiStepLIF, spikes, function, names)
         for kind, (moved, saved) in count(model, x, spikes).items():
             row = {
                 "model": name,

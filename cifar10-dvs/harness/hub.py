@@ -1,0 +1,55 @@
+"""Imports a folder's modules under names of their own, so that several folders work in one process
+and no name such as `data` or `model` is taken from the program that loads them.
+"""
+
+import importlib
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+
+
+def import_folder(here: Path, *names: str) -> list[types.ModuleType]:
+    """The modules `names` of the folder `here`: `harness.build` as qkformer_cifar10.harness.build.
+
+    What they import on the way is renamed likewise, their classes and functions too, so that pickle
+    and torch.compile find them. So no module of a folder may import another one later.
+    """
+    package = "qkformer_" + re.sub(r"\W", "_", here.name)
+    while getattr(sys.modules.get(package), "here", here) != here:
+        package += "_"  # another folder of the same name
+    prefix = f"{package}."
+    own = {path.stem for path in here.iterdir() if path.suffix == ".py" or path.is_dir()}
+
+    def take():
+        """What sys.modules has under the folder's plain names, removed there."""
+        taken = [name for name in sys.modules if name.partition(".")[0] in own]
+        return {name: sys.modules.pop(name) for name in taken}
+
+    foreign = take()
+    loaded = {n.removeprefix(prefix): m for n, m in sys.modules.items() if n.startswith(prefix)}
+    sys.modules.update(loaded)
+    sys.path.insert(0, str(here))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of timm, that another folder's model has this name
+            for name in names:
+                importlib.import_module(name)
+    finally:
+        sys.path.remove(str(here))
+        found = take()
+        sys.modules.update(foreign)
+    sys.modules.setdefault(package, types.ModuleType(package)).here = here
+    for name, module in found.items():
+        if name not in loaded:
+            rename(module, prefix + name)
+    return [found[name] for name in names]
+
+
+def rename(module, new):
+    old, module.__name__ = module.__name__, new
+    for value in vars(module).values():
+        if isinstance(value, (type, types.FunctionType)) and value.__module__ == old:
+            value.__module__ = new
+    sys.modules[new] = module

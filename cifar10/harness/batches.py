@@ -1,0 +1,174 @@
+"""Batches of a data set: their share for each rank, made by worker processes."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from multiprocessing import queues, resource_tracker
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from .config import UserError
+from .runtime import deaf, logger, seeded
+
+LOST = "lost: "  # begins what a worker says that can't hand over its batch
+
+
+class Batches(Dataset):
+    """One item is one whole batch, made from (indices, seed).
+
+    All randomness of a batch comes from its seed. So it is the same whatever process makes it and
+    whatever came before, and a run that is resumed within an epoch goes on with the very next
+    batch.
+    """
+
+    def __init__(self, dataset, collate):
+        self.dataset = dataset
+        self.collate = collate
+
+    def __getitem__(self, key):
+        indices, seed = key
+        try:
+            with seeded(seed):
+                batch = self.collate([self.dataset[index] for index in indices])
+            if get_worker_info():  # now: in the thread that sends it, a failure would be lost
+                batch = tree_map_only(torch.Tensor, torch.Tensor.share_memory_, batch)
+            return batch
+        except UserError as error:
+            return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
+        except (OSError, RuntimeError) as error:
+            if get_worker_info() and re.search("shm|shared memory|open files", str(error)):
+                return LOST + str(error)
+            raise
+
+
+def start_worker(_):
+    """A batch that can't be sent is a word to BatchLoader, which would wait for it without end."""
+    queues.Queue._on_queue_feeder_error = say_lost
+    sys.excepthook = lambda *_: None  # of the thread that sends: it would say so again and again
+
+
+def say_lost(queue, error, batch):
+    with contextlib.suppress(ValueError):  # closed: nobody waits any more
+        queue.put((batch[0], f"{LOST}{error}"))
+
+
+def usable_cores():
+    """Cores that this process may use: more workers than these would only wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BatchLoader(DataLoader):
+    """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError.
+
+    Where a worker is lost, `fault` says how, and this process makes what is left.
+    """
+
+    def __init__(self, dataset, collate, batches, workers, pin_memory):
+        super().__init__(
+            Batches(dataset, collate),
+            batch_size=None,
+            sampler=batches,
+            num_workers=min(workers, len(batches), usable_cores()),
+            pin_memory=pin_memory,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
+        )
+        self.fault = None
+
+    def __iter__(self):
+        done = 0
+        for batch in self.from_workers():
+            if isinstance(batch, str) and batch.startswith(LOST):
+                self.fault = batch.removeprefix(LOST)
+                break
+            if isinstance(batch, str):
+                raise UserError(batch)
+            done += 1
+            yield batch
+        if self.fault:
+            end_workers()  # what one lacks the others lack too
+            logger.warning(
+                f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
+                "lack of memory, or /dev/shm is full (docker run --shm-size=8g), or too many files "
+                "are open (ulimit -n 4096); workers: 0 does without all of these"
+            )
+            for key in self.sampler[done:]:
+                batch = self.dataset[key]
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield batch
+
+    def from_workers(self):
+        """The batches up to the last, or to the loss of a worker."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        context = self.multiprocessing_context or multiprocessing
+        with deaf():
+            if self.num_workers and context.get_start_method() != "fork":
+                resource_tracker.ensure_running()  # which hears some of the signals again
+            try:
+                with deaf():
+                    batches = super().__iter__()
+            finally:
+                if signal.getsignal(signal.SIGCHLD) != handler:
+                    # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
+                    signal.signal(signal.SIGCHLD, handler)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                self.fault = str(error).splitlines()[0]
+                return
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                # It had announced a batch whose memory went with it.
+                self.fault = f"it exited unexpectedly: {type(error).__name__}"
+                return
+            yield batch
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers that are deaf
+def end_workers():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def train_batches(size, batch_size, seed, epoch, ranks):
+    """[(indices, seed)], this rank's batches of an epoch, in the random order of seed + epoch.
+
+    Samples at the end that do not fill a batch on every rank are dropped.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    steps = size // (batch_size * ranks.world_size)
+    if steps == 0:
+        whole = f"batch_size {batch_size}" + (
+            f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        )
+        raise UserError(
+            f"{whole} is more than the {size} training samples; make batch_size smaller"
+        )
+    order = torch.randperm(size, generator=generator)[: steps * batch_size * ranks.world_size]
+    order = order.view(steps, batch_size, ranks.world_size)[:, :, ranks.rank].tolist()
+    seeds = torch.randint(2**31, (steps, ranks.world_size), generator=generator)[
+        :, ranks.rank
+    ].tolist()
+    return list(zip(order, seeds, strict=True))
+
+
+def test_batches(size, batch_size, ranks):
+    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order, the last
+    one may be short.
+
+    Batches are whole and in order because under cross_sample_lif an image's logits depend on its
+    batch.
+    """
+    starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
+    return [(range(start, min(start + batch_size, size)), 0) for start in starts]

@@ -1,0 +1,165 @@
+"""A model as a CUDA graph: the GPU gets all kernels of a pass in one call, not hundreds.
+
+A graph replays the kernels that it was captured from, on the same memory and with the same numbers.
+So an input is copied to where the kernels read it, and what they wrote is copied from there before
+the next replay overwrites it. Loss, gradient scaler and optimizer stay outside.
+"""
+
+import contextlib
+
+import torch
+
+from spiking.lif import say
+
+from .config import UserError
+
+WARM_UP = 3  # passes in which libraries load kernels, choose algorithms and make workspaces
+
+
+def graphed(model, cfg, ranks, training=False):
+    """The model as a Graph where cfg.cuda_graph asks for it; where that can't be, a line says why
+    and the model comes back as it is.
+    """
+    if not cfg.cuda_graph:
+        return model
+    why = obstacle(cfg, ranks, training)
+    if why:
+        say(f"cuda_graph has no effect {why}")
+    return model if why else Graph(model)
+
+
+def obstacle(cfg, ranks, training):
+    """Where a pass of this configuration can't be a graph, in words; None: it can."""
+    if ranks.device.type != "cuda":
+        return "without a GPU"
+    if cfg.compile:
+        return "with compile: true, which makes programs of its own"
+    if training and ranks.world_size > 1:
+        return "in training on several ranks, which meet within the backward pass"
+    if training and cfg.checkpoint_stages:  # they ask for the random state, which no capture allows
+        return "in training with checkpoint_stages"
+    if not training and cfg.energy:
+        return "with energy: true, which counts within the layers"
+    return None
+
+
+class Graph:
+    """Computes model(x) by a graph of its forward pass and, where gradients are on, one of its
+    backward pass.
+
+    They are captured at the first x. Another shape, such as that of a test's last batch, and the
+    other mode of train() and eval() run kernel by kernel. Parameters and buffers must stay in their
+    memory, as load_state_dict() and optimizers leave them. In training no earlier loss may be alive
+    at the first x: its nodes in autograd belong to a stream that can't be captured.
+
+    Raises UserError where the model can't be captured.
+    """
+
+    def __init__(self, model):
+        self.model, self.captured, self.number = model, None, 0
+
+    def train(self):
+        self.model.train()
+
+    def eval(self):
+        self.model.eval()
+
+    def __call__(self, x):
+        kind = self.model.training, x.shape, x.dtype
+        if self.captured is None:
+            self.try_capture(x)
+            self.captured = kind
+        if self.captured != kind:
+            return self.model(x)
+        return Replay.apply(self, x, *self.parameters) if self.parameters else self.replay(x)
+
+    def replay(self, x):
+        self.x.copy_(x)
+        self.forward.replay()
+        self.number += 1
+        return self.logits.clone()
+
+    def try_capture(self, x):
+        try:
+            self.capture(x)
+        except RuntimeError as error:
+            first = error.__context__ or error  # an error in a capture makes its end fail too
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            text = (str(first).strip() or type(first).__name__).splitlines()[0]
+            why = f"this model can't be captured ({text})"
+            raise UserError(f"cuda_graph: {why}; cuda_graph: false runs without") from None
+
+    def capture(self, x):
+        self.x, trained = x.clone(), torch.is_grad_enabled()
+        self.parameters = [p for p in self.model.parameters() if trained and p.requires_grad]
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        device = x.device.type
+        settings = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # With its cache, autocast could keep 16-bit weights that are those of now for ever.
+        with restored(self.model, x), torch.autocast(device, *settings, cache_enabled=False):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self.warm_up()
+            torch.cuda.current_stream().wait_stream(side)
+            with capturing(self.forward):
+                logits = self.model(self.x)
+            if self.parameters:
+                self.grad = torch.zeros_like(logits)
+                with capturing(self.backward, self.forward.pool()):
+                    grads = self.gradients(logits, self.grad)
+                pairs = zip(self.parameters, grads, strict=True)
+                used = [(parameter, grad) for parameter, grad in pairs if grad is not None]
+                self.parameters, self.grads = zip(*used, strict=True)
+            self.logits = logits.detach()  # without the nodes, which are of the capture's stream
+
+    def warm_up(self):
+        logits = self.model(self.x)
+        if self.parameters:
+            self.gradients(logits, torch.zeros_like(logits))
+
+    def gradients(self, logits, grad):
+        return torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
+
+
+class Replay(torch.autograd.Function):
+    """(Graph, x, *parameters) -> logits."""
+
+    @staticmethod
+    def forward(ctx, graph, x, *parameters):
+        logits = graph.replay(x)
+        ctx.graph, ctx.number = graph, graph.number
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        graph = ctx.graph
+        if ctx.number != graph.number:
+            raise RuntimeError("a graph's backward pass must come before its next forward pass")
+        graph.grad.copy_(grad)
+        graph.backward.replay()
+        # Autograd would make the graph's own tensors the parameters' gradients, and with accum_iter
+        # the next replay would overwrite what is being summed.
+        copies = [torch.empty_like(grad) for grad in graph.grads]
+        torch._foreach_copy_(copies, graph.grads)  # in a few kernels, not one each
+        return None, None, *copies
+
+
+def capturing(graph, pool=None):
+    """Context whose kernels go into the graph and are not run."""
+    # The loader's thread goes on pinning memory meanwhile, which the mode "global" forbids.
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
+@contextlib.contextmanager
+def restored(model, x):
+    """Passes within leave no trace in running statistics and random state."""
+    buffers, state = [b.clone() for b in model.buffers()], torch.cuda.get_rng_state(x.device)
+    yield
+    with torch.no_grad():
+        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+    torch.cuda.set_rng_state(state, x.device)

@@ -1,0 +1,205 @@
+"""Compiles the kernels of fused.cu and runs them.
+
+NVRTC, through CuPy, compiles them for GPUs, the system's C++ compiler for CPUs: for each number of
+steps T, type and neuron, so that loops over T unroll and membranes stay in registers. The
+arithmetic is float32 (float64 for float64).
+"""
+
+import ctypes
+import functools
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .lif import say
+from .lif_cuda import CTYPES, NVRTC_OPTIONS, cupy_error
+
+# Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
+MAX_T = 64
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+# Partial sums of a channel: fixed numbers, so that sums do not depend on threads or processors.
+HOST_PARTS, CUDA_PARTS = 64, 512
+THREADS = 256  # at most, of a CUDA block
+# Kernels in which a column of threads works on a channel, and the threads of their blocks.
+OF_COLUMNS = ("batch_norm", "running_norm", "update", "batch_norm_backward")
+COLUMNS = (32, 16)
+
+FILES = ("portable.cuh", "fused.cu")
+SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
+HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+# No fused multiply-add, to round as lif.py does. Loops vectorise only if comparisons may not trap.
+HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
+HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+
+
+class Build(NamedTuple):
+    """What the kernels are compiled for.
+
+    charge: how neurons integrate, a name of fused.cu. lanes: channels of a GPU's thread. wide:
+    whether places in memory need 64 bits.
+    """
+
+    dtype: torch.dtype
+    T: int = 1
+    charge: str = "MULTIPLY"
+    lanes: int = 1
+    wide: bool = True
+
+    def defines(self, ctypes_of):
+        return (
+            f"-Dscalar_t={ctypes_of[self.dtype]}",
+            f"-Dreal_t={'double' if self.dtype == torch.float64 else 'float'}",
+            f"-DINDEX={'long long' if self.wide else 'int'}",
+            f"-DSTEPS={self.T}",
+            f"-DLANES={self.lanes}",
+            f"-DCHARGE={self.charge}",
+        )
+
+
+@functools.cache
+def host_library(build):
+    """The kernels as a shared library, compiled in a fraction of a second."""
+    compiler = [
+        *shlex.split(os.environ.get("CXX", "g++")),
+        *HOST_OPTIONS,
+        *build.defines(HOST_CTYPES),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "fused.so")
+        command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
+        output = {"check": True, "capture_output": True, "text": True, "errors": "replace"}
+        # In a session of its own it does not get the signals that end a run after a step.
+        subprocess.run(command, input=SOURCE, start_new_session=True, **output)
+        return ctypes.CDLL(path)
+
+
+def keep_memory():
+    """Let glibc keep large freed blocks for the next layer and step (mallopt(3)).
+
+    By default it returns them to the system and asks for them again. The page faults of that take
+    longer than the arithmetic.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@functools.cache
+def host_error(dtype=torch.float32, T=4):
+    """None where the system's C++ compiler builds the kernels, else the reason in one line."""
+    try:
+        host_library(Build(dtype, T))
+        keep_memory()
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+        return f"no working C++ compiler ({reason})"
+    return None
+
+
+@functools.cache
+def cuda_module(build):
+    import cupy  # here, so that a machine without CuPy can use the rest
+
+    return cupy.RawModule(code=SOURCE, options=(*NVRTC_OPTIONS, *build.defines(CTYPES)))
+
+
+@functools.cache
+def cuda_error(dtype, T):
+    """None where NVRTC builds the kernels, else the reason in one line."""
+    try:
+        cuda_module(Build(dtype, T)).compile()
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+@torch.compiler.assume_constant_result
+def available(device_type, dtype, backend, T=4):
+    """Whether layers of such tensors, of T steps and with neurons of this backend, can run fused;
+    logged once.
+    """
+    if backend not in ("auto", "cupy"):
+        return False
+    if device_type == "cuda" and dtype in CTYPES:
+        error = cupy_error() or cuda_error(dtype, T)
+    elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
+        error = host_error(dtype, T)
+    else:
+        return False
+    how = "fused" if error is None else "unfused"
+    say(f"layers run {how} on {device_type}" + ("" if error is None else f": {error}"))
+    return error is None
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tiling(itemsize, rows, channels, T):
+    """(lanes, block, grid) of a CUDA kernel over rows of channels."""
+    lanes = 16 // itemsize  # a load of 16 bytes, the widest there is
+    while channels % lanes or (lanes > 1 and T * lanes > 32):  # registers hold T times as many
+        lanes //= 2
+    groups = channels // lanes
+    across = -(-groups // (THREADS // 2))
+    x = -(-groups // across)
+    y = THREADS // x
+    return lanes, (x, y), (across, min(CUDA_PARTS, -(-rows // y)))
+
+
+def parts(y, rows, channels, T=1):
+    """How many partial sums a kernel makes of each channel."""
+    return tiling(y.element_size(), rows, channels, T)[2][1] if y.is_cuda else HOST_PARTS
+
+
+def launch(name, y, *args, T=1, charge="MULTIPLY"):
+    """Run a kernel for tensors of y's type and device.
+
+    args: those of the kernel; rows and channels, or channels alone, come first. None is a null
+    pointer.
+    """
+    if y.is_cuda:
+        launch_cuda(name, y, args, T, charge)
+    else:
+        real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
+        args = [as_argument(arg, ctypes.c_longlong, real, ctypes.c_void_p) for arg in args]
+        getattr(host_library(Build(y.dtype, T, charge)), name)(*args)
+
+
+def as_argument(arg, whole, real, pointer):
+    """arg as a kernel gets it; the others are types of numbers and addresses."""
+    if isinstance(arg, int):
+        return whole(arg)
+    return real(arg) if isinstance(arg, float) else pointer(0 if arg is None else arg.data_ptr())
+
+
+def launch_cuda(name, y, args, T, charge):
+    import numpy
+
+    if name in OF_COLUMNS:
+        lanes, block, grid = 1, COLUMNS, (-(-args[0] // COLUMNS[0]), 1)
+    else:
+        lanes, block, grid = tiling(y.element_size(), *args[:2], T)
+    wide = any(isinstance(arg, torch.Tensor) and arg.numel() >= 2**30 for arg in args)
+    whole = numpy.int64 if wide else numpy.int32
+    args = tuple([as_argument(arg, whole, numpy.float32, int) for arg in args])
+    kernel = cuda_kernel(name, Build(y.dtype, T, charge, lanes, wide))
+    with torch.cuda.device(y.device), cupy_stream(torch.cuda.current_stream(y.device)):
+        kernel(grid, block, args)
+
+
+@functools.cache
+def cuda_kernel(name, build):
+    return cuda_module(build).get_function(name)
+
+
+@functools.cache
+def cupy_stream(stream):
+    import cupy
+
+    return cupy.cuda.Stream.from_external(stream)

@@ -1,0 +1,1 @@
+"""What every run needs around its model; the same in every data set folder."""

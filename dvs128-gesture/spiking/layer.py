@@ -1,0 +1,278 @@
+"""A layer of the network: convolution, BatchNorm over T*B samples, max-pool (or none), LIF over T.
+
+`conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
+function of autograd. That works in channels_last, shows a static image once instead of T times, and
+normalises, integrates and fires in one pass over memory (fused.py). For the backward pass it saves
+the convolution's output and the layer's input, spikes as bytes (spikes.py).
+
+Both paths compute the same function, to rounding. The fused path does not call the modules, so it
+is taken only where each module has exactly the type and the methods that it knows (fusible.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import fused
+from .fusible import autocast, can_fuse
+from .lif import rate_of
+from .spikes import mark, save, wants_bytes
+
+aten = torch.ops.aten
+MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
+
+
+def conv_bn_lif(x, conv, bn, lif, pool=False):
+    """[T, B, C, H, W] -> spikes [T, B, C', H', W'].
+
+    Args:
+        x: images or spikes.
+        conv, bn, lif: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
+        pool: whether a 3x3 max-pool of stride 2 comes between BatchNorm and neuron.
+    """
+    if can_fuse(x, [conv], [bn], [lif]):
+        return fused_layers(x, [conv], [bn], [lif], pool)
+    return lif(plain_conv_bn(x, conv, bn, pool))
+
+
+def plain_conv_bn(x, conv, bn, pool=False):
+    """The modules one after another, without the neuron."""
+    steps, space = x.shape[:2], x.shape[3:]
+    x = x.flatten(0, 1)
+    x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
+    if pool:
+        x = F.max_pool2d(x, 3, 2, 1)
+    return x.unflatten(0, steps)
+
+
+def conv_bn_lif_each(x, *layers):
+    """[spikes of each (conv, bn, lif)] for one x, as q, k, v do; fused, one convolution."""
+    convs, bns, lifs = zip(*layers, strict=True)
+    if can_fuse(x, convs, bns, lifs):
+        # With channels last in the split too, the gradients are joined without a copy.
+        spikes = fused_layers(x, convs, bns, lifs).movedim(2, -1)
+        return [
+            part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)
+        ]
+    return [conv_bn_lif(x, *layer) for layer in layers]
+
+
+# The fused path -----------------------------------------------------------------------------------
+
+
+class Neuron(NamedTuple):
+    """See fused.py; alpha is the slope of the surrogate gradient. A kernel takes floats alone."""
+
+    charge: str
+    rate: float
+    v_threshold: float
+    alpha: float
+
+
+def neuron_of(lif):
+    return Neuron(*fused.charge_of(lif), float(lif.v_threshold), float(lif.alpha))
+
+
+class Options(NamedTuple):
+    """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
+
+    repeats: how often a step of x is shown, T where x is an image. save_bytes: whether the spikes
+    are wanted as bytes too.
+    """
+
+    T: int
+    repeats: int
+    stride: tuple
+    padding: tuple
+    eps: float
+    pool: bool
+    neuron: Neuron | None
+    save_bytes: bool
+
+
+def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
+    """Spikes of all layers, joined along the channels; parameters stay in their modules. With
+    fires=False what their neurons would get.
+    """
+    bn, lif, (T, B) = bns[0], lifs[0], x.shape[:2]
+    if x.stride(0) == 0:  # the same image at every step
+        x = x[:1]
+    weight = join(conv.weight for conv in convs)
+    stride, padding = convs[0].stride, convs[0].padding
+    if weight.dim() == 3:  # of a Conv1d
+        weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
+    gamma, beta = join(bn.weight for bn in bns), join(bn.bias for bn in bns)
+    sign = None
+    # Max-pooling comes before BatchNorm here. With gamma >= 0 the two commute, so the sign of gamma
+    # moves to the weight.
+    if pool:
+        sign = torch.where(gamma < 0, -1.0, 1.0).to(gamma)
+        weight, gamma = weight * sign[:, None, None, None], gamma * sign
+    neuron, rates = None, None
+    if fires:
+        neuron = neuron_of(lif)
+        if lif.kind == "plif":
+            pairs = zip(bns, lifs, strict=True)
+            rates = join(rates_of(lif, x, bn.num_features) for bn, lif in pairs)
+    small = fires and lif.byte_spikes and wants_bytes()
+    options = Options(T, T // len(x), stride, padding, float(bn.eps), pool, neuron, small)
+    if bn.training:
+        bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
+        args = (x, weight, bias, gamma, beta, rates, options)
+        out, norm, small = ConvBNLIF.apply(*args)
+        update_statistics(convs, bns, norm, sign)
+        if fires:
+            return mark(out, 1, small) if lif.byte_spikes else out
+    else:
+        y = convolve(x, weight, options)
+        affine = running_affine(y, convs, bns, sign)
+        y = fused.pool(y)[0] if pool else y
+        if fires:
+            return fire(y.unflatten(0, (-1, B)), affine, rates, options)
+        out = fused.normalise(y, affine)
+    return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
+
+
+def rates_of(lif, x, channels):
+    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
+    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
+
+
+def fire(y, affine, rates, options):
+    """Spikes without a gradient, over y where it has all steps."""
+    charge, rate, v_threshold, _ = options.neuron
+    if len(y) < options.T:
+        return fused.fire(y, options.T, affine, rates, charge, rate, v_threshold, False)[0]
+    fused.fire_(y, affine, rates, charge, rate, v_threshold)
+    return y
+
+
+def join(tensors):
+    first, *rest = tensors
+    return torch.cat([first, *rest]) if rest else first
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(x, weight, options):
+    """[T, B, C, H, W] -> [T*B, C', H', W'] in channels_last, in autocast's type, without a bias."""
+    x, weight = channels_last(autocast(x.flatten(0, 1))), channels_last(autocast(weight))
+    return channels_last(F.conv2d(x, weight, None, options.stride, options.padding))
+
+
+class ConvBNLIF(torch.autograd.Function):
+    """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or empty.
+
+    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, empty. See fused.py for norm.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, rates, options):
+        y = convolve(x, weight, options)
+        if options.repeats * y.numel() == y.shape[1]:
+            raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
+        norm = fused.batch_norm(y, gamma, beta, options.eps, options.repeats)
+        pooled = fused.pool(y)[0] if options.pool else y
+        if options.neuron:
+            pooled = pooled.unflatten(0, x.shape[:2])
+            charge, rate, v_threshold, _ = options.neuron
+            args = (norm[3:], rates, charge, rate, v_threshold, options.save_bytes)
+            out, small = fused.fire(pooled, options.T, *args)
+        else:
+            out, small = fused.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
+        ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
+        ctx.save_for_backward(save(x), y, weight, gamma, rates, norm)
+        ctx.mark_non_differentiable(norm, small)
+        return out, norm, small
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        x, y, weight, gamma, rates, norm = ctx.saved_tensors
+        options, steps, y = ctx.options, x.shape[:2], channels_last(y)
+        # y is that already, unless a hook on saved tensors has changed the layout.
+        pooled, taps = fused.pool(y) if options.pool else (y, None)
+        if options.neuron:
+            grad_spikes, grad = grad, torch.empty_like(pooled)
+            args = (pooled.unflatten(0, steps), grad.unflatten(0, steps), norm[0], norm[3:], rates)
+            partial = fused.fire_backward(grad_spikes, *args, *options.neuron)
+        else:
+            grad = channels_last(grad)
+            partial = fused.gradient_sums(grad, pooled, norm[0])
+        sums = fused.batch_norm_backward(partial, norm, gamma, y.numel() // y.shape[1])
+        grad_beta, grad_gamma, grad_rates, factors = sums[0], sums[1], sums[2], sums[3:]
+        if options.pool:
+            grad = fused.pool_backward(grad, taps, y, factors)
+        else:
+            out = grad if options.neuron else torch.empty_like(y)
+            fused.normalise_backward(grad, y, out, factors)
+            grad = out
+        wants_x = ctx.needs_input_grad[0]
+        grad_x, grad_weight = convolution_backward(grad, x, weight, options, wants_x)
+        grad_x = None if grad_x is None else grad_x.unflatten(0, steps).to(ctx.dtype)
+        # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
+        grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
+        # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
+        if (grad_weight.dtype, grad_weight.stride()) != (weight.dtype, weight.stride()):
+            grad_weight = torch.empty_like(weight).copy_(grad_weight)
+        grad_rates = None if rates is None else grad_rates
+        return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, grad_rates, None
+
+
+def convolution_backward(grad, x, weight, options, wants_x):
+    x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
+    x, stride = x.to(grad.dtype), options.stride
+    # On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
+    # out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
+    products = grad.is_cuda or grad.dtype == torch.float64 or stride != (1, 1)
+    if products and weight.shape[2:] == (1, 1) and options.padding == (0, 0):
+        seen = x[:, :, :: stride[0], :: stride[1]]  # rows of channels, matrix products of them
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_weight = sum_over_rows(rows, seen.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
+        if not wants_x:
+            return None, grad_weight
+        grad_seen = (rows @ weight.flatten(1)).unflatten(0, (len(x), *seen.shape[2:]))
+        grad_seen = grad_seen.permute(0, 3, 1, 2)
+        if stride == (1, 1):
+            return grad_seen, grad_weight
+        grad_x = torch.zeros_like(x)
+        grad_x[:, :, :: stride[0], :: stride[1]] = grad_seen
+        return grad_x, grad_weight
+    args = (None, stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
+    return aten.convolution_backward(grad, x, weight, *args)[:2]
+
+
+def sum_over_rows(a, b):
+    """a.t() @ b, on a GPU in float32 sums: those in float16 are too coarse for so many rows."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and MM_TO_FLOAT32:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t() @ b
+
+
+@torch.no_grad()
+def update_statistics(convs, bns, norm, sign):
+    """Update running statistics as BatchNorm does."""
+    if sign is not None:
+        norm = torch.stack([norm[0] * sign, norm[1]])
+    start = 0
+    for conv, bn in zip(convs, bns, strict=True):
+        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        fused.update(norm, start, conv.bias, float(bn.momentum), *running)
+        start += bn.num_features
+
+
+def running_affine(y, convs, bns, sign):
+    """[2, C]: scale and shift of y by the running statistics of all layers."""
+    affine, start = y.new_empty(2, y.shape[1], dtype=bns[0].weight.dtype), 0
+    for conv, bn in zip(convs, bns, strict=True):
+        mean, bias, gamma, eps = bn.running_mean, conv.bias, bn.weight, float(bn.eps)
+        if sign is not None:  # of a layer alone
+            mean, gamma = mean * sign, gamma * sign
+            bias = None if bias is None else bias * sign
+        fused.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, eps)
+        start += bn.num_features
+    return affine
