@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from harness.config import UserError
+from harness.log import UserError
 
 VERSION = b"2.0"  # of AEDAT
 EVENT_BYTES = 8

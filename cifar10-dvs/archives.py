@@ -6,7 +6,7 @@ import stat
 import tarfile
 import zipfile
 
-from harness.config import UserError
+from harness.log import UserError
 
 
 def unpack(archive, folder):

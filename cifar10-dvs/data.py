@@ -14,8 +14,7 @@ import shapes
 from augment import augment
 from convert import prepare, read_array
 from harness.batches import BatchLoader, test_batches, train_batches
-from harness.config import UserError
-from harness.runtime import logger
+from harness.log import UserError, logger
 
 # folder in it: archive
 ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}
@@ -36,8 +35,8 @@ def build_dataset(cfg, train, ranks):
     if cfg.dataset == "shapes":
         root = ranks.from_main(lambda: shapes.prepare(root))
     frames = ranks.from_main(
-        lambda: prepare(root, cfg.T, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE),
-        f"makes frames in {root} where there are none",
+        lambda: prepare(root, cfg.time_step, CIFAR10DVS, ARCHIVES, SUFFIXES, PAGE),
+        slow=True,
     )
     dataset = open_frames(cfg, frames, train)
     classes = dataset.classes
@@ -84,10 +83,8 @@ def open_frames(cfg, folder, train):
         wrong = f"has {', '.join(unknown[:3])}, no classes of this one" if unknown else "is missing"
         raise UserError(f"{folder} {wrong}: another data set's frames? give each its own data_path")
     transform = augment if train and not cfg.no_aug else None
-    load = partial(load_frames, T=cfg.T)
+    load = partial(load_frames, T=cfg.time_step)
     dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
-    if (last := max(dataset.targets, default=0)) >= cfg.num_classes:
-        raise UserError(f"num_classes is {cfg.num_classes}, but {folder} has label {last}")
     return dataset
 
 
@@ -108,13 +105,6 @@ def load_frames(path, T, remedy="remove it to have it made again"):
 
 
 # Copied from dvs128-gesture/data.py
-def file_reader(cfg):
-    """(path of a sample's frames -> the sample without its label, the suffixes of such files)."""
-    wanted = f"attend takes an .npz with `frames` of shape [{cfg.T}, 2, {HEIGHT}, {WIDTH}]"
-    return partial(load_frames, T=cfg.T, remedy=wanted), (".npz",)
-
-
-# Copied from dvs128-gesture/data.py
 def report(samples, train, frames, published=True):
     kind = "training" if train else "test"
     if samples == 0:
@@ -127,6 +117,36 @@ def report(samples, train, frames, published=True):
 
 
 # Copied from dvs128-gesture/data.py
+def check(cfg):
+    """UserError for keys that do not go together."""
+    if mixes(cfg) and cfg.batch_size % 2:
+        raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
+    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
+        wrong = "the first must be smaller than the second"
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
+    if cfg.T_train is not None and cfg.T_train > cfg.time_step:
+        has = f"a sample has only T = {cfg.time_step} frames to draw from"
+        raise UserError(f"T_train is {cfg.T_train}; {has}")
+
+
+# Copied from dvs128-gesture/data.py
+def input_shape(cfg):
+    """(T, polarities, height, width) of a sample."""
+    return cfg.time_step, 2, HEIGHT, WIDTH
+
+
+# Copied from dvs128-gesture/data.py
+def input_transform(cfg):
+    """Frames [T, 2, H, W] -> the model's input."""
+    return to_input
+
+
+# Copied from dvs128-gesture/data.py
+def to_input(frames):
+    return torch.as_tensor(frames).float()
+
+
+# Copied from dvs128-gesture/data.py
 class Collate:
     """Makes a batch of samples: ([B, T, 2, H, W], targets).
 
@@ -134,8 +154,9 @@ class Collate:
     Targets are soft and smoothed in training, mixed or not, and labels in testing.
     """
 
-    def __init__(self, cfg, train, epoch=0):
+    def __init__(self, cfg, train, classes, epoch=0):
         self.cfg, self.train, self.mixup = cfg, train, None
+        self.num_classes = cfg.num_classes or classes
         if train and mixes(cfg) and not 0 < cfg.mixup_off_epoch <= epoch:
             self.mixup = Mixup(
                 mixup_alpha=cfg.mixup,
@@ -145,7 +166,7 @@ class Collate:
                 switch_prob=cfg.mixup_switch_prob,
                 mode=cfg.mixup_mode,
                 label_smoothing=cfg.smoothing,
-                num_classes=cfg.num_classes,
+                num_classes=self.num_classes,
             )
 
     def __call__(self, samples):
@@ -158,7 +179,7 @@ class Collate:
             mixed, targets = self.mixup(frames.flatten(1, 2), targets)
             frames = mixed.view_as(frames)
         else:
-            targets = mixup_target(targets, self.cfg.num_classes, smoothing=self.cfg.smoothing)
+            targets = mixup_target(targets, self.num_classes, smoothing=self.cfg.smoothing)
         if self.cfg.T_train is not None:
             drawn = torch.randperm(frames.shape[1])[: self.cfg.T_train].sort().values
             frames = frames[:, drawn]
@@ -192,13 +213,14 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
     Workers are started again each epoch, since a running one would not learn that mixup is off.
     """
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
-    return Loader(cfg, dataset, Collate(cfg, True, epoch), batches[first_step:], ranks)
+    collate = Collate(cfg, True, len(dataset.classes), epoch)
+    return Loader(cfg, dataset, collate, batches[first_step:], ranks)
 
 
 # Copied from dvs128-gesture/data.py
 def test_loader(cfg, dataset, ranks):
     batches = test_batches(len(dataset), cfg.val_batch_size or cfg.batch_size, ranks)
-    return Loader(cfg, dataset, Collate(cfg, False), batches, ranks)
+    return Loader(cfg, dataset, Collate(cfg, False, 0), batches, ranks)
 
 
 # Copied from cifar10/data.py

@@ -3,11 +3,14 @@
     import torch
     loaded = torch.hub.load("QKFormer/cifar10-dvs", "load", "best.pth", source="local")
     model, transform, classes = loaded
-    logits = model(transform(image).unsqueeze(0))
+    logits = model(transform(frames).unsqueeze(0))
 
-`load` is build.py's, `QKFormer` and the other models are those registered with timm.
+`load(path, device="cpu")` returns what a checkpoint holds: the model in evaluation mode, the
+transform of a sample's frames [T, 2, H, W] to its input, the names of the classes. QKFormer is the
+model that is registered with timm.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -17,6 +20,6 @@ dependencies = ["torch", "timm", "spikingjelly"]
 spec = importlib.util.spec_from_file_location("hub", HERE / "harness" / "hub.py")
 hub = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hub)
-(build,) = hub.import_folder(HERE, "build")
-load = build.load
-globals().update(build.MODELS)
+build, options, data = hub.import_folder(HERE, "harness.build", "options", "data")
+load = functools.partial(build.load, options, data)
+globals().update(options.MODELS)

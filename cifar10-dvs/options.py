@@ -5,43 +5,56 @@ A TrainKey is used by train.py alone; test.py accepts it too.
 
 from pathlib import Path
 
-from harness.keys import Key, TestKey, TrainKey, grouped
+import model
+from harness.build import learns_tau, ssa_stages
+from harness.config import Key, MachineKey, NetworkKey, TrainKey, grouped, same
 
 DEFAULT_CONFIG = "cifar10-dvs.yml"
+DATA_SET = "event data"  # as in harness/build.py
+# @register_model of timm puts a model's name into its file's __all__.
+MODELS = {name: getattr(file, name) for file in (model,) for name in file.__all__}
+RELEASED = {}  # {MD5 of a file of the release: what it does not record}
 
 # fmt: off
 MODEL = {
-    "model": Key(str, "QKFormer", "model of model.py"),
-    "T": Key(int, 16, "frames of a sample, which are the time steps", flags=("-T",),
-        aliases=("time_step",), low=1, high=1024),
-    "layer": Key(int, 2, "blocks in all; stage 2 has one fewer", low=2, high=100),
-    "dim": Key(int, 256, "D, the width of stage 2", low=16, high=8192),
-    "num_heads": Key(int, 16, "heads of every attention", low=1, high=1024),
-    "mlp_ratio": Key(float, 1, "hidden channels of an MLP over the channels of its input",
-        low=0.1, high=64),
-    "attention": Key([str], ["token", "ssa"], "attention of each stage: token, channel or ssa",
+    "model": NetworkKey(str, "QKFormer", "model of model.py", fixed=same),
+    "time_step": NetworkKey(int, 16, "frames of a sample, which are the time steps", flags=("-T",),
+        aliases=("T",), low=1, high=1024),
+    "layer": NetworkKey(int, 2, "blocks in all; stage 2 has one fewer", low=2, high=100,
+        fixed=same),
+    "dim": NetworkKey(int, 256, "D, the width of stage 2", low=16, high=8192, fixed=same),
+    "num_heads": NetworkKey(int, 16, "heads of every attention", low=1, high=1024),
+    "mlp_ratio": NetworkKey(float, 1, "hidden channels of an MLP over the channels of its input",
+        low=0.1, high=64, fixed=same),
+    "attention": NetworkKey([str], ["token", "ssa"],
+        "attention of each stage: token, channel or ssa",
         choices=("token", "channel", "ssa"), length=(2, 2),
-        words="2 words, for each stage token, channel or ssa, as in token ssa"),
+        words="2 words, for each stage token, channel or ssa, as in token ssa", fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block",
         low=0, high=0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
-        "without one", choices=("auto", "true", "false")),
-    "neuron": Key(str, "lif", "neuron of the whole network: lif, if (without a leak) or plif (each "
-        "layer learns its time constant)", choices=("lif", "if", "plif")),
-    "tau": Key(float, 2.0, "membrane time constant of lif, in steps and above 1; of plif, the one "
+        "without one", choices=("auto", "true", "false"), back=""),
+    "neuron": NetworkKey(str, "lif",
+        "neuron of the whole network: lif, if (without a leak) or plif (each "
+        "layer learns its time constant)", choices=("lif", "if", "plif"), fixed=learns_tau),
+    "tau": NetworkKey(float, 2.0,
+        "membrane time constant of lif, in steps and above 1; of plif, the one "
         "that it starts from", low=1, high=1e6),
-    "v_threshold": Key(float, 1.0, "membrane potential at which a neuron fires; attn_lif does at "
+    "v_threshold": NetworkKey(float, 1.0,
+        "membrane potential at which a neuron fires; attn_lif does at "
         "half of it", low=1e-6, high=1e6),
-    "surrogate_alpha": TrainKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
-        low=1e-6, high=1e6),
-    "backend": Key(str, "auto", "what computes the neurons",
+    "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
+        low=1e-6, high=1e6, scripts=("train",)),
+    "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
-    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "fused": MachineKey(bool, True,
+        "BatchNorm and neuron in one kernel; false computes module by module"),
     "byte_spikes": TrainKey(bool, True, "spikes wait for the backward pass as bytes; false takes "
         "more memory and, on a GPU, less time"),
-    "compile": Key(bool, False, "the model goes through torch.compile"),
-    "cuda_graph": Key(bool, False, "a GPU gets all kernels of a pass in one call; several ranks "
+    "compile": MachineKey(bool, False, "the model goes through torch.compile"),
+    "cuda_graph": MachineKey(bool, False,
+        "a GPU gets all kernels of a pass in one call; several ranks "
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=2,
@@ -58,15 +71,17 @@ DATA = {
     "data_path": Key(Path, "./data",
         "folder whose download/ has the recordings; the frames are made beside that",
         aliases=("data_dir",)),
-    "num_classes": Key(int, 10, "number of classes", aliases=("nb_classes",), low=1, high=100_000),
+    "num_classes": Key(int, None, "number of classes; none: as many as the data has", null=True,
+        aliases=("nb_classes",), low=1, high=100_000,
+        fixed=same),
     "split_seed": Key(int, None,
         "seed of a random 9 : 1 split of each class; none: the release's split", null=True,
-        low=0, high=2**31),
+        low=0, high=2**31, fixed=same),
     "batch_size": Key(int, 16, "samples of a training batch, per rank", flags=("-b",),
         low=1, high=65536),
     "val_batch_size": Key(int, None, "samples of a test batch; none: batch_size", flags=("-vb",),
         null=True, low=1, high=65536),
-    "workers": Key(int, 4, "processes that load data, per rank", flags=("-j",),
+    "workers": MachineKey(int, 4, "processes that load data, per rank", flags=("-j",),
         aliases=("num_workers",), low=0, high=256),
 }
 
@@ -98,7 +113,7 @@ AUGMENTATION = {
 OPTIMISATION = {
     "epochs": TrainKey(int, 96, "epochs before those of cooldown_epochs", low=1, high=100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the one after the checkpoint's",
-        null=True, low=0, high=100_000),
+        null=True, low=0, high=100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", null=True,
         low=0, high=1),
@@ -150,35 +165,33 @@ OPTIMISATION = {
 
 # Copied from dvs128-gesture/options.py
 RUN = {
-    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N", back=""),
     "timeout_minutes": Key(float, 10, "minutes that a rank waits for another one", low=0.01,
-        high=10_000),
+        high=10_000, back=""),
     "deterministic": TrainKey(bool, False,
         "kernels that give the same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 2021, "seed of all random numbers, the same on every rank",
         low=0, high=2**31),
-    "output_dir": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
-        aliases=("output",)),
-    "experiment": TrainKey(str, None,
-        "name of the run's folder in the output folder; none: the yml's name", null=True),
+    "output": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
+        aliases=("output_dir",), back=""),
+    "experiment": Key(str, None,
+        "name of the run's folder in the output folder; none: the yml's name", null=True, back=""),
     "resume": TrainKey(Path, None,
-        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
-    "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer"),
+        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True, back=""),
+    "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer",
+        back=""),
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
-        aliases=("initial_checkpoint",)),
+        aliases=("initial_checkpoint",), back=""),
     "checkpoint": Key(Path, None, "checkpoint to test; none: the best.pth written last",
-        null=True),
-    "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested"),
-    "energy": Key(bool, False, "count firing rates and energy too, which takes longer"),
-    "attend": TestKey(str, None,
-        "draw the attention to it: a test sample's number, a file of frames or a folder of them",
-        null=True),
+        null=True, back=""),
+    "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does",
-        aliases=("eval",)),
-    "print_freq": TrainKey(int, 256, "steps between two lines of progress",
-        aliases=("log_interval",), low=1, high=1_000_000),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
+        aliases=("eval",), back=""),
+    "log_interval": TrainKey(int, 256, "steps between two lines of progress",
+        aliases=("print_freq",), low=1, high=1_000_000),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=(),
+        back=""),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
@@ -187,6 +200,8 @@ KEYS = grouped(
 
 # Copied from dvs128-gesture/options.py
 NO_EFFECT = {
+    "attend": "it is a tool now: python tools/attend.py CHECKPOINT",
+    "energy": "it is a tool now: python tools/energy.py CHECKPOINT",
     "patience_epochs": "there is no sched: plateau",
     "connect_f": "spikes are added, as in the published run",
     "dist_url": "torchrun and torch.distributed.launch say where rank 0 is",

@@ -15,8 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import alone, scratch
-from harness.config import UserError
-from harness.runtime import logger
+from harness.log import UserError, logger
 
 QUICK = {"samples": 40}  # what the quick start makes
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

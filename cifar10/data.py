@@ -10,14 +10,11 @@ from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import calculate_md5
 
 from harness.batches import BatchLoader, test_batches, train_batches
-from harness.config import UserError
-from harness.runtime import logger
-from images import list_split, read_image
-from options import NUM_CLASSES
+from harness.log import UserError
+from images import list_split, read_image, to_rgb
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,
@@ -74,7 +71,20 @@ class Folder(Dataset):
         return self.transform(read_image(path)), label
 
 
-def image_size(cfg):
+def check(cfg):
+    """UserError for keys that do not go together."""
+    if mixes(cfg) and cfg.batch_size % 2:
+        raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
+    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
+        wrong = "the first must be smaller than the second"
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
+    _, height, width = input_shape(cfg)
+    if cfg.batch_size * cfg.time_step * (height // 4) * (width // 4) == 1:
+        small = f"batch_size 1 at {height} x {width} pixels and time_step 1"
+        raise UserError(f"{small} leaves BatchNorm a single value a channel; make one larger")
+
+
+def input_shape(cfg):
     """(channels, height, width) of the network's input."""
     if cfg.input_size and cfg.input_size[0] != 3:
         raise UserError(f"input_size is {cfg.input_size}; images have 3 channels")
@@ -82,107 +92,83 @@ def image_size(cfg):
 
 
 def build_transform(cfg, train):
-    """PIL image -> uint8 [3, height, width]; PrefetchLoader normalises."""
+    """timm's transform of a PIL image to uint8 [3, height, width]; the loader normalises."""
+    return make_transform(
+        cfg,
+        is_training=train,
+        no_aug=cfg.no_aug,
+        use_prefetcher=True,
+        scale=cfg.scale,
+        ratio=cfg.ratio,
+        hflip=cfg.hflip,
+        vflip=cfg.vflip,
+        color_jitter=cfg.color_jitter,
+        auto_augment=cfg.aa,
+        interpolation=cfg.train_interpolation if train else cfg.interpolation,
+    )
+
+
+def input_transform(cfg):
+    """PIL image -> the model's input in evaluation, [3, height, width], normalised."""
+    return transforms.Compose([to_rgb, make_transform(cfg, interpolation=cfg.interpolation)])
+
+
+def make_transform(cfg, **options):
+    same = {"mean": cfg.mean, "std": cfg.std, "crop_pct": cfg.crop_pct}
     try:
-        return create_transform(
-            image_size(cfg),
-            is_training=train,
-            no_aug=cfg.no_aug,
-            use_prefetcher=True,
-            scale=cfg.scale,
-            ratio=cfg.ratio,
-            hflip=cfg.hflip,
-            vflip=cfg.vflip,
-            color_jitter=cfg.color_jitter,
-            auto_augment=cfg.aa,
-            interpolation=cfg.train_interpolation if train else cfg.interpolation,
-            mean=cfg.mean,
-            std=cfg.std,
-            crop_pct=cfg.crop_pct,
-        )
+        return create_transform(input_shape(cfg), **same, **options)
     except Exception as error:  # timm fails in many ways on a policy that it can't read
         raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
 
 
-def build_dataset(cfg, train, ranks, fixed=False):
+def build_dataset(cfg, train, ranks):
     """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
 
-    Downloads CIFAR where it is missing. For training on a folder of images, cfg.num_classes becomes
-    the number of its classes, unless a flag (`fixed`) or the yml has chosen another one.
+    Downloads CIFAR where it is missing.
     """
     transform = build_transform(cfg, train)
     if cfg.dataset == "digits":
-        dataset = Digits(train, transform)
-    elif cfg.dataset == "folder":
-        dataset = Folder(cfg.data_dir, train, transform)
-        found = len(dataset.classes)
-        if train and not fixed and cfg.num_classes == NUM_CLASSES != found:
-            logger.info(f"num_classes is {found}: {cfg.data_dir} has that many classes")
-            cfg.num_classes = found
-        if cfg.num_classes != found:
-            said = f"num_classes is {cfg.num_classes}"
-            has = f"{cfg.data_dir} has {found} classes"
-            raise UserError(f"{said}, but {has}: --num_classes {found} takes them")
-    else:
-        task = f"checks or downloads {cfg.dataset}"
-        ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, task)
-        dataset = open_cifar(cfg, train, transform)
-    if len(dataset.classes) > cfg.num_classes:
-        found = len(dataset.classes)
-        raise UserError(f"num_classes is {cfg.num_classes}, but {cfg.dataset} has {found} classes")
-    return dataset
-
-
-def file_reader(cfg):
-    """(path of an image file -> a sample without its label, the suffixes of such files)."""
-    return transforms.Compose([read_image, build_transform(cfg, False)]), IMG_EXTENSIONS
+        return Digits(train, transform)
+    if cfg.dataset == "folder":
+        return Folder(cfg.data_path, train, transform)
+    ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, slow=True)
+    return open_cifar(cfg, train, transform)
 
 
 def open_cifar(cfg, train, transform, download=False):
-    """CIFAR in data_dir, downloaded where it is missing. UserError says what is wrong there."""
-    cifar, where = CIFAR[cfg.dataset], Path(os.path.realpath(cfg.data_dir))
-    if where.name == cifar.base_folder:
-        raise UserError(f"data_dir {where} is one folder too deep; data_dir must be {where.parent}")
+    """CIFAR in data_path, downloaded where it is missing. UserError says what is wrong there."""
+    cifar, where = CIFAR[cfg.dataset], Path(os.path.realpath(cfg.data_path))
     try:
-        return cifar(cfg.data_dir, train=train, transform=transform, download=download)
+        return cifar(cfg.data_path, train=train, transform=transform, download=download)
     except Exception as error:  # whatever the network, the disk and torchvision make of it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fault = cifar_fault(cifar, where) or f"{cfg.dataset} is not in data_dir {where}"
         raise UserError(
-            f"{fault}, and could not be downloaded ({reason}): "
+            f"{cifar_fault(cifar, where)}, and {cfg.dataset} could not be downloaded ({reason}): "
             f"put {cifar.filename} from {cifar.url} there; `-c quickstart.yml` needs no data set"
         ) from None
 
 
 def cifar_fault(cifar, where):
-    """What is wrong with CIFAR's files in a folder, in words; None if there are none."""
+    """What is wrong with CIFAR's files in a folder, in words."""
     batches = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
     files = {where / cifar.base_folder / name: md5 for name, md5 in batches}
-    try:
-        if where.is_file():
-            return f"data_dir {where} is a file, not the folder that holds it"
-        for path, wanted in {where / cifar.filename: cifar.tgz_md5, **files}.items():
-            if path.is_file() and (found := calculate_md5(path)) != wanted:
-                return f"{path} is damaged or another file (its MD5 is {found}, not {wanted})"
-        if (where / cifar.base_folder).is_dir():
-            missing = next((path for path in files if not path.exists()), None)
-            return f"{missing} is missing" if missing else None
-        for kind in ("binary", "matlab"):
-            path = where / cifar.filename.replace("python", kind)
-            if path.exists():
-                return f"{path} is CIFAR in another format; the Python version is not there"
-        for path in (*where.glob(f"*/{cifar.base_folder}"), *where.glob(f"*/{cifar.filename}")):
-            below = f"data_dir {path.parent} has {path.name}"
-            return f"data_dir {where} is one folder too high ({below})"
-    except OSError as error:
-        return f"{error.filename} can't be read ({error.strerror})"
-    return None
+    for path, wanted in {where / cifar.filename: cifar.tgz_md5, **files}.items():
+        if path.is_file() and (found := calculate_md5(path)) != wanted:
+            return f"{path} is damaged or another file (its MD5 is {found}, not {wanted})"
+    if (where / cifar.base_folder).is_dir():
+        missing = [path for path in files if not path.exists()]
+        return f"{missing[0]} is missing" if missing else f"data_path is {where}"
+    if where.name == cifar.base_folder:
+        return f"data_path {where} is one folder too deep; it must be {where.parent}"
+    for path in (*where.glob(f"*/{cifar.base_folder}"), *where.glob(f"*/{cifar.filename}")):
+        return f"data_path {where} is one folder too high; {path.parent} has {path.name}"
+    return f"{cifar.base_folder} is not in data_path {where}"
 
 
 def make_loader(cfg, dataset, collate, batches, ranks):
     pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
     loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
-    channels = image_size(cfg)[0]
+    channels = input_shape(cfg)[0]
     return PrefetchLoader(loader, cfg.mean, cfg.std, channels=channels, device=ranks.device)
 
 
@@ -202,7 +188,7 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
             switch_prob=cfg.mixup_switch_prob,
             mode=cfg.mixup_mode,
             label_smoothing=cfg.smoothing,
-            num_classes=cfg.num_classes,
+            num_classes=cfg.num_classes or len(dataset.classes),
         )
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)

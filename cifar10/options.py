@@ -5,48 +5,63 @@ A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts a
 
 from pathlib import Path
 
-from harness.keys import Key, TestKey, TrainKey, grouped
+import model
+import ms
+from harness.build import learns_tau, ssa_stages
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, grouped, same
 
 DEFAULT_CONFIG = "cifar10.yml"
+DATA_SET = "CIFAR"  # as in harness/build.py
+# @register_model of timm puts a model's name into its file's __all__.
+MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
+RELEASED = {}  # {MD5 of a file of the release: what it does not record}
 DATASET = "torch/cifar10"
 NUM_CLASSES = 10
 
 # fmt: off
 MODEL = {
-    "model": Key(str, "QKFormer", "QKFormer (model.py) or MSQKFormer (ms.py)"),
-    "time_step": Key(int, 4, "T, the steps for which an image is shown", flags=("-T",),
+    "model": NetworkKey(str, "QKFormer", "QKFormer (model.py) or MSQKFormer (ms.py)", fixed=same),
+    "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", flags=("-T",),
         aliases=("T",), low=1, high=1024),
-    "layer": Key(int, 4, "blocks in all; stage 3 has two fewer", flags=("-L",), low=3, high=100),
-    "dim": Key(int, 384, "D, the width of stage 3", low=8, high=8192),
-    "num_heads": Key(int, 8, "heads of every attention", low=1, high=1024),
-    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over the channels of its input",
-        low=0.1, high=64),
+    "layer": NetworkKey(int, 4, "blocks in all; stage 3 has two fewer", flags=("-L",), low=3,
+        high=100,
+        fixed=same),
+    "dim": NetworkKey(int, 384, "D, the width of stage 3", low=8, high=8192, fixed=same),
+    "num_heads": NetworkKey(int, 8, "heads of every attention", low=1, high=1024),
+    "mlp_ratio": NetworkKey(float, 4, "hidden channels of an MLP over the channels of its input",
+        low=0.1, high=64, fixed=same),
     "patch_size": Key(int, 4, "accepted, but not used: the embedding is made for 4",
         low=1, high=1024),
-    "attention": Key([str], ["token", "token", "ssa"],
+    "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
         length=(3, 3),
-        words="3 words, for each stage token, channel or ssa, as in token token ssa"),
+        words="3 words, for each stage token, channel or ssa, as in token token ssa",
+        fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block", null=True,
         low=0, high=0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
-        "without one", choices=("auto", "true", "false")),
-    "neuron": Key(str, "lif", "neuron of the whole network: lif, if (without a leak) or plif (each "
-        "layer learns its time constant)", choices=("lif", "if", "plif")),
-    "tau": Key(float, 2.0, "membrane time constant of lif, in steps and above 1; of plif, the one "
+        "without one", choices=("auto", "true", "false"), back=""),
+    "neuron": NetworkKey(str, "lif",
+        "neuron of the whole network: lif, if (without a leak) or plif (each "
+        "layer learns its time constant)", choices=("lif", "if", "plif"), fixed=learns_tau),
+    "tau": NetworkKey(float, 2.0,
+        "membrane time constant of lif, in steps and above 1; of plif, the one "
         "that it starts from", low=1, high=1e6),
-    "v_threshold": Key(float, 1.0, "membrane potential at which a neuron fires; attn_lif does at "
+    "v_threshold": NetworkKey(float, 1.0,
+        "membrane potential at which a neuron fires; attn_lif does at "
         "half of it", low=1e-6, high=1e6),
-    "surrogate_alpha": TrainKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
-        low=1e-6, high=1e6),
-    "backend": Key(str, "auto", "what computes the neurons",
+    "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
+        low=1e-6, high=1e6, scripts=("train",)),
+    "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
-    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "fused": MachineKey(bool, True,
+        "BatchNorm and neuron in one kernel; false computes module by module"),
     "byte_spikes": TrainKey(bool, True, "spikes wait for the backward pass as bytes; false takes "
         "more memory and, on a GPU, less time"),
-    "compile": Key(bool, False, "the model goes through torch.compile"),
-    "cuda_graph": Key(bool, False, "a GPU gets all kernels of a pass in one call; several ranks "
+    "compile": MachineKey(bool, False, "the model goes through torch.compile"),
+    "cuda_graph": MachineKey(bool, False,
+        "a GPU gets all kernels of a pass in one call; several ranks "
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
@@ -55,18 +70,19 @@ MODEL = {
     "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
         "rank 0 (broadcast) or the mean over the ranks (reduce)",
         choices=("", "broadcast", "reduce")),
-    "channels_last": Key(bool, False, "channels_last in the plain path too, on a GPU"),
+    "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {
     "dataset": Key(str, DATASET, "data set; digits needs no download, folder is a "
         "folder of images", flags=("-d",),
         choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
-    "data_dir": Key(Path, "./data", "folder that the data set is in, or is downloaded to; of "
+    "data_path": Key(Path, "./data", "folder that the data set is in, or is downloaded to; of "
         "dataset: folder, the one with train/ and val/ in it",
-        flags=("-data-dir",), aliases=("data_path",)),
-    "num_classes": Key(int, NUM_CLASSES, "number of classes", aliases=("nb_classes",),
-        low=1, high=100_000),
+        flags=("-data-dir",), aliases=("data_dir",)),
+    "num_classes": Key(int, None, "number of classes; none: as many as the data has", null=True,
+        aliases=("nb_classes",),
+        low=1, high=100_000, fixed=same),
     "img_size": Key(int, 32, "height and width of the network's input", low=4, high=4096),
     "input_size": Key([int], None,
         "channels, height and width of the network's input, instead of img_size", null=True,
@@ -86,9 +102,9 @@ DATA = {
     "batch_size": TrainKey(int, 64, "images of a training batch, per rank", flags=("-b",),
         low=1, high=65536),
     "val_batch_size": Key(int, 64, "images of a test batch", flags=("-vb",), low=1, high=65536),
-    "workers": Key(int, 8, "processes that load data, per rank", flags=("-j",),
+    "workers": MachineKey(int, 8, "processes that load data, per rank", flags=("-j",),
         aliases=("num_workers",), low=0, high=256),
-    "pin_mem": Key(bool, True, "the loader puts batches for a GPU into pinned memory"),
+    "pin_mem": MachineKey(bool, True, "the loader puts batches for a GPU into pinned memory"),
 }
 
 AUGMENTATION = {
@@ -139,7 +155,7 @@ AUGMENTATION = {
 OPTIMISATION = {
     "epochs": TrainKey(int, 400, "epochs before those of cooldown_epochs", low=1, high=100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the one after the checkpoint's",
-        null=True, low=0, high=100_000),
+        null=True, low=0, high=100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", null=True,
         low=0, high=1),
@@ -194,33 +210,31 @@ OPTIMISATION = {
 }
 
 RUN = {
-    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N", back=""),
     "timeout_minutes": Key(float, 10, "minutes that a rank waits for another one", low=0.01,
-        high=10_000),
+        high=10_000, back=""),
     "deterministic": TrainKey(bool, False,
         "kernels that give the same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 42, "seed of all random numbers; each rank adds its number to it",
         low=0, high=2**31),
     "output": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
-        aliases=("output_dir",)),
-    "experiment": TrainKey(str, None,
-        "name of the run's folder in the output folder; none: the yml's name", null=True),
+        aliases=("output_dir",), back=""),
+    "experiment": Key(str, None,
+        "name of the run's folder in the output folder; none: the yml's name", null=True, back=""),
     "resume": TrainKey(Path, None,
-        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
-    "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer"),
+        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True, back=""),
+    "no_resume_opt": TrainKey(bool, False, "resume does without the state of the optimizer",
+        back=""),
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
-        aliases=("initial_checkpoint",)),
+        aliases=("initial_checkpoint",), back=""),
     "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
-        null=True),
-    "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested"),
-    "energy": TestKey(bool, False, "count firing rates and energy too, which takes longer"),
-    "attend": TestKey(str, None,
-        "draw the attention to it: a test sample's number, an image file or a folder of them",
-        null=True),
+        null=True, back=""),
+    "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress",
         aliases=("print_freq",), low=1, high=1_000_000),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=(),
+        back=""),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
@@ -228,6 +242,8 @@ KEYS = grouped(
 # fmt: on
 
 NO_EFFECT = {
+    "attend": "it is a tool now: python tools/attend.py CHECKPOINT",
+    "energy": "it is a tool now: python tools/energy.py CHECKPOINT",
     "apex_amp": "amp is PyTorch's own",
     "aug_splits": "batches are not split",
     "bn_eps": "BatchNorm keeps PyTorch's 1e-5, as in the published run",

@@ -7,37 +7,24 @@ Network, input and data set are those that the checkpoint was trained with; a fl
 Usage:
     python test.py                     # the newest best.pth under output/; writes test-best.json
     python test.py --checkpoint output/cifar100/best.pth
-    python test.py --energy            # firing rates and energy too: energy-best.csv and .json
-    python test.py --attend 8          # draws attention/test-8.png beside the checkpoint
+    torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
 
 import data
 import options
-from attend import show
-from build import load_tested, measure
-from harness.config import load_config
-from harness.ranks import Ranks
-from harness.runs import find_checkpoint
-from harness.runtime import logger, run, set_up_log
+from harness.build import load_tested, measure
+from harness.config import read_settings
+from harness.process import run
+from harness.run import enter
 
 
 def main(argv=None):
-    cfg, notes, given = load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on CIFAR."
-    )
-    ranks = Ranks(cfg.device, cfg.timeout_minutes)
-    set_up_log(ranks)
-    for note in notes:
-        logger.info(note)
-    torch.backends.cudnn.benchmark = True  # as in training
-    path = find_checkpoint(cfg, cfg.output)
-    if cfg.energy or cfg.attend is None:
-        measure(cfg, given, ranks, path)
-    if cfg.attend is not None:
-        model, _ = load_tested(cfg, given, ranks, path)
-        show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
+    settings = read_settings(options, argv, "test", "Test QKFormer on CIFAR.")
+    measure(load_tested(settings, options, data, enter(settings)), data)
     return 0
 
 

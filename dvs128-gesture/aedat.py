@@ -5,8 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from harness.config import UserError
-from harness.runtime import logger
+from harness.log import UserError, logger
 
 VERSION = b"3.1"  # of AEDAT
 HEADER = struct.Struct("<HHIIIIII")  # of a packet: type, source, bytes an event, ..., three counts

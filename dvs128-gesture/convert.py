@@ -15,7 +15,6 @@ import errno
 import fcntl
 import io
 import itertools
-import logging
 import os
 import shutil
 import signal
@@ -30,9 +29,7 @@ from tqdm import tqdm
 
 from aedat import check_raw
 from archives import unpack
-from harness.config import UserError
-
-logger = logging.getLogger("qkformer")
+from harness.log import UserError, logger
 
 if sys.version_info < (3, 12, 2):  # np.load uses Python's parser, which fails in several threads
     configure.max_threads_number_for_datasets_preprocess = 1

@@ -16,8 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import alone, scratch
-from harness.config import UserError
-from harness.runtime import logger
+from harness.log import UserError, logger
 
 QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture

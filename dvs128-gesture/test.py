@@ -1,3 +1,4 @@
+# Copied from cifar10/test.py with output/cifar10->output/dvs128-gesture, on CIFAR->on DVS128 Gesture
 """Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
 the checkpoint.
 
@@ -5,39 +6,25 @@ Network, input and data set are those that the checkpoint was trained with; a fl
 
 Usage:
     python test.py                     # the newest best.pth under output/; writes test-best.json
-    python test.py --data-path ./data --checkpoint output/dvs128-gesture/best.pth
-    python test.py --energy            # firing rates and energy too: energy-best.csv and .json
-    python test.py --attend 8          # draws attention/test-8.png beside the checkpoint
+    python test.py --checkpoint output/dvs128-gesture/best.pth
+    torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
-import torch
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
 
 import data
 import options
-from attend import show
-from build import load_tested, measure
-from harness.config import load_config
-from harness.ranks import Ranks
-from harness.runs import find_checkpoint
-from harness.runtime import logger, run, set_up_log
+from harness.build import load_tested, measure
+from harness.config import read_settings
+from harness.process import run
+from harness.run import enter
 
 
-# Copied from cifar10/test.py with CIFAR->events, cfg.output->cfg.output_dir, cudnn.benchmark->cudnn.deterministic
 def main(argv=None):
-    cfg, notes, given = load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, "Test QKFormer on events."
-    )
-    ranks = Ranks(cfg.device, cfg.timeout_minutes)
-    set_up_log(ranks)
-    for note in notes:
-        logger.info(note)
-    torch.backends.cudnn.deterministic = True  # as in training
-    path = find_checkpoint(cfg, cfg.output_dir)
-    if cfg.energy or cfg.attend is None:
-        measure(cfg, given, ranks, path)
-    if cfg.attend is not None:
-        model, _ = load_tested(cfg, given, ranks, path)
-        show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
+    settings = read_settings(options, argv, "test", "Test QKFormer on DVS128 Gesture.")
+    measure(load_tested(settings, options, data, enter(settings)), data)
     return 0
 
 

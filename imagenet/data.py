@@ -25,8 +25,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import photos
 from harness.batches import BatchLoader, test_batches, train_batches
-from harness.config import UserError
-from harness.runtime import logger, seeded
+from harness.build import layout
+from harness.log import UserError, logger
+from harness.seeds import seeded
 from images import BadImage, list_images, list_split, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
@@ -83,7 +84,7 @@ def build_transform(cfg, train):
     For training timm's random transform of a uint8 image [3, H, W]; for evaluation the centre of a
     PIL image.
     """
-    size = cfg.input_size
+    size = cfg.img_size
     if not train:
         # As in the release: a margin up to 224, none above.
         resized = int(size / 0.875) if size <= 224 else size
@@ -110,6 +111,23 @@ def build_transform(cfg, train):
     return transform
 
 
+def check(cfg):
+    """UserError for keys that do not go together."""
+    if mixes(cfg) and cfg.batch_size % 2:
+        raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
+    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
+        wrong = "the first must be smaller than the second"
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
+    if cfg.batch_size * cfg.time_step * (cfg.img_size // 16) ** 2 == 1:
+        small = f"batch_size 1 at img_size {cfg.img_size} and time_step 1"
+        raise UserError(f"{small} leaves BatchNorm a single value a channel; make one larger")
+
+
+def input_shape(cfg):
+    """(channels, height, width) of the network's input."""
+    return 3, cfg.img_size, cfg.img_size
+
+
 def input_transform(cfg):
     """PIL image -> the model's input in evaluation, [3, input_size, input_size], normalised."""
     return transforms.Compose(
@@ -123,16 +141,11 @@ def input_transform(cfg):
 
 
 def build_dataset(cfg, train, ranks):
-    """Images of data_path/train or data_path/val; their `classes` must be nb_classes."""
+    """Images of data_path/train or data_path/val, with names in `classes`."""
     root = cfg.data_path
     if cfg.dataset == "photos":
         root = ranks.from_main(lambda: photos.prepare(root))
     samples, classes = list_split(root, train)
-    if len(classes) != cfg.nb_classes:
-        raise UserError(
-            f"nb_classes is {cfg.nb_classes}, but {root} has {len(classes)} classes: "
-            f"--nb_classes {len(classes)} takes them"
-        )
     read, transform = read_pixels if train else read_image, build_transform(cfg, train)
     return Images(samples, read, transform, cfg.on_bad_image == "skip", train, classes)
 
@@ -163,29 +176,24 @@ def class_names(classes=None):
     return lines
 
 
-# Copied from cifar10/data.py
-def file_reader(cfg):
-    """(path of an image file -> a sample without its label, the suffixes of such files)."""
-    return transforms.Compose([read_image, build_transform(cfg, False)]), IMG_EXTENSIONS
-
-
 class Loader:
-    """Normalised images [B, 3, H, W] and targets of the given batches, on this rank's device.
+    """Normalised images [B, 3, H, W] and targets of the given batches, on this rank's device; with
+    the number of `classes` for training, erased and mixed.
 
     The next batch is sent there, normalised and erased while the model works on this one; on a GPU
     by a stream of its own.
     """
 
-    def __init__(self, cfg, dataset, collate, batches, ranks, train=False):
+    def __init__(self, cfg, dataset, collate, batches, ranks, classes=None):
         pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
-        self.layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-        self.loader = BatchLoader(dataset, collate, batches, cfg.num_workers, pin_memory)
+        self.layout = layout(cfg, ranks)
+        self.loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
         self.prefetched = PrefetchLoader(self.loader, device=ranks.device)
         # What is drawn here comes from other numbers than what the workers draw, below 2 ** 31.
         self.seeds = [2**31 + seed for _, seed in batches]
-        if train and cfg.reprob > 0:
+        if classes and cfg.reprob > 0:
             self.prefetched.random_erasing = Erasing(cfg, self.seeds, ranks.device)
-        self.mix = make_mixup(cfg) if train and mixes(cfg) else None
+        self.mix = make_mixup(cfg, classes) if classes and mixes(cfg) else None
 
     def __len__(self):
         return len(self.loader)
@@ -205,7 +213,7 @@ def collate_whole(items):
     return default_collate(items) if items else (torch.empty(0, 3, 1, 1), torch.empty(0))
 
 
-def make_mixup(cfg):
+def make_mixup(cfg, classes):
     """timm's Mixup; it makes the targets soft."""
     return Mixup(
         mixup_alpha=cfg.mixup,
@@ -215,7 +223,7 @@ def make_mixup(cfg):
         switch_prob=cfg.mixup_switch_prob,
         mode=cfg.mixup_mode,
         label_smoothing=cfg.smoothing,
-        num_classes=cfg.nb_classes,
+        num_classes=cfg.num_classes or classes,
     )
 
 
@@ -227,7 +235,7 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
     batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
     batches = batches[first_step * cfg.accum_iter : whole]
-    return Loader(cfg, dataset, default_collate, batches, ranks, train=True)
+    return Loader(cfg, dataset, default_collate, batches, ranks, len(dataset.classes))
 
 
 def test_loader(cfg, dataset, ranks):

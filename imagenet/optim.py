@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from harness import engine
-
 # {(model, input size): (images a step, peak learning rate)}; those of the run at 288 are not known.
 PUBLISHED = {
     ("QKFormer_10_384", 224): (512, 1.2e-3),
@@ -79,7 +77,7 @@ def differences(cfg, world_size):
     """A line that says how images a step and learning rate differ from the published run's, or
     None.
     """
-    published = PUBLISHED.get((cfg.model, cfg.input_size))
+    published = PUBLISHED.get((cfg.model, cfg.img_size))
     images, lr = images_per_step(cfg, world_size), peak_lr(cfg, world_size)
     if published is None or (images == published[0] and math.isclose(lr, published[1])):
         return None
@@ -95,21 +93,3 @@ def mean_lr(cfg, peak, epoch, micro_steps):
         math.fsum(learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps))
         / micro_steps
     )
-
-
-def load_optimizer(optimizer, state):
-    """Load an optimizer's state, of the release's too; weight decay and lr_scale stay the
-    configuration's.
-
-    ValueError where it is that of other parameters.
-    """
-    own = [
-        {key: group[key] for key in ("weight_decay", "lr_scale")}
-        for group in optimizer.param_groups
-    ]
-    engine.load_optimizer(optimizer, state)
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
-    for parameter, moments in optimizer.state.items():
-        if moments["exp_avg"].shape != parameter.shape:
-            raise ValueError("moments of other shapes than the parameters")

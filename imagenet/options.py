@@ -5,55 +5,75 @@ A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts a
 
 from pathlib import Path
 
-from harness.keys import Key, TestKey, TrainKey, grouped
+import model
+import ms
+from harness.build import Released, learns_tau, ssa_stages
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, grouped, same
 
 DEFAULT_CONFIG = "imagenet.yml"
+DATA_SET = "ImageNet"  # as in harness/build.py
+# @register_model of timm puts a model's name into its file's __all__.
+MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
+# {MD5: one of the release's five}. The batch of the others is recorded nowhere.
+RELEASED = {
+    "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80, 32),
+    "85dd1f94c87ba5ec908fed5d0a3f7f69": Released("QKFormer_10_512", 224, 82.04, 32),
+    "dc1595408ed1bd40346be2bdaf5015d5": Released("QKFormer_10_768", 224, 84.22, 24),
+    "ba20af8eb450d4ec9c71009fde8e7125": Released("QKFormer_10_768", 288, 85.25, None),
+    "99a671118f67a680aa38b6ac5aae449a": Released("QKFormer_10_768", 384, 85.65, None),
+}
 
 # fmt: off
 MODEL = {
-    "model": Key(str, "QKFormer_10_384", "model of model.py or ms.py"),
-    "time_step": Key(int, 4, "T, the steps for which an image is shown", flags=("-T",),
+    "model": NetworkKey(str, "QKFormer_10_384", "model of model.py or ms.py", fixed=same),
+    "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", flags=("-T",),
         aliases=("T",), low=1, high=1024),
-    "input_size": Key(int, 224, "height and width of the network's input, a multiple of 16",
-        aliases=("img_size",), low=16, high=4096),
-    "layer": Key(int, None,
+    "img_size": Key(int, 224, "height and width of the network's input, a multiple of 16",
+        aliases=("input_size",), low=16, high=4096),
+    "layer": NetworkKey(int, None,
         "blocks in all, of which stage 3 has all but three; none: the model's 10", null=True,
-        low=4, high=100),
-    "dim": Key(int, None, "D, the width of stage 3; none: the model's", null=True,
-        low=8, high=8192),
-    "num_heads": Key(int, None, "heads of every attention; none: the model's", null=True,
+        low=4, high=100, fixed=same),
+    "dim": NetworkKey(int, None, "D, the width of stage 3; none: the model's", null=True,
+        low=8, high=8192, fixed=same),
+    "num_heads": NetworkKey(int, None, "heads of every attention; none: the model's", null=True,
         low=1, high=1024),
-    "mlp_ratio": Key(float, 4, "hidden channels of an MLP over the channels of its input",
-        low=0.1, high=64),
-    "attention": Key([str], ["token", "token", "ssa"],
+    "mlp_ratio": NetworkKey(float, 4, "hidden channels of an MLP over the channels of its input",
+        low=0.1, high=64, fixed=same),
+    "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
         length=(3, 3),
-        words="3 words, for each stage token, channel or ssa, as in token token ssa"),
+        words="3 words, for each stage token, channel or ssa, as in token token ssa",
+        fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block", null=True,
         low=0, high=0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
-        "without one", choices=("auto", "true", "false")),
-    "neuron": Key(str, "lif", "neuron of the whole network: lif, if (without a leak) or plif (each "
-        "layer learns its time constant)", choices=("lif", "if", "plif")),
-    "tau": Key(float, 2.0, "membrane time constant of lif, in steps and above 1; of plif, the one "
+        "without one", choices=("auto", "true", "false"), back=""),
+    "neuron": NetworkKey(str, "lif",
+        "neuron of the whole network: lif, if (without a leak) or plif (each "
+        "layer learns its time constant)", choices=("lif", "if", "plif"), fixed=learns_tau),
+    "tau": NetworkKey(float, 2.0,
+        "membrane time constant of lif, in steps and above 1; of plif, the one "
         "that it starts from", low=1, high=1e6),
-    "v_threshold": Key(float, 1.0, "membrane potential at which a neuron fires; attn_lif does at "
+    "v_threshold": NetworkKey(float, 1.0,
+        "membrane potential at which a neuron fires; attn_lif does at "
         "half of it", low=1e-6, high=1e6),
-    "surrogate_alpha": TrainKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
-        low=1e-6, high=1e6),
-    "backend": Key(str, "auto", "what computes the neurons",
+    "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid whose gradient a spike has",
+        low=1e-6, high=1e6, scripts=("train",)),
+    "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
-    "fused": Key(bool, True, "BatchNorm and neuron in one kernel; false computes module by module"),
+    "fused": MachineKey(bool, True,
+        "BatchNorm and neuron in one kernel; false computes module by module"),
     "byte_spikes": TrainKey(bool, True, "spikes wait for the backward pass as bytes; false takes "
         "more memory and, on a GPU, less time"),
-    "compile": Key(bool, False, "the model goes through torch.compile"),
-    "cuda_graph": Key(bool, False, "a GPU gets all kernels of a pass in one call; several ranks "
+    "compile": MachineKey(bool, False, "the model goes through torch.compile"),
+    "cuda_graph": MachineKey(bool, False,
+        "a GPU gets all kernels of a pass in one call; several ranks "
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
         length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),
-    "channels_last": Key(bool, False, "channels_last in the plain path too, on a GPU"),
+    "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {
@@ -62,16 +82,17 @@ DATA = {
         choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
-    "nb_classes": Key(int, 1000, "number of classes", aliases=("num_classes",),
-        low=1, high=100_000),
+    "num_classes": Key(int, None, "number of classes; none: as many as the data has", null=True,
+        aliases=("nb_classes",),
+        low=1, high=100_000, fixed=same),
     "batch_size": TrainKey(int, 32, "training images of a micro-step, per rank", flags=("-b",),
         low=1, high=65536),
     "val_batch_size": Key(int, 32,
         "images of a test batch; under cross_sample_lif the result depends on it", flags=("-vb",),
         low=1, high=65536),
-    "num_workers": Key(int, 10, "processes that load data, per rank", flags=("-j",),
-        aliases=("workers",), low=0, high=256),
-    "pin_mem": Key(bool, True, "the loader puts batches for a GPU into pinned memory"),
+    "workers": MachineKey(int, 10, "processes that load data, per rank", flags=("-j",),
+        aliases=("num_workers",), low=0, high=256),
+    "pin_mem": MachineKey(bool, True, "the loader puts batches for a GPU into pinned memory"),
     "on_bad_image": Key(str, "error",
         "what a file does that is no whole image: stop the run, or be left out",
         choices=("error", "skip")),
@@ -111,7 +132,7 @@ AUGMENTATION = {
 OPTIMISATION = {
     "epochs": TrainKey(int, 200, "epochs in all", low=1, high=100_000),
     "start_epoch": TrainKey(int, 0, "first epoch of a run that starts from the weights of finetune",
-        low=0, high=100_000),
+        low=0, high=100_000, back=""),
     "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer",
         low=1, high=65536),
     "lr": TrainKey(float, None, "peak learning rate; none: it follows from blr", null=True,
@@ -145,43 +166,40 @@ OPTIMISATION = {
 }
 
 RUN = {
-    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N"),
+    "device": Key(str, "auto", "auto (cuda if there is one), cpu, cuda or cuda:N", back=""),
     "timeout_minutes": Key(float, 10, "minutes that a rank waits for another one", low=0.01,
-        high=10_000),
+        high=10_000, back=""),
     "deterministic": TrainKey(bool, False,
         "kernels that give the same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 0, "seed of all random numbers; each rank adds its number to it",
         low=0, high=2**31),
-    "output_dir": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
-        aliases=("output",)),
-    "experiment": TrainKey(str, None,
-        "name of the run's folder in the output folder; none: the yml's name", null=True),
+    "output": Key(Path, None, "folder of all runs; none: output/ beside the script", null=True,
+        aliases=("output_dir",), back=""),
+    "experiment": Key(str, None,
+        "name of the run's folder in the output folder; none: the yml's name", null=True, back=""),
     "finetune": TrainKey(Path, None,
         "checkpoint with weights to start from; a head that fits is kept", null=True,
-        aliases=("initial_checkpoint",)),
+        aliases=("initial_checkpoint",), back=""),
     "resume": TrainKey(Path, None,
-        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True),
+        "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True, back=""),
     "eval": TrainKey(bool, False, "test what resume or finetune names, as test.py does",
-        aliases=("test_only",)),
+        aliases=("test_only",), back=""),
     "save_minutes": TrainKey(float, 30,
         "minutes between two times that last.pth is written within an epoch; 0: only at its end",
         low=0, high=10_080),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress",
         aliases=("print_freq",), low=1, high=1_000_000),
     "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
-        null=True),
-    "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested"),
-    "energy": TestKey(bool, False, "count firing rates and energy too, which takes longer"),
-    "attend": TestKey(str, None,
-        "draw the attention to it: a test sample's number, an image file or a folder of them",
-        null=True),
+        null=True, back=""),
+    "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted",
         null=True),
     "predictions": TestKey(Path, "predict.csv",
         "file for what predict finds, which must not be there yet"),
     "labels": TestKey(Path, None,
         "text file with a line for each class, whose first word goes into predictions", null=True),
-    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=()),
+    "local_rank": Key(int, 0, "set by torch.distributed.launch", low=-1, high=65536, scripts=(),
+        back=""),
 }
 KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN
@@ -189,6 +207,8 @@ KEYS = grouped(
 # fmt: on
 
 NO_EFFECT = {
+    "attend": "it is a tool now: python tools/attend.py CHECKPOINT",
+    "energy": "it is a tool now: python tools/energy.py CHECKPOINT",
     "cls_token": "the head takes the mean over space",
     "dist_eval": "evaluation is always shared by the ranks, each image counted once",
     "dist_on_itp": "ranks come from torchrun, torch.distributed.launch or SLURM",

@@ -15,8 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
-from harness.config import UserError
-from harness.runtime import logger
+from harness.log import UserError, logger
 
 QUICK = {"train": 240, "val": 60}  # what the quick start makes, of each class
 CLASSES = ("n01000001", "n02000002")  # the Chinese temple, the flower

@@ -7,27 +7,27 @@ Usage:
     python test.py --data_path /data/imagenet --checkpoint output/imagenet/best.pth
     python test.py --checkpoint hst_10_384.pth     # one of the release's: model and size are known
     python test.py --checkpoint hst_10_384.pth --predict photos --predictions photos.csv
-    python test.py --checkpoint hst_10_384.pth --energy              # firing rates and energy too
-    python test.py --checkpoint hst_10_384.pth --attend photo.jpg    # draws its attention
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth  # the same figures, sooner
 """
 
-import csv
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+
+import csv
 from pathlib import Path
 
 import torch
 
 import data
 import options
-from attend import show
-from build import load_tested, measure
-from harness.config import UserError, load_config
-from harness.engine import make_autocast, progress
+from harness.build import load_tested, measure
+from harness.config import read_settings
 from harness.graph import graphed
-from harness.ranks import Ranks
-from harness.runs import find_checkpoint
-from harness.runtime import logger, run, set_up_log
+from harness.log import UserError, logger, progress
+from harness.meters import make_autocast
+from harness.process import run
+from harness.run import enter
 
 
 @torch.inference_mode()
@@ -55,30 +55,31 @@ def predict(cfg, ranks, model, names):
     return [row for _, row in rows]
 
 
-def class_names(cfg, recorded):
+def class_names(cfg, recorded, classes):
     """(title of the csv's columns, names of the classes); ("", None) where no names are known.
 
     They are those of the label file, else of the checkpoint, else of ImageNet's 1,000 classes.
     """
     if cfg.labels is not None:
-        return "wnid", read_wnids(cfg)
-    if isinstance(recorded, list) and len(recorded) == cfg.nb_classes:
+        return "wnid", read_wnids(cfg, classes)
+    if isinstance(recorded, list) and len(recorded) == classes:
         return "name", data.class_names(recorded)
-    return ("name", data.class_names()) if cfg.nb_classes == 1000 else ("", None)
+    return ("name", data.class_names()) if classes == 1000 else ("", None)
 
 
-def read_wnids(cfg):
+def read_wnids(cfg, classes):
     """The first word of every line of the label file, line i for class i."""
     try:
         wnids = [
-            line.split()[0] for line in Path(cfg.labels).read_text().splitlines() if line.strip()
+            line.split()[0]
+            for line in Path(cfg.labels).read_text("utf-8-sig").splitlines()
+            if line.strip()
         ]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {cfg.labels} can't be read: {error}") from None
-    if len(wnids) != cfg.nb_classes:
-        raise UserError(
-            f"labels: {cfg.labels} has {len(wnids)} lines, but nb_classes is {cfg.nb_classes}"
-        )
+    if len(wnids) != classes:
+        lines = f"{len(wnids)} lines, but the network has {classes} classes"
+        raise UserError(f"labels: {cfg.labels} has {lines}")
     return wnids
 
 
@@ -114,28 +115,20 @@ def write_predictions(path, rows, column):
 
 
 def main(argv=None):
-    description = "Test QKFormer on ImageNet."
-    cfg, notes, given = load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv, description
-    )
-    ranks = Ranks(cfg.device, cfg.timeout_minutes)
-    set_up_log(ranks)
-    for note in notes:
-        logger.info(note)
-    torch.backends.cudnn.benchmark = True  # as in training
-    path = find_checkpoint(cfg, cfg.output_dir)
-    if cfg.energy or (cfg.attend is None and not cfg.predict):
-        measure(cfg, given, ranks, path)
-    if cfg.attend is not None:
-        model, *_ = load_tested(cfg, given, ranks, path)
-        show(cfg, ranks, model, path, lambda: data.build_dataset(cfg, False, ranks))
-    if cfg.predict:
-        predictions = Path(cfg.predictions)
+    settings = read_settings(options, argv, "test", "Test QKFormer on ImageNet.")
+    ranks = enter(settings)
+    if settings.predict:
+        predictions = Path(settings.predictions)
         ranks.from_main(lambda: check_predictions(predictions))
-        tested = load_tested(cfg, given, ranks, path)
-        column, names = class_names(cfg, tested.classes)
-        rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)
-        ranks.from_main(lambda: write_predictions(predictions, rows, column))
+    tested = load_tested(settings, options, data, ranks)
+    cfg = tested.cfg
+    if not cfg.predict:
+        measure(tested, data)
+        return 0
+    classes = tested.model.num_classes
+    column, names = class_names(cfg, tested.classes, classes)
+    rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)
+    ranks.from_main(lambda: write_predictions(predictions, rows, column))
     return 0
 
 

@@ -13,8 +13,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .config import UserError
-from .runtime import deaf, logger, seeded
+from .log import UserError, logger
+from .process import without_signals
+from .seeds import seeded
 
 LOST = "lost: "  # begins what a worker says that can't hand over its batch
 
@@ -87,10 +88,8 @@ class BatchLoader(DataLoader):
             if isinstance(batch, str) and batch.startswith(LOST):
                 self.fault = batch.removeprefix(LOST)
                 break
-            if isinstance(batch, str):
-                raise UserError(batch)
             done += 1
-            yield batch
+            yield checked(batch)
         if self.fault:
             end_workers()  # what one lacks the others lack too
             logger.warning(
@@ -99,43 +98,40 @@ class BatchLoader(DataLoader):
                 "are open (ulimit -n 4096); workers: 0 does without all of these"
             )
             for key in self.sampler[done:]:
-                batch = self.dataset[key]
-                if isinstance(batch, str):
-                    raise UserError(batch)
-                yield batch
+                yield checked(self.dataset[key])
 
     def from_workers(self):
         """The batches up to the last, or to the loss of a worker."""
         handler = signal.getsignal(signal.SIGCHLD)
         context = self.multiprocessing_context or multiprocessing
-        with deaf():
+        with without_signals():
             if self.num_workers and context.get_start_method() != "fork":
                 resource_tracker.ensure_running()  # which hears some of the signals again
             try:
-                with deaf():
+                with without_signals():
                     batches = super().__iter__()
             finally:
                 if signal.getsignal(signal.SIGCHLD) != handler:
                     # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
                     signal.signal(signal.SIGCHLD, handler)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                self.fault = str(error).splitlines()[0]
-                return
-            except (ConnectionError, EOFError, FileNotFoundError) as error:
-                # It had announced a batch whose memory went with it.
-                self.fault = f"it exited unexpectedly: {type(error).__name__}"
-                return
-            yield batch
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            self.fault = str(error).splitlines()[0]
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # It had announced a batch whose memory went with it.
+            self.fault = f"it exited unexpectedly: {type(error).__name__}"
 
 
-@atexit.register  # before multiprocessing's own, which would wait for workers that are deaf
+def checked(batch):
+    if isinstance(batch, str):
+        raise UserError(batch)
+    return batch
+
+
+@atexit.register  # before multiprocessing's own, which would wait for workers without signals
 def end_workers():
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -147,19 +143,10 @@ def train_batches(size, batch_size, seed, epoch, ranks):
     Samples at the end that do not fill a batch on every rank are dropped.
     """
     generator = torch.Generator().manual_seed(seed + epoch)
-    steps = size // (batch_size * ranks.world_size)
-    if steps == 0:
-        whole = f"batch_size {batch_size}" + (
-            f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-        )
-        raise UserError(
-            f"{whole} is more than the {size} training samples; make batch_size smaller"
-        )
-    order = torch.randperm(size, generator=generator)[: steps * batch_size * ranks.world_size]
-    order = order.view(steps, batch_size, ranks.world_size)[:, :, ranks.rank].tolist()
-    seeds = torch.randint(2**31, (steps, ranks.world_size), generator=generator)[
-        :, ranks.rank
-    ].tolist()
+    steps, many = size // (batch_size * ranks.world_size), ranks.world_size
+    order = torch.randperm(size, generator=generator)[: steps * batch_size * many]
+    order = order.view(steps, batch_size, many)[:, :, ranks.rank].tolist()
+    seeds = torch.randint(2**31, (steps, many), generator=generator)[:, ranks.rank].tolist()
     return list(zip(order, seeds, strict=True))
 
 

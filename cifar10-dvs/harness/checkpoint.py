@@ -9,7 +9,6 @@ bare state dicts.
 """
 
 import argparse
-import logging
 import math
 import os
 import pathlib
@@ -21,7 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from .config import UserError
+from .log import UserError, logger
 
 # Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
 # numbers.
@@ -36,24 +35,18 @@ HARMLESS = [
 WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where files keep them
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
-SEMANTICS = {
-    False: "cross_sample_lif: false (the paper's semantics: an image's logits do not depend on "
-    "its batch)",
-    True: "cross_sample_lif: true (the release's semantics: logits depend on the other images of "
-    "the batch)",
-}
-logger = logging.getLogger("qkformer")
+AGAIN = "get or make it again"
 
 
-def save_checkpoint(state, path):
+def save_checkpoint(state: dict, path: Path):
     """Write to a temporary file, flush it to the disk, rename it to `path`.
 
-    So after a crash `path` is either the old file or the whole new one.
+    So after a crash `path` is either the old file or the whole new one. UserError on a full disk.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -66,22 +59,18 @@ def save_checkpoint(state, path):
         raise UserError(f"{path}: {said}") from None
 
 
-def load_checkpoint(path, use_ema=False):
-    """Read a checkpoint on the CPU: a dict with the weights under `model`, averaged ones under
-    `model_ema`.
+def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
+    """A checkpoint on the CPU: its dict, the weights under `model`, averaged ones under
+    `model_ema`; with `use_ema` these are under `model` too.
 
-    With `use_ema`, the averaged weights are under `model`. UserError if the file can't be read
-    safely, is damaged, or does not hold weights that are finite numbers.
+    UserError if the file can't be read safely, is damaged, or does not hold weights that are finite
+    numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
     checkpoint = read_file(path)
-    held = {
-        name: checkpoint[name]
-        for name in (*WEIGHTS, *EMA)
-        if isinstance(checkpoint.get(name), dict)
-    }
+    held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
     plain = next((held[name] for name in WEIGHTS if name in held), None)
     averaged = next((held[name] for name in EMA if name in held), None)
     if plain is None and averaged is None:
@@ -89,20 +78,17 @@ def load_checkpoint(path, use_ema=False):
     if use_ema and averaged is None:
         raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
     if plain is not None and averaged is not None and not use_ema:
-        logger.info(
-            f"{path}: holds plain and averaged weights; these are the plain ones (use_ema takes "
-            f"the others)"
-        )
+        which = "these are the plain ones (use_ema takes the others)"
+        logger.info(f"{path}: holds plain and averaged weights; {which}")
     elif plain is None and not use_ema:
         logger.info(f"{path}: holds averaged weights only, which are taken")
-    chosen = averaged if use_ema or plain is None else plain
     extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
-    given = extra.get("given", {"yml": {}})
-    if not (isinstance(given, dict) and isinstance(given.get("yml"), dict)):
+    given = extra.get("given", {"yml": {}, "file": ""})
+    if not (isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given):
         raise UserError(f"{path}: damaged: its given is {str(given)[:50]!r}")
-    return {**extra, "model": own_names(chosen, path)}
+    return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
 
 def read_file(path):
@@ -113,31 +99,19 @@ def read_file(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 if damaged := archive.testzip():
-                    raise UserError(
-                        f"{path}: damaged: the checksum of its {damaged} differs; get or make it "
-                        f"again"
-                    )
+                    raise UserError(f"{path}: damaged: the checksum of its {damaged} differs")
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
-            what = (
-                str(error)
-                .split("WeightsUnpickler error:")[-1]
-                .split(". ")[0]
-                .strip()
-                .splitlines()[0]
-            )
-            raise UserError(
-                f"{path}: not loaded, since doing so could run code in it: {what}"
-            ) from None
-        raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
-    except Exception:  # damaged bytes can make the reader fail in any way
-        raise UserError(f"{path}: not a checkpoint, or not whole; get or make it again") from None
+    except Exception as error:  # damaged bytes can make the reader fail in any way
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            what = str(error).split("WeightsUnpickler error:")[-1].split(". ")[0].strip()
+            why = f"not loaded, since doing so could run code in it: {what.splitlines()[0]}"
+            raise UserError(f"{path}: {why}") from None
+        raise UserError(f"{path}: not a checkpoint, or not whole; {AGAIN}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, no weights")
     return checkpoint
@@ -145,17 +119,16 @@ def read_file(path):
 
 def own_names(weights, path):
     """Weights by the names that the model has, without what wrappers put around them; checked."""
-    weights = {name: value for name, value in weights.items() if isinstance(name, str)}
-    for name in [name for name in weights if name.endswith(("total_ops", "total_params"))]:
-        del weights[name]  # left by a counter of operations
+    counters = ("total_ops", "total_params")  # of operations, left there by a tool
+    names = [n for n in weights if isinstance(n, str) and not n.endswith(counters)]
+    weights = {name: weights[name] for name in names}
     while prefix := next(
         (p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None
     ):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    if not weights or not any(map(torch.is_tensor, weights.values())):
-        raise UserError(
-            f"{path}: holds no weights, neither by themselves nor under {', '.join(WEIGHTS + EMA)}"
-        )
+    if not any(map(torch.is_tensor, weights.values())):
+        places = ", ".join(WEIGHTS + EMA)
+        raise UserError(f"{path}: holds no weights, neither by themselves nor under {places}")
     for name, value in weights.items():
         if fault := fault_of(name, value):
             raise UserError(f"{path}: {name} {fault}; get or make the file again")
@@ -168,24 +141,17 @@ def fault_of(name, value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
+    real = value.is_floating_point()
     if name.endswith("num_batches_tracked"):
-        return (
-            None
-            if not (value.is_floating_point() or value.is_complex())
-            else f"is of type {value.dtype}"
-        )
-    if not value.is_floating_point():
+        return f"is of type {value.dtype}" if real or value.is_complex() else None
+    if not real:
         return f"is of type {value.dtype}, which weights are not"
-    if not value.isfinite().all():
-        return "has values that are not finite numbers"
-    return None
+    return None if value.isfinite().all() else "has values that are not finite numbers"
 
 
-def progress_of(path):
+def progress_of(path: Path) -> tuple:
     """(epochs, steps of the next) that a checkpoint of ours has behind it, read without its
-    tensors.
-
-    Of a file that can't be read, more than any: to be taken, so that an error names it.
+    tensors; of a file that can't be read more than any, so that it is taken and an error names it.
     """
     try:
         with torch.serialization.safe_globals(HARMLESS):
@@ -195,57 +161,74 @@ def progress_of(path):
         return math.inf, 0
 
 
-def load_weights(model, checkpoint, path):
-    """Load checkpoint["model"]; UserError that names keys and shapes where it is of another
-    architecture.
-    """
-    have, want = dict(checkpoint["model"]), model.state_dict()
+def load_weights(model: torch.nn.Module, weights: dict, path: Path):
+    """Load weights; UserError that names keys and shapes where they are of another network."""
+    have, want = dict(weights), model.state_dict()
     for name in want:
-        if name.endswith(
-            "num_batches_tracked"
-        ):  # counts that old files lack; nothing here depends on them
+        if name.endswith("num_batches_tracked"):  # old files lack them; nothing depends on them
             have.setdefault(name, want[name])
+    both = [name for name in want if name in have and have[name].shape != want[name].shape]
+    shapes = [f"{n} {list(have[n].shape)} instead of {list(want[n].shape)}" for n in both]
     problems = []
     for title, names in (
         ("missing", [name for name in want if name not in have]),
         ("unexpected", [name for name in have if name not in want]),
-        (
-            "of another shape",
-            [
-                f"{name} {list(have[name].shape)} instead of {list(want[name].shape)}"
-                for name in want
-                if name in have and have[name].shape != want[name].shape
-            ],
-        ),
+        ("of another shape", shapes),
     ):
         if names:
-            problems.append(
-                f"{len(names)} {title} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            )
+            more = ", …" if len(names) > 3 else ""
+            problems.append(f"{len(names)} {title} ({', '.join(names[:3])}{more})")
     if problems:
-        raise UserError(
-            f"{path}: of another architecture than the configuration's: {'; '.join(problems)}"
-        )
+        why = f"of another architecture than the configuration's: {'; '.join(problems)}"
+        raise UserError(f"{path}: {why}")
     model.load_state_dict(have)
 
 
 def number(checkpoint, name, default, path, low=-1):
-    """A number of the default's type, from `low` on, in a checkpoint; the default where
-    it lacks.
-    """
+    """A number of the default's type, from `low` on, in a checkpoint; the default if it lacks."""
     value = checkpoint.get(name, default)
     if type(value) is not type(default) or not low <= value < math.inf:
-        said = f"{path}: can't be resumed: its {name} is {value!r}"
+        said = f"{path}: can't be resumed: its {name} is {str(value)[:50]}"
         raise UserError(f"{said}; --finetune takes its weights alone")
     return value
 
 
-def check_optimizer(optimizer, scaler):
-    """ValueError where what was loaded into an optimizer, or a scaler's state, can't be gone on
-    with.
+def load_optimizer(optimizer, scaler, checkpoint, path, opt):
+    """Load the states of optimizer and scaler; the settings of its groups stay this run's.
+
+    opt: the optimizer's name. UserError where they are of another one, or damaged.
     """
+    ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused".split()
+    own = [{k: group[k] for k in ours if k in group} for group in optimizer.param_groups]
+    try:
+        config = checkpoint.get("config")
+        if isinstance(config, dict) and config.get("opt", opt) != opt:
+            raise ValueError(f"it is of {config['opt']}, opt is {opt}")
+        state = checkpoint["optimizer"]
+        kernels = {
+            k: optimizer.defaults[k]
+            for k in ours
+            if k in ("foreach", "fused") and k in optimizer.defaults
+        }  # chosen for this device
+        groups = [{**group, **kernels} for group in state["param_groups"]]
+        optimizer.load_state_dict({**state, "param_groups": groups})
+        if checkpoint.get("scaler"):  # empty where the run was not in float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        check_optimizer(optimizer, checkpoint.get("scaler"))
+    except Exception as error:  # whatever the file has there
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        why = f"no fitting optimizer state ({reason}); --finetune takes its weights alone"
+        raise UserError(f"{path}: {why}") from None
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
+def check_optimizer(optimizer, scaler):
+    """ValueError where a state that was loaded can't be gone on with."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     needed = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
+    # of others some keep sums of their own, such as NovoGrad's one number for each parameter
+    whole = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
     for parameter, state in optimizer.state.items():
         if state and (lacking := needed - set(state)):
             raise ValueError(f"no {min(lacking)}")
@@ -253,8 +236,6 @@ def check_optimizer(optimizer, scaler):
             if torch.is_tensor(value):
                 if not value.isfinite().all():
                     raise ValueError(f"{name} is not finite")
-                # others keep sums of their own, such as NovoGrad's one number for each parameter
-                whole = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
                 if name in whole and value.shape != parameter.shape:
                     raise ValueError(f"{name} is of another shape than its parameter")
             elif name == "step" and not 0 <= value < math.inf:
@@ -262,42 +243,3 @@ def check_optimizer(optimizer, scaler):
     for name, value in (scaler or {}).items():
         if not math.isfinite(value):
             raise ValueError(f"the scaler's {name} is {value}")
-
-
-def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
-    """(cross_sample_lif, a line that says why).
-
-    Args:
-        setting: the key's value, "true", "false" or "auto".
-        checkpoint, path: whose record counts for auto; None for a run that starts from scratch.
-        model: the key's value; an MS model has no such neuron.
-    """
-    if model.startswith("MS"):
-        if setting == "true":
-            raise UserError(
-                f"cross_sample_lif is true, which has no meaning for {model}: leave it out"
-            )
-        return (
-            False,
-            f"{model}: an image's logits do not depend on its batch; cross_sample_lif has no "
-            f"meaning here",
-        )
-    recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
-    if not isinstance(recorded, (bool, type(None))):
-        raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
-    if setting != "auto":
-        value = setting == "true"
-        if recorded is not None and recorded != value:
-            return (
-                value,
-                f"warning: {SEMANTICS[value]}, as set, but {path} was trained with {recorded}",
-            )
-        return value, SEMANTICS[value]
-    if checkpoint is None:
-        return False, SEMANTICS[False]
-    if recorded is not None:
-        return recorded, f"{SEMANTICS[recorded]}, as {path} records"
-    return True, (
-        f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
-        f"{SEMANTICS[True]}; set cross_sample_lif: false if it was trained with the paper's"
-    )

@@ -1,168 +1,301 @@
-"""Configuration from defaults < yml < flags. The table of keys is in options.py."""
+"""Configuration: defaults < checkpoint < a yml that -c names < flags, resolved once.
+
+A folder's options.py is the table of keys. The yml beside the script counts among the defaults.
+"""
 
 import argparse
 import difflib
 import importlib.metadata
+import os
 import re
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from . import yml
-from .keys import Key
-from .yml import show
+import yaml
+from packaging.version import Version
 
-HERE = Path(__file__).resolve().parent.parent  # the data set's folder
-OLDEST = {
-    "torch": "2.6",
-    "timm": "1.0.30",
-    "spikingjelly": "2.0",
-}  # versions that were tried and work
+from .log import HERE, UserError, logger
+
+OLDEST = {"torch": "2.6", "timm": "1.0.30", "spikingjelly": "2.0"}  # that were tried and work
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NULLS = (None, "none", "null", "None", "", ["none"])
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+# control characters, line separators, and what Python makes of bytes that are not UTF-8
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MEANT = {  # {(script, flag that it does not read): flag that is meant}
+    ("test", "finetune"): "checkpoint",
+    ("test", "resume"): "checkpoint",
+    ("test", "batch_size"): "val_batch_size",
+    ("test", "model_ema"): "use_ema",
+    ("train", "checkpoint"): "finetune or --resume",
+}
+# What a checkpoint brings back, by what is done with it; see Key.
+BACK = {
+    "train": (),
+    "finetune": ("network",),
+    "test": ("network", "data"),
+    "resume": ("network", "data", "run"),
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the yml, and the flag of the same name.
+
+    kind: int, float, bool, str, Path, or a list of one of these, as in [float]. A value of kind
+        Path is a string in which ~ and $VARIABLES are expanded.
+    default, help: the help says what the key is, and what null means where that is the default.
+    null: whether the value may be null (`none` as a flag).
+    flags, aliases: the release's short forms, and other names for it.
+    choices, low, high, pattern: what the value, or each of a list, is checked against.
+    length, rising: (fewest, most) values of a list, and whether they must not fall.
+    words: what the value must be, as an error says it, where the above can't tell.
+    back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
+        "data" in testing and resuming, "run" in resuming alone, "" never.
+    fixed: function of a value, whose result must stay that of the checkpoint; None: any may change.
+    scripts: those that use the key and have it in --help.
+    group: of the keys in --help.
+    """
+
+    kind: object
+    default: object
+    help: str
+    null: bool = False
+    flags: tuple = ()
+    aliases: tuple = ()
+    choices: tuple = ()
+    low: float = -float("inf")
+    high: float = float("inf")
+    length: tuple = (0, 100)
+    rising: bool = False
+    pattern: str = ""
+    words: str = ""
+    back: str = "data"
+    fixed: Callable | None = None
+    scripts: tuple = ("train", "test")
+    group: str = ""
+
+    def convert(self, value):
+        """`value`, or what its text says, as this key's type. ValueError says what it must be."""
+        if self.null and value in NULLS:
+            return None
+        if not isinstance(self.kind, list):
+            return self._one(value, self.kind)
+        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]  # a flag such as --mean 0.5,0.5,0.5
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        items = items if isinstance(items, (list, tuple)) else [items]
+        if not self.length[0] <= len(items) <= self.length[1]:
+            raise ValueError(self.wanted())
+        values = [self._one(item, self.kind[0]) for item in items]
+        if self.rising and values != sorted(values):
+            raise ValueError(f"{self.wanted()}, the smaller one first")
+        return values
+
+    def _one(self, value, kind):
+        text = str(value) if isinstance(value, (bool, int, float)) else value
+        if not isinstance(text, str):
+            raise ValueError(self.wanted())
+        if "true" in self.choices:  # cross_sample_lif: yes, or True
+            text = str(TRUTH.get(text.lower(), text)).lower()
+        if self.choices:
+            found = text if text in self.choices else None
+        elif kind is bool:
+            found = TRUTH.get(text.lower())
+        elif kind in (int, float):
+            found = self._number(text, kind)
+        else:
+            found = self._text(text, kind)
+        if found is None:
+            raise ValueError(self.wanted())
+        return found
+
+    def _number(self, text, kind):
+        """The number that the text stands for, to the last digit if it is whole, or None."""
+        try:
+            exact = Decimal(text if NUMBER.fullmatch(text) else "nan")
+            inside = self.low <= exact <= self.high and (kind is float or exact == int(exact))
+        except InvalidOperation:  # no number, or an exponent of 19 digits
+            return None
+        return kind(exact) if inside else None
+
+    def _text(self, text, kind):
+        if not text or NO_TEXT.search(text) or len(text.encode()) > 4000:
+            return None
+        if kind is Path:
+            text = os.path.expanduser(os.path.expandvars(text))
+            if unknown := re.match(r"~[^/]*", text):
+                raise ValueError(f"{self.wanted()}; there is no home folder {unknown[0]!r}")
+            if unknown := re.search(r"\$\{?(\w+)", text):
+                raise ValueError(f"{self.wanted()}; the variable {unknown[1]} is not set")
+        return text if not self.pattern or re.fullmatch(self.pattern, text) else None
+
+    def wanted(self):
+        """What the value must be, in words."""
+        kind = self.kind[0] if isinstance(self.kind, list) else self.kind
+        text = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
+        text = text or ("a path" if kind is Path else "a word")
+        text += f" from {self.low} to {self.high}" if kind in (int, float) else ""
+        if self.choices:
+            text = "one of " + ", ".join(choice or "''" for choice in self.choices)
+        text = self.words or text
+        return f"{text}, or none" if self.null else text
+
+
+def same(value):
+    """For Key.fixed: another value than the checkpoint's is an error."""
+    return value
+
+
+TrainKey = partial(Key, scripts=("train",), back="run")
+TestKey = partial(Key, scripts=("test",), back="")
+NetworkKey = partial(Key, back="network")
+MachineKey = partial(Key, back="run")  # what computes it, not what is computed
 PATH = Key(Path, None, "path of a yml")
 
-SYNONYMS = {  # what others call a key: a hint, where such a name is not one of ours
-    "lr": "learning_rate learningrate base_lr init_lr",
-    "epochs": "epoch num_epochs n_epochs max_epochs num_epoch total_epochs",
-    "batch_size": "bs batch batchsize train_batch_size train_batch batch_size_per_gpu",
-    "val_batch_size": "test_batch_size eval_batch_size validation_batch_size vbs",
-    "weight_decay": "wd decay l2 weightdecay",
-    "time_step": "t time_steps timestep timesteps steps num_steps n_steps frames frames_number",
-    "workers": "worker n_workers j num_threads threads nworkers",
-    "opt": "optimizer optim optimiser",
-    "opt_betas": "betas adam_betas beta",
-    "opt_eps": "eps epsilon adam_eps",
-    "sched": "scheduler lr_scheduler lr_schedule schedule",
-    "min_lr": "final_lr eta_min end_lr lr_min",
-    "warmup_epochs": "warmup warmup_epoch num_warmup_epochs",
-    "cooldown_epochs": "cooldown",
-    "clip_grad": "grad_clip gradient_clip clip max_grad_norm grad_norm clip_grad_norm",
-    "accum_iter": "accumulation accum_steps grad_accum gradient_accumulation_steps accumulate",
-    "layer": "layers num_layers n_layers depth num_blocks blocks",
-    "dim": "embed_dim embed_dims embedding_dim hidden_dim width channels",
-    "num_heads": "heads n_heads head nhead",
-    "num_classes": "classes n_classes nclasses",
-    "img_size": "image_size imgsize resolution size imsize",
-    "data_dir": "data data_root root dataset_path dataset_dir datapath datadir data_folder",
-    "output": "out save_dir out_dir outdir output_folder save_path logdir work_dir",
-    "experiment": "exp exp_name experiment_name run name run_name",
-    "checkpoint": "ckpt weights checkpoint_path ckpt_path load model_path",
-    "log_interval": "log_freq log_every print_interval print_every",
-    "smoothing": "label_smoothing labelsmoothing",
-    "aa": "auto_augment autoaugment randaugment rand_augment",
-    "reprob": "random_erasing re_prob erasing erase",
-    "amp": "fp16 mixed_precision half use_amp",
-    "amp_dtype": "precision dtype",
-    "device": "gpu gpus cuda device_id gpu_id",
-    "seed": "random_seed manual_seed",
-    "backend": "neuron_backend lif_backend",
-    "neuron": "neuron_type spiking_neuron neurons node lif_type",
-    "tau": "membrane_tau init_tau time_constant lif_tau",
-    "v_threshold": "threshold vth v_th thresh",
-    "surrogate_alpha": "alpha slope surrogate_slope",
-}
 
-UNREAD = {  # flags of files that a script does not read, and those that it does
-    "train": (
-        ("checkpoint", "predict"),
-        "train.py starts from the weights of --finetune, or goes on with the run of --resume",
-    ),
-    "test": (("finetune", "resume"), "test.py tests the file of --checkpoint"),
-}
+def grouped(**groups):
+    """{name: Key} of all groups, each key with its group's name."""
+    pairs = ((group, *pair) for group, keys in groups.items() for pair in keys.items())
+    return {name: replace(key, group=group) for group, name, key in pairs}
 
 
-class UserError(Exception):
-    """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
+class Config(argparse.Namespace):
+    """A run's values of all keys, as attributes. They never change."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: a configuration never changes; Settings.resolve makes one")
 
 
-class Given(NamedTuple):
-    """Where values come from: the yml, whether -c named it, what it and its bases set, flags."""
+class Settings:
+    """What the yml and the flags say, before it is known what a checkpoint says.
 
-    file: str
-    named: bool
-    yml: dict
-    flags: dict
+    Attributes: keys {name: Key}; file, the yml; named, whether -c named it; yml {name: value} of it
+    and its bases; said {name: (value, where)} of what goes over a checkpoint; notes, lines to log
+    on names without effect.
+    """
+
+    def __init__(self, keys, file, named):
+        self.keys, self.file, self.named = keys, file, named
+        self.yml, self.said, self.notes = {}, {}, []
+
+    def __getattr__(self, name):
+        """A key's value as far as it is known: of what the run needs to find its checkpoint."""
+        if name.startswith("_") or name not in self.keys:
+            raise AttributeError(name)
+        default = self.yml.get(name, self.keys[name].default)
+        return self.said[name][0] if name in self.said else default
+
+    @property
+    def name(self):
+        """The experiment that was named, by its key or by -c; None if nothing was."""
+        return self.experiment or (self.file.stem if self.named else None)
+
+    def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
+        """The configuration. A line names each value that goes over a checkpoint's.
+
+        Args:
+            purpose: a key of BACK.
+            recorded, path: {name: value} of a checkpoint, and where it is from.
+            then: the yml that its run had, {"file": name, "yml": {...}}. What that says again is
+                nothing new.
+            chosen: values that are known otherwise.
+
+        UserError where a value can't go over the checkpoint's.
+        """
+        values = {name: key.default for name, key in self.keys.items()} | self.yml
+        back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in BACK[purpose]}
+        then = then["yml"] if then and then["file"] == self.file.name else {}
+        for name, value in self.yml.items():
+            edited = purpose == "resume" and not self.named and then.get(name, value) != value
+            if edited and name in back and back[name] != value:
+                used = f"{back[name]}, which is used (-c {self.file.name} would take the yml's)"
+                logger.info(f"{self.file.name}: {name} is {value}, but {path} has {used}")
+        values |= back
+        for name, (value, where) in self.said.items():
+            if where != "command line" and name in then and then[name] == value:
+                continue
+            if name in back and value != back[name]:
+                key, had = self.keys[name], back[name]
+                if key.fixed and key.fixed(value) != key.fixed(had):
+                    why = f"{path} is of {name} {had}; leave it out to use that"
+                    raise UserError(f"{where}: {name} is {value}, but {why}")
+                why = f"{path} was trained with {had}; {value} is used"
+                logger.info(f"{where}: {name} is {value}, but {why}")
+            values[name] = value
+        config = Config()
+        vars(config).update(values | chosen)
+        return config
 
 
-def check_versions():
-    """UserError for a library that is older than the oldest version known to work."""
-    for name, oldest in OLDEST.items():
-        have = importlib.metadata.version(name)
-        if numbers(have) < numbers(oldest):
-            raise UserError(
-                f"{name} {have} is too old, {oldest} is the oldest that works: pip install -r "
-                f"requirements.txt"
-            )
-
-
-def numbers(version):
-    """The numbers of a version, to compare: of 0.0.0.0.14 and of 2.11.0+cu130."""
-    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
-
-
-def load_config(keys, no_effect, default_file, argv=None, description=None):
-    """Resolve the configuration.
+def read_settings(options, argv=None, script=None, description=None) -> Settings:
+    """The Settings of a command line.
 
     Args:
-        keys: {name: Key}, every key that does something.
-        no_effect: {name: reason}, names of the release that are accepted and do nothing here.
-        default_file: yml beside this file, read when no -c is given.
+        options: the folder's table: KEYS {name: Key}, NO_EFFECT {name: reason} of names that are
+            accepted and do nothing, DEFAULT_CONFIG, the yml that is read when no -c is given.
         argv: the command line, default sys.argv[1:].
+        script: "train" or "test", whose flags --help shows and others are refused; None: all.
         description: first line of --help.
 
-    Returns (cfg, notes, given): an argparse.Namespace with every key, lines to print about keys
-    without effect, and what of cfg was set where, a Given.
-    Raises UserError for a file that can't be read, an unknown key, a value of the wrong type or out
-    of range, and a flag of a file that the script would not read.
+    UserError for a file that can't be read, an unknown key, a value of the wrong type or out of
+    range, and a flag that the script would not read.
     """
-    check_versions()
-    parser = _parser(keys, no_effect, default_file, description)
-    flags, unknown = parser.parse_known_args(argv)
+    for library, oldest in OLDEST.items():
+        have = importlib.metadata.version(library)
+        if Version(have) < Version(oldest):
+            needs = f"{oldest} is the oldest that works: pip install -r requirements.txt"
+            raise UserError(f"{library} {have} is too old, {needs}")
+    keys, no_effect = options.KEYS, options.NO_EFFECT
+    names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
+    flags, unknown = _parser(options, script, description).parse_known_args(argv)
     flags = vars(flags)
     named = "config" in flags
-    file = _find(flags.pop("config", default_file))
-    names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
+    file = find_yml(flags.pop("config")) if named else HERE / options.DEFAULT_CONFIG
     if unknown:
         kind = "unknown flag" if unknown[0].startswith("-") else "no flag stands before"
         hint = _hint(unknown[0], names, no_effect)
-        raise UserError(f"command line: {kind} {_name(unknown[0])}{hint}")
+        raise UserError(f"command line: {kind} {shown(unknown[0])}{hint}")
 
-    cfg = {name: key.default for name, key in keys.items()}
-    notes = []
-    given = Given(file.name, named, {}, {})
-    sources = [(entries, given.yml) for entries in _read(file)]
-    sources.append(([(*flag, "command line") for flag in flags.items()], given.flags))
-    for entries, into in sources:
+    settings = Settings(keys, file, named)
+    sources = [(entries, False) for entries in read_with_bases(file)]
+    sources.append(([(*flag, "command line") for flag in flags.items()], True))
+    for entries, from_flags in sources:
         here = {}
-        for spelled, value, where in entries:
+        for spelled, text, where in entries:
             spelled = spelled.replace("-", "_")
             name = names.get(spelled)
             if name is None:
                 if spelled not in no_effect:
                     hint = _hint(spelled, names, no_effect)
-                    raise UserError(f"{where}: unknown key {_name(spelled)}{hint}")
-                notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
+                    raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
+                settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
                 continue
             try:
-                cfg[name] = keys[name].convert(value)
+                value = keys[name].convert(text)
             except ValueError as wanted:
-                said = f"{spelled} is {show(value)}"
+                said = f"{spelled} is {shown(text)}"
                 raise UserError(f"{where}: {said}; it must be {wanted}") from None
-            other, before = here.setdefault(name, (spelled, cfg[name]))
-            if before != cfg[name]:
+            other, before = here.setdefault(name, (spelled, value))
+            if before != value:
                 said = f"{other} and {spelled} are one key, but their values differ"
                 raise UserError(f"{where}: {said}; leave one of them out")
-            into[name] = cfg[name]
-    if cfg["experiment"] is None:
-        cfg["experiment"] = file.stem
-    others, own = UNREAD.get(Path(sys.argv[0]).stem, ((), ""))
-    unread = [name for name in others if given.flags.get(name)]
-    if unread and not cfg.get("test_only"):
-        raise UserError(f"command line: --{unread[0]} is not read here; {own}")
-    return argparse.Namespace(**cfg), notes, given
+            if not from_flags:
+                settings.yml[name] = value
+            if from_flags or named:
+                settings.said[name] = value, where if from_flags else file.name
+            if from_flags and script and script not in keys[name].scripts and keys[name].scripts:
+                meant = MEANT.get((script, name))
+                meant = f"; --{meant} is meant" if meant else ""
+                raise UserError(f"command line: --{spelled} is not read by {script}.py{meant}")
+    return settings
 
 
-def _find(name):
-    """The yml of this name, where one is or beside the script."""
+def find_yml(name):
+    """The yml that -c names: a path, or one beside the script."""
     known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
     try:
         name = PATH.convert(name)
@@ -174,52 +307,95 @@ def _find(name):
         what = f"it must be {wanted}"
     except (OSError, RuntimeError) as error:
         what = str(error)
-    raise UserError(f"-c {_name(name)}: {what} (beside the script: {known})")
+    raise UserError(f"-c {shown(name)}: {what} (beside the script: {known})")
 
 
-def _read(file):
-    """[[(key, value, where), ...], ...] of a yml and of its bases, which come first.
+def read_with_bases(file):
+    """[[(key, text, where), ...], ...] of a yml and of its bases, which come first.
 
     `base: other.yml` names a yml beside the one that says so.
     """
     files, sources = [], []
     while file is not None:
         files.append(file)
-        try:
-            entries = yml.read(file)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        entries = read_yml(file)
         sources.insert(0, [entry for entry in entries if entry[0] != "base"])
-        base = [entry for entry in entries if entry[0] == "base" and entry[1] is not None]
-        file = _base(*base[0][1:], files) if base else None
+        named = [entry[1:] for entry in entries if entry[0] == "base" and entry[1] is not None]
+        for name, where in named[:1]:
+            file = (file.parent / str(name)).resolve()
+            if not file.is_file() or file in files:
+                why = "another yml; this one leads back to it" if file in files else "a yml there"
+                raise UserError(f"{where}: base is {shown(name)}; it must be {why}")
+        file = file if named else None
     return sources
 
 
-def _base(name, where, files):
+def read_yml(path):
+    """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
+
+    A value is the text as it is written, None for null, or a list of these: what a text stands for
+    is for its Key to say, so that 010 and 1:30 never turn into 8 and 90.
+    """
+    file = shown(path.name)
     try:
-        path = (files[-1].parent / PATH.convert(name)).resolve()
-        if path.is_file() and path not in files:
-            return path
-        why = "another yml; this one leads back to it" if path in files else "a yml that is there"
-    except ValueError as wanted:
-        why = str(wanted)
-    except (OSError, RuntimeError) as error:
-        why = f"a yml that can be read ({error})"
-    raise UserError(f"{where}: base is {show(name)}; it must be {why}")
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{file}{place}: not a yml: {problem}") from None
+    if root is None or root.value == "":
+        return []  # nothing but comments
+    if not isinstance(root, yaml.MappingNode):
+        line = root.start_mark.line + 1
+        raise UserError(f"{file}, line {line}: not a yml of `key: value` lines")
+    entries, lines = [], {}
+    for key_node, node in root.value:
+        where = f"{file}, line {key_node.start_mark.line + 1}"
+        key = _scalar(key_node, where, "a key")
+        same = str(key).replace("-", "_")
+        if same in lines:
+            there = f"{shown(key)} is in line {lines[same]} already"
+            raise UserError(f"{where}: {there}; leave one of them out")
+        lines[same] = key_node.start_mark.line + 1
+        name = key if str(key).isidentifier() else shown(key)
+        if isinstance(node, yaml.SequenceNode):
+            value = [_scalar(item, where, name) for item in node.value]
+        else:
+            value = _scalar(node, where, name)
+        entries.append((str(key), value, where))
+    return entries
 
 
-def _name(text):
-    """A name in an error: as it is, if that is short and plain."""
-    return text if text.isprintable() and len(text) <= 100 else show(text)
+def _scalar(node, where, name):
+    """A node's text, or None for null."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{where}: {name} must be a word, a number or a list of these")
+    if node.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
+        raise UserError(f"{where}: {name} has the tag {shown(node.tag)}; leave the tag out")
+    plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+    return None if plain_null else node.value
+
+
+def shown(value):
+    """A value, or a name, as an error names it: on one line, and short."""
+    if isinstance(value, list):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, str):
+        plain = NUMBER.fullmatch(value) or re.fullmatch(r"-{0,2}[\w.=-]+", value, re.ASCII)
+        text = value if plain else repr(value) if value.isprintable() else ascii(value)
+    else:
+        text = "null" if value is None else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _hint(name, names, no_effect):
     """What may be meant by an unknown name, or nothing."""
     name = name.lstrip("-").split("=")[0].replace("-", "_").lower()
-    close = difflib.get_close_matches(name, [*names, *no_effect], 1, cutoff=0.75)
-    meant = next((key for key, others in SYNONYMS.items() if name in others.split()), None)
-    meant = meant if meant in names else close[0] if close else None
-    return f"; is {names.get(meant, meant)} meant?" if meant else ""
+    close = difflib.get_close_matches(name, [*names, *no_effect], 1, cutoff=0.7)
+    return f"; is {names.get(close[0], close[0])} meant?" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -239,25 +415,25 @@ class _Help(argparse.HelpFormatter):
         return f"{', '.join([*short, long])} {action.metavar or ''}".strip()
 
 
-def _parser(keys, no_effect, default_file, description):
-    """The flags of all keys; --help has those that train.py or test.py, whichever runs, uses."""
-    script = Path(sys.argv[0]).stem
+def _parser(options, script, description):
+    """The flags of all keys; --help has those that the script uses."""
     parser = _Parser(
         usage="%(prog)s [-c FILE] [--KEY VALUE ...]",
         description=description,
         epilog="Each of these is a key of the yml too, with underscores for dashes. A flag goes "
-        "over the yml, and the yml over the default [in brackets].",
+        "over a yml that -c names, that over the checkpoint, and that over the default [in "
+        f"brackets] and {options.DEFAULT_CONFIG}.",
         allow_abbrev=False,
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
     )
-    text = f"yml to read, in the working directory or beside the script [{default_file}]"
+    text = f"yml to read, a path or one beside the script [{options.DEFAULT_CONFIG}]"
     parser.add_argument("-c", "--config", metavar="FILE", help=text)
     groups = {}
-    for name, key in keys.items():
+    for name, key in options.KEYS.items():
         if key.group not in groups:
             groups[key.group] = parser.add_argument_group(key.group or None)
-        shown = script in key.scripts or (key.scripts and script not in ("train", "test"))
+        helped = key.scripts if script is None else script in key.scripts
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
@@ -266,9 +442,9 @@ def _parser(keys, no_effect, default_file, description):
                 nargs="+" if isinstance(key.kind, list) else "?" if key.kind is bool else None,
                 const="true" if key.kind is bool else None,
                 metavar=_metavar(key),
-                help=_help(key) if shown and spelled == name else argparse.SUPPRESS,
+                help=_help(key) if helped and spelled == name else argparse.SUPPRESS,
             )
-    for name in no_effect:
+    for name in options.NO_EFFECT:
         spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         parser.add_argument(*spellings, dest=name, nargs="*", help=argparse.SUPPRESS)
     return parser

@@ -1,0 +1,412 @@
+"""A run from its first epoch to its last: begin or resume, train, test, log, save, stop.
+
+How an epoch is trained is train.py's, whose Trainer is a Run.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3, distribute_bn
+
+from .build import check_classes, convert_all, load_model, recorded_values
+from .checkpoint import (
+    fault_of,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    number,
+    save_checkpoint,
+)
+from .config import Config
+from .firing import Firing, spread
+from .folder import RunLog, open_run, read_args, write_args, writing
+from .graph import graphed
+from .log import UserError, logger, set_up_log, typed
+from .loss import TET
+from .meters import LossMeter, Skips, evaluate, make_autocast, peak_memory_mb
+from .process import Ranks, StopSignal
+from .seeds import get_rng_state, set_deterministic, set_rng_state
+
+
+class Start(NamedTuple):
+    """Where a run starts from. path: of the checkpoint, if there is one; resumed: whether its run
+    goes on, else its weights are fine-tuned.
+    """
+
+    cfg: Config
+    given: dict
+    ranks: Ranks
+    folder: Path
+    checkpoint: dict | None
+    path: Path | None
+    resumed: bool
+
+
+def enter(settings) -> Ranks:
+    """This process's place among the ranks, with its log."""
+    ranks = Ranks(settings.device, settings.timeout_minutes)
+    set_up_log(ranks)
+    for note in settings.notes:
+        logger.info(note)
+    return ranks
+
+
+def begin(settings, options) -> Start:
+    """The ranks, the run's folder, the checkpoint and the whole configuration."""
+    ranks = enter(settings)
+    folder, resume, going_on = ranks.from_main(lambda: open_run(settings))
+    path = resume or (Path(settings.finetune) if settings.finetune else None)
+    checkpoint = load_checkpoint(path) if path else None
+    given = {"file": settings.file.name, "yml": settings.yml}
+    purpose = "resume" if resume else "finetune" if path else "train"
+    recorded, then, origin = None, None, path
+    if checkpoint:
+        recorded, then = recorded_values(options, checkpoint, path), checkpoint.get("given")
+    elif going_on:  # its run ended before its first checkpoint
+        purpose, origin = "resume", folder / "args.yaml"
+        recorded = convert_all(options, read_args(folder), origin)
+    experiment = read_args(folder).get("experiment") or settings.name or settings.file.stem
+    cfg = settings.resolve(purpose, recorded, origin, then, experiment=str(experiment))
+    if cfg.deterministic:
+        set_deterministic()
+    return Start(cfg, then or given, ranks, folder, checkpoint, path, bool(resume))
+
+
+class Run:
+    """What the Trainers of all data sets have in common.
+
+    A Trainer adds the recipe: it sets criterion, optimizer, scheduler (or None), num_epochs and
+    steps (of the optimizer, in an epoch), calls prepare(), and has train_epoch().
+
+    Args:
+        start: what begin() gives.
+        data: the folder's module, with build_dataset, train_loader, test_loader and input_shape.
+        options: its table of keys.
+    """
+
+    samples = "images"  # what a batch is of
+    accum_iter = 1  # batches behind a step of the optimizer
+    scheduler = None
+    fault = None  # what the loader died of
+    log = None  # rank 0 has one
+
+    def __init__(self, start, data, options):
+        self.start, self.data = start, data
+        self.cfg, self.ranks, self.folder = cfg, ranks, _ = start.cfg, start.ranks, start.folder
+        self.train_set = data.build_dataset(cfg, True, ranks)
+        self.test_set = data.build_dataset(cfg, False, ranks)
+        self.classes = list(self.train_set.classes)
+        num_classes = cfg.num_classes or len(self.classes)
+        if len(self.classes) > num_classes:
+            has = f"the data has {len(self.classes)} classes"
+            raise UserError(f"num_classes is {num_classes}, but {has}")
+        if start.resumed:
+            check_classes(start.checkpoint, start.path, self.classes)
+        weights = start.checkpoint, start.path
+        self.model, self.cross_sample_lif = load_model(
+            cfg, options, data, ranks, num_classes, *weights, new_head=not start.resumed
+        )
+        if getattr(cfg, "sync_bn", False) and ranks.world_size > 1 and ranks.device.type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.ddp = graphed(self.model, cfg, ranks, training=True)
+        if ranks.world_size > 1:
+            # Running statistics are each rank's own in training; test() makes them alike.
+            self.ddp = torch.nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False
+            )
+        self.ema = None
+        if cfg.model_ema:  # after DDP has sent rank 0's weights: each rank keeps the same average
+            device = "cpu" if cfg.model_ema_force_cpu else None
+            self.ema = ModelEmaV3(self.model, decay=cfg.model_ema_decay, device=device)
+        self.reduce_bn = getattr(cfg, "dist_bn", "") == "reduce"
+        scaled = cfg.amp and ranks.device.type == "cuda" and cfg.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
+        self.micro_batch = cfg.batch_size * ranks.world_size
+        self.global_batch = self.micro_batch * self.accum_iter
+        self.steps = len(self.train_set) // self.global_batch
+        self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.steps == 0:
+            batch = f"batch_size {cfg.batch_size}"
+            batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
+            batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+            more = f"more than the {len(self.train_set)} training samples"
+            raise UserError(f"{batch} is {more}; make batch_size smaller")
+
+    def prepare(self):
+        """Say what the run is, and go on where the checkpoint was written."""
+        cfg = self.cfg
+        if cfg.loss == "tet":
+            self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
+        self.skips = Skips(self.optimizer)
+        self.say()
+        if self.start.resumed:
+            self.resume(self.start.checkpoint, self.start.path)
+            self.best = self.ranks.from_main(lambda: self.keep_best(self.start.path))
+        elif cfg.start_epoch:
+            self.epoch = cfg.start_epoch
+        if self.scheduler and (self.start.resumed or self.epoch):
+            self.scheduler.step(self.epoch)
+
+    def say(self):
+        """The first lines of a run, for a person."""
+        cfg, ranks = self.cfg, self.ranks
+        shape = " x ".join(map(str, self.data.input_shape(cfg)))
+        batch = f"batch_size {cfg.batch_size}"
+        batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
+        batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        for line in (
+            f"data: {cfg.dataset}, {len(self.train_set):,} training and {len(self.test_set):,} "
+            f"test {self.samples} of {len(self.classes)} classes, {shape}",
+            f"network: {cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters, on "
+            f"{ranks.device}",
+            f"training: {self.num_epochs} epochs of {self.steps} steps, {self.global_batch} "
+            f"{self.samples} a step ({batch}), learning rate {self.course()}",
+            f"writing to {typed(self.folder)}",
+        ):
+            logger.info(line)
+        if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
+            bfloat16 = "amp_dtype: bfloat16 works on a CPU"
+            logger.info(f"amp: float16 needs a GPU; this run is in float32 ({bfloat16})")
+        if getattr(cfg, "sync_bn", False) and ranks.device.type != "cuda":
+            logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
+
+    def own_record(self):
+        """What this data set's log.txt has besides: the learning rate, for one."""
+        return {}
+
+    def epoch_done(self):
+        """Called after an epoch, when self.epoch is the next one, before it is saved."""
+
+    def new_meter(self):
+        """The loss of an epoch, each step of which is a point of a curve."""
+        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
+
+    def point(self, name, value, step):
+        """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
+        if self.log:
+            self.log.point(name, value, self.epoch * self.steps + step)
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state(self):
+        """What a checkpoint holds."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **({"scheduler": self.scheduler.state_dict()} if self.scheduler else {}),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch - 1,
+            "step": self.meter.steps,
+            "loss_total": self.meter.total,
+            "global_batch": self.global_batch,
+            "best": self.best,
+            "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
+            "config": vars(self.cfg),
+            "given": self.start.given,
+            "cross_sample_lif": self.cross_sample_lif,
+            "classes": self.classes,
+            **({"model_ema": self.ema.module.state_dict()} if self.ema else {}),
+        }
+
+    def resume(self, checkpoint, path):
+        """Go on within an epoch too; a file of the release's starts its next epoch."""
+        cfg = self.cfg
+        self.epoch = number(checkpoint, "epoch", -1, path) + 1
+        # timm's name, the event scripts' name
+        best = checkpoint.get("metric", checkpoint.get("max_test_acc1"))
+        best = {"best": best if isinstance(best, float) else -1.0, **checkpoint}
+        self.best = number(best, "best", -1.0, path)
+        had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
+        steps = number(checkpoint, "step", 0, path, low=0)
+        if cfg.start_epoch is not None and self.start_again():
+            self.epoch = cfg.start_epoch
+        elif steps:
+            # The epoch's order of samples is the same for every batch size and number of ranks.
+            self.meter.steps = steps * had // self.global_batch
+            total = number(checkpoint, "loss_total", 0.0, path)
+            self.meter.total = total * (self.meter.steps / steps)  # to the bit where they are equal
+            if self.meter.steps > self.steps:
+                wrong = f"its step is {steps}; an epoch has {self.steps} here"
+                raise UserError(f"{path}: can't be resumed: {wrong}")
+        if had != self.global_batch:
+            keep = had % self.micro_batch == 0 and self.accum_iter > 1
+            keep = f"; accum_iter: {had // self.micro_batch} would keep that" if keep else ""
+            now = f"{self.global_batch} {self.samples} a step"
+            logger.info(f"warning: {now}, but {path} had {had}{keep}")
+        if not getattr(cfg, "no_resume_opt", False):
+            opt = getattr(cfg, "opt", "adamw")
+            load_optimizer(self.optimizer, self.scaler, checkpoint, path, opt)
+        if self.ema and "model_ema" in checkpoint:
+            load_weights(self.ema.module, checkpoint["model_ema"], path)
+        elif self.ema:
+            logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
+        self.load_statistics(checkpoint, path)
+        set_rng_state(checkpoint.get("rng", []), self.ranks, path)
+        logger.info(f"resuming {typed(path)} at epoch {self.epoch}, step {self.meter.steps}")
+
+    def start_again(self):
+        """Whether start_epoch means this call: with auto it would go back at each restart."""
+        return self.cfg.resume != "auto" and self.cfg.start_epoch != self.epoch
+
+    def statistics(self):
+        """{name: running statistic} of this rank's model and of its averaged weights."""
+        modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema else {})}
+        return {
+            f"{kind}.{name}": buffer
+            for kind, module in modules.items()
+            for name, buffer in module.named_buffers()
+            if "running_" in name
+        }
+
+    def load_statistics(self, checkpoint, path):
+        """Within an epoch, go on with those of this rank, if as many ranks as now saved theirs."""
+        saved = checkpoint.get("statistics")
+        if saved is None or not (self.reduce_bn and self.meter.steps):
+            return
+        try:
+            if len(saved) != self.ranks.world_size:
+                return
+            for name, buffer in self.statistics().items():
+                value = saved[self.ranks.rank][name]
+                if fault := fault_of(name, value):
+                    raise ValueError(f"{name} {fault}")
+                buffer.copy_(value)
+        except Exception as error:  # whatever the file has there
+            why = f"its statistics are not those of its model ({error})"
+            raise UserError(f"{path}: can't be resumed: {why}") from None
+
+    def save(self, *names):
+        state = self.state()
+        if self.reduce_bn and self.meter.steps:  # within an epoch each rank has its own
+            own = {name: buffer.cpu() for name, buffer in self.statistics().items()}
+            state["statistics"] = self.ranks.gather(own)
+
+        def write():
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+
+        self.ranks.from_main(write)
+
+    def keep_best(self, path):
+        """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
+        old, new = path.parent / "best.pth", self.folder / "best.pth"
+        if self.best >= 0 and not new.is_file():
+            if not old.is_file():
+                logger.info(f"{old} is missing: best.pth will be the best from here on")
+                return -1.0
+            with writing(self.folder):
+                shutil.copyfile(old, new)
+        return self.best
+
+    # The loop -------------------------------------------------------------------------------------
+
+    def test(self, loader, autocast, stop):
+        """[Metrics of the model, those of its averaged weights where it has some]; None on a
+        signal.
+        """
+        tested = []
+        averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
+        for model in (self.model, *averaged):
+            if self.ranks.world_size > 1:
+                distribute_bn(model, self.ranks.world_size, reduce=self.reduce_bn)
+            # Captured anew each time: between tests a graph would only hold memory.
+            model = graphed(model, self.cfg, self.ranks)
+            tested.append(evaluate(model, loader, self.ranks, autocast, stop))
+            if tested[-1] is None:
+                return None
+        return tested
+
+    def check_weights(self):
+        """FloatingPointError if a weight is not finite: the loss would show it one step later, but
+        these weights are about to be saved.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
+
+    def stopped(self, stop):
+        """Save; returns the exit code, 128 + the number of the signal that ended the run."""
+        self.save("last.pth")
+        last, ranks = typed(self.folder / "last.pth"), self.ranks.world_size
+        where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
+        launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+        on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
+        words = ["--resume", str(last), *(["--device", "cpu"] if on_cpu else [])]
+        again = shlex.join([*launcher, os.path.relpath(sys.argv[0]), *words])
+        if self.fault:
+            raise UserError(f"a worker of the loader was lost: {where}; to go on: {again}")
+        why = signal.Signals(stop.number).name if stop else "another rank"
+        logger.info(f"{why}: {where}; to go on: {again}")
+        return 128 + (stop.number or signal.SIGTERM)
+
+    def fit(self):
+        """Train to the last epoch. Returns the exit code: 0, or that of `stopped`."""
+        with StopSignal() as self.stop:
+            return self._fit(self.stop)
+
+    def _fit(self, stop):
+        cfg, ranks = self.cfg, self.ranks
+        autocast = make_autocast(cfg, ranks, cfg.eval_amp)
+        test_loader = self.data.test_loader(cfg, self.test_set, ranks)
+        firing = None
+        if self.epoch >= self.num_epochs:
+            logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
+
+        def open_files():
+            write_args(self.folder, vars(cfg), self.classes)
+            self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
+
+        ranks.from_main(open_files)
+        while self.epoch < self.num_epochs:
+            start = time.perf_counter()
+            try:
+                speed = self.train_epoch()
+                self.check_weights()
+            except FloatingPointError as error:
+                last = self.folder / "last.pth"
+                lr = self.optimizer.param_groups[-1]["lr"]
+                kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
+                said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
+                raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
+            tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+            if tested is None:
+                return self.stopped(stop)
+            test, *averaged = tested
+            if ranks.main and firing is None:
+                few = next(iter(self.data.test_loader(cfg, spread(self.test_set), ranks)), None)
+                firing = Firing(few[0]) if few else None
+            record = {
+                "epoch": self.epoch,
+                **self.own_record(),
+                "train_loss": self.meter.mean,
+                "test_loss": test.loss,
+                "test_acc1": test.top1,
+                "test_acc5": test.top5,
+                **({"ema_acc1": averaged[0].top1} if averaged else {}),
+                "seconds": round(time.perf_counter() - start, 2),
+                "images_per_second": round(speed, 1),
+                "peak_memory_mb": peak_memory_mb(ranks.device),
+                "firing_rate": firing.rates(self.model, autocast) if firing else {},
+            }
+            is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
+            ranks.from_main(lambda record=record: self.log.epoch(record))
+            logger.info(
+                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
+                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
+                + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
+                + f", {record['seconds']:.0f} s"
+            )
+            self.meter = self.new_meter()
+            self.epoch += 1
+            self.epoch_done()
+            self.save(*(["best.pth"] if is_best else []), "last.pth")
+        if self.best >= 0:
+            logger.info(f"best top-1 {self.best:.2f} %: {typed(self.folder / 'best.pth')}")
+        return 0

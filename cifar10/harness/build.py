@@ -1,0 +1,384 @@
+"""From configuration and checkpoint to a model on this rank's device, and to its accuracy.
+
+A folder's own parts are handed in: `options`, its table of keys with its MODELS, and `data`.
+"""
+
+import argparse
+import hashlib
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from spiking.kernels import available
+from spiking.lif import resolve_backend
+
+from .checkpoint import load_checkpoint, load_weights
+from .config import Config, read_settings
+from .folder import find_checkpoint, read_args, write_result
+from .graph import graphed
+from .log import UserError, logger, typed
+from .meters import Metrics, evaluate, make_autocast
+from .process import Ranks
+
+KEYWORDS = {  # {key: the models' keyword}
+    "time_step": "T",
+    "patch_size": "patch_size",
+    "dim": "embed_dims",
+    "num_heads": "num_heads",
+    "mlp_ratio": "mlp_ratios",
+    "layer": "depths",
+    "attention": "attention",
+    "drop_path": "drop_path",
+    "checkpoint_stages": "checkpoint_stages",
+    "neuron": "neuron",
+    "tau": "tau",
+    "v_threshold": "v_threshold",
+    "surrogate_alpha": "surrogate_alpha",
+    "backend": "backend",
+    "fused": "fused",
+    "byte_spikes": "byte_spikes",
+}
+FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts
+    ("event data", "QKFormer", "patch_embed1.proj3_conv.weight"),
+    ("ImageNet", "QKFormer", "patch_embed1.proj2_conv.weight"),
+    ("ImageNet", "MSQKFormer", "patch_embed1.rpe_conv.weight"),
+    ("CIFAR", "MSQKFormer", "patch_embed1.embed1.embed_conv.weight"),
+    ("CIFAR", "QKFormer", "patch_embed1.proj1_conv.weight"),
+)
+LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
+HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
+LEAK = {
+    False: "the paper's network, cross_sample_lif: false (an image's logits do not depend on its "
+    "batch)",
+    True: "the release's network, cross_sample_lif: true (logits depend on the other images of the "
+    "batch)",
+}
+
+
+class Released(NamedTuple):
+    """A checkpoint of the release: its model, input size, top-1 in % of the paper, and the batch
+    that this was measured with, where known.
+    """
+
+    model: str
+    img_size: int
+    top1: float
+    batch: int | None
+
+
+class Tested(NamedTuple):
+    """A checkpoint that is to be tested. published: top-1 in % of one of the release's."""
+
+    cfg: Config
+    ranks: Ranks
+    path: Path
+    model: torch.nn.Module
+    cross_sample_lif: bool
+    classes: list | None
+    published: float | None
+
+
+# What a checkpoint tells --------------------------------------------------------------------------
+
+
+def recorded_values(options, checkpoint, path) -> dict:
+    """{key: value} that a checkpoint brings back: what it records, and what its shapes tell.
+
+    Folders are taken from the args.yaml beside it alone: a file from elsewhere has no say in what
+    is read. UserError for weights of another network, and for values that no key takes.
+    """
+    recorded = {name: options.KEYS[name].default for name in ("neuron", "tau", "v_threshold")}
+    shapes = read_shapes(options, checkpoint["model"], path, recorded)  # of a file of this folder?
+    config = checkpoint.get("config")
+    if isinstance(config, dict):
+        recorded |= convert_all(options, config, path)
+        own = {name: key for name, key in options.KEYS.items() if key.kind is Path}
+        args = convert_all(options, read_args(Path(path).parent), path)
+        for name in own:
+            recorded.pop(name, None)
+            if name in args and args[name] is not None and Path(args[name]).is_dir():
+                recorded[name] = args[name]
+        if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
+            batch = recorded.get("val_batch_size") or recorded.get("batch_size")
+            recorded["val_batch_size"] = batch
+        else:
+            recorded.pop("val_batch_size", None)
+    elif (steps := steps_of(checkpoint, path)) is not None:
+        recorded["time_step"] = steps
+    return {**recorded, **shapes, **read_shapes(options, checkpoint["model"], path, recorded)}
+
+
+def convert_all(options, config, path):
+    """{key: value} of what a run recorded, by the names of today."""
+    names = {s: name for name, key in options.KEYS.items() for s in (name, *key.aliases)}
+    found = {}
+    for spelled, value in config.items():
+        if spelled in names and options.KEYS[names[spelled]].back:
+            try:
+                found[names[spelled]] = options.KEYS[names[spelled]].convert(value)
+            except ValueError as wanted:
+                said = f"damaged: its {spelled} is {str(value)[:50]!r}; it must be {wanted}"
+                raise UserError(f"{path}: {said}") from None
+    return found
+
+
+def read_shapes(options, weights, path, recorded):
+    """{key: value} that the shapes of weights tell; a recorded value where it fits these shapes."""
+    known, family = next((row[:2] for row in FAMILIES if row[2] in weights), (None, None))
+    if known not in (None, options.DATA_SET):
+        other = f"another architecture than this folder's, which is for {options.DATA_SET}"
+        raise UserError(f"{path}: {family} for {known}, {other}")
+    hidden = {match[1]: weights[match[0]].shape for match in map(HIDDEN.match, weights) if match}
+    odd = any(len(shape) != 4 or 0 in shape for shape in hidden.values())
+    if family is None or not hidden or odd:
+        nearest = next(iter(options.MODELS.values()))()
+        raise UserError(f"{path}: {difference(weights, nearest)}")
+    wide, dim = hidden[max(hidden)][:2]
+    ratio = recorded.get("mlp_ratio", 0)
+    if int(dim * ratio) != wide:
+        ratio = wide / dim
+        ratio = ratio if int(dim * ratio) == wide else math.nextafter(ratio, math.inf)
+    kinds = [
+        "ssa" if any(n.startswith(f"stage{s}.") and ".v_conv." in n for n in weights) else "token"
+        for s in sorted(hidden)
+    ]
+    if ssa_stages(recorded.get("attention", [])) == ssa_stages(kinds):
+        kinds = recorded["attention"]  # a channel attention has the shapes of a token attention
+    plif = any(LEARNT.search(name) for name in weights)
+    name = next((n for n in (family, f"{family}_10_{dim}") if n in options.MODELS), None)
+    found = {
+        "model": name or recorded.get("model") or f"{family}_10_384",  # of another width
+        "layer": sum(1 for name in weights if HIDDEN.match(name)),
+        "dim": dim,
+        "mlp_ratio": ratio,
+        "attention": kinds,
+        "neuron": "plif" if plif else recorded.get("neuron", "lif"),
+    }
+    if "head.weight" in weights:
+        found["num_classes"] = len(weights["head.weight"])
+    return found
+
+
+def ssa_stages(kinds):
+    """For Key.fixed of `attention`: which stages have other weights."""
+    return [kind == "ssa" for kind in kinds]
+
+
+def learns_tau(neuron):
+    """For Key.fixed of `neuron`: PLIF has weights of its own."""
+    return neuron == "plif"
+
+
+def difference(weights, model):
+    """Why weights are of no model here: how their names differ from the nearest model's."""
+    first, count = Counter(name.split(".")[0] for name in weights).most_common(1)[0]
+    want = model.state_dict()
+    if any(name.removeprefix(f"{first}.") in want for name in weights if name not in want):
+        known = "which no model here has; without it they would fit"
+        return f"{count} keys begin with `{first}.`, {known}"
+    unknown = [name for name in weights if name not in want]
+    lacking = [name for name in want if name not in weights]
+    return (
+        f"weights of another network: {count} keys begin with `{first}.`; compared with "
+        f"{type(model).__name__}, the nearest here, {len(unknown)} are unknown "
+        f"({', '.join(unknown[:3])}) and {len(lacking)} are missing ({', '.join(lacking[:3])})"
+    )
+
+
+def steps_of(checkpoint, path):
+    """T of a file without our configuration, from its args or its name; None if neither has it."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
+    found = [(args[n], f"its args.{n}") for n in ("time_step", "T") if type(args.get(n)) is int]
+    found += [(int(named[1]), "its name")] if named else []
+    for steps, origin in found:
+        if not 1 <= steps <= 1024:
+            raise UserError(f"{path}: damaged: T is {steps}, from {origin}")
+        logger.info(f"{path}: T is {steps}, from {origin}")
+        return steps
+    logger.info(f"{path}: does not tell T; the T of the configuration is used")
+    return None
+
+
+def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
+    """(cross_sample_lif, a line that says why).
+
+    Args:
+        setting: the key's value, "true", "false" or "auto".
+        checkpoint, path: whose record counts for auto; None for a run that starts from scratch.
+        model: the key's value; an MS model has no such neuron.
+    """
+    if model.startswith("MS"):
+        if setting == "true":
+            raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
+        return False, f"{model}: an image's logits do not depend on its batch"
+    recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
+    if not isinstance(recorded, (bool, type(None))):
+        raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
+    if setting != "auto":
+        value = setting == "true"
+        if recorded is not None and recorded != value:
+            return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
+        return value, LEAK[value]
+    if checkpoint is None:
+        return False, LEAK[False]
+    if recorded is not None:
+        return recorded, f"{LEAK[recorded]}, as {path} records"
+    return True, (
+        f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
+        f"{LEAK[True]}; set cross_sample_lif: false if it was trained with the paper's"
+    )
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> torch.nn.Module:
+    """The configuration's model, on this rank's device."""
+    if cfg.compile and cfg.checkpoint_stages:
+        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
+    if cfg.model not in options.MODELS:
+        raise UserError(f"model is {cfg.model!r}; there are {', '.join(options.MODELS)}")
+    *_, channels, height, width = shape = data.input_shape(cfg)
+    keywords = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
+    try:
+        resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
+        if cfg.fused:
+            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
+        model = options.MODELS[cfg.model](
+            img_size_h=height,
+            img_size_w=width,
+            in_channels=channels,
+            num_classes=num_classes,
+            cross_sample_lif=cross_sample_lif,
+            **{name: value for name, value in keywords.items() if value is not None},
+        )
+        model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+    model = model.to(ranks.device, memory_format=layout(cfg, ranks))
+    if cfg.compile:
+        # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
+        model.compile(dynamic=False)
+    return model
+
+
+def layout(cfg, ranks):
+    """The memory format of images and weights.
+
+    On a CPU channels_last has no effect: in PyTorch 2.11 the backward pass of a 1x1 convolution of
+    stride 2 may overrun its memory.
+    """
+    on = getattr(cfg, "channels_last", False) and ranks.device.type != "cpu"
+    return torch.channels_last if on else torch.contiguous_format
+
+
+def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
+    """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
+
+    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
+    line says so.
+    """
+    cross_sample_lif, semantics = resolve_semantics(
+        cfg.cross_sample_lif, checkpoint, path, cfg.model
+    )
+    model = build_model(cfg, options, data, cross_sample_lif, num_classes, ranks)
+    weights = checkpoint["model"] if checkpoint else None
+    if weights and new_head:
+        classes = weights["head.weight"].shape[:1] if "head.weight" in weights else None
+        head = "its head fits and is kept"
+        if classes != (num_classes,):
+            had = "x".join(map(str, classes)) if classes else "no"
+            head = f"has a head of {had} classes, here there are {num_classes}; a new one is made"
+            weights = {**weights, **model.head.state_dict(prefix="head.")}
+        logger.info(f"{path}: {head}")
+    if weights:
+        load_weights(model, weights, path)
+    logger.info(semantics)
+    return model, cross_sample_lif
+
+
+def check_classes(checkpoint, path, classes):
+    """UserError where a checkpoint's classes are not those of the data, by number or by name."""
+    names = checkpoint.get("classes")
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        names = []
+    had = len(names) or len(checkpoint["model"].get("head.weight", ()))
+    if had and had < len(classes):
+        raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
+    for number, (name, here) in enumerate(zip(names, classes, strict=False)):
+        if name != str(here):
+            raise UserError(f"{path}: class {number} is {name!r}, but in the data it is {here!r}")
+
+
+# Testing ------------------------------------------------------------------------------------------
+
+
+def load_tested(settings, options, data, ranks, path=None) -> Tested:
+    """The checkpoint to test, its network, input and data as it was trained; what is set now goes
+    over them, with a line each.
+    """
+    path = path or find_checkpoint(settings)
+    checkpoint = load_checkpoint(path, settings.use_ema)
+    recorded = recorded_values(options, checkpoint, path)
+    released = options.RELEASED and options.RELEASED.get(ranks.from_main(lambda: md5(path)))
+    if released:
+        recorded["img_size"] = released.img_size
+        if released.batch:  # under the release's semantics the figure depends on it
+            recorded["val_batch_size"] = released.batch
+        checkpoint["cross_sample_lif"] = True  # it does not record it
+    cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
+    published = None
+    if released:
+        published = released.top1 if cfg.img_size == released.img_size else None
+        logger.info(
+            f"{path}: the release's {released.model} at {released.img_size}, {released.top1:.2f} % "
+            "in the paper; its authors withdrew that figure in May 2026, since one neuron mixes "
+            "the images of a batch (cross_sample_lif)"
+        )
+    model, cross = load_model(cfg, options, data, ranks, cfg.num_classes, checkpoint, path)
+    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"), published)
+
+
+def md5(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def measure(tested: Tested, data) -> Metrics:
+    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint."""
+    cfg, ranks, path = tested.cfg, tested.ranks, tested.path
+    dataset = data.build_dataset(cfg, False, ranks)
+    weights = tested.model.state_dict()
+    check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
+    torch.backends.cudnn.benchmark = True  # as in training
+    model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
+    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
+    logger.info(
+        f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
+        f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
+    )
+    result = {"checkpoint": str(path), **metrics._asdict()}
+    result |= {"cross_sample_lif": tested.cross_sample_lif, "input": data.input_shape(cfg)}
+    if tested.published is not None:
+        logger.info(f"top-1: measured {metrics.top1:.2f} %, published {tested.published:.2f} %")
+        result["published_top1"] = tested.published
+    ranks.from_main(lambda: write_result(path, result))
+    return metrics
+
+
+def load(options, data, path, device="cpu"):
+    """What a checkpoint holds, for use from Python.
+
+    Returns (model in eval mode, transform of a sample, such as a PIL image, to the model's input,
+    names of the classes or None). UserError as test.py has it.
+    """
+    settings = read_settings(options, ["--device", device])
+    tested = load_tested(settings, options, data, Ranks(settings.device, alone=True), Path(path))
+    return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

@@ -1,0 +1,278 @@
+"""A run's folder: which one it is, its args.yaml, its log and its curves."""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import yaml
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from .checkpoint import progress_of
+from .log import HERE, UserError, logger
+
+CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
+    "train_loss": "loss/train",
+    "test_loss": "loss/test",
+    "test_acc1": "accuracy/top1",
+    "test_acc5": "accuracy/top5",
+    "ema_acc1": "accuracy/top1_ema",
+    "lr": "lr/epoch",
+    "train_lr": "lr/epoch",
+    "images_per_second": "speed/images_per_second",
+    "seconds": "speed/seconds_per_epoch",
+    "peak_memory_mb": "memory/peak_mb",
+}
+
+
+def root_of(settings):
+    """The folder of all runs."""
+    return Path(settings.output) if settings.output else HERE / "output"
+
+
+def find_checkpoint(settings) -> Path:
+    """The checkpoint to test: the named one, the named run's best.pth, or the one written last."""
+    if settings.checkpoint:
+        return Path(settings.checkpoint)
+    root = root_of(settings)
+    if settings.named and (settings.file.parent / "best.pth").is_file():
+        return settings.file.parent / "best.pth"  # -c output/a/args.yaml
+    if settings.experiment:
+        paths = [run / "best.pth" for run in runs_of(root, settings.experiment)]
+    else:
+        paths = root.glob("*/best.pth")
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        name = f" of {settings.experiment}" if settings.experiment else ""
+        none = f"there is no best.pth{name} under {root}"
+        raise UserError(f"no checkpoint: {none}; train first, or name one with --checkpoint")
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+def runs_of(root, experiment):
+    """The folders of an experiment's runs. The name does not tell: run-2 is the second run of
+    `run`, or the first of `run-2`.
+    """
+    folders = [path.parent for path in root.glob("*/args.yaml")]
+    return [folder for folder in folders if experiment_of(folder) == experiment]
+
+
+def experiment_of(folder):
+    return str(read_args(folder).get("experiment", folder.name))
+
+
+def read_args(folder) -> dict:
+    """A run's args.yaml; {} where there is none that can be read."""
+    try:
+        found = yaml.safe_load((folder / "args.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def find_run(settings):
+    """(folder of a run to go on in or None, checkpoint to resume or None).
+
+    `resume: auto` means the run of this experiment; where none was named, that of the default yml
+    or else the newest.
+    """
+    if not settings.resume:
+        return None, None
+    if settings.resume != "auto":
+        path = Path(settings.resume)
+        own = path.name == "last.pth" and (path.parent / "args.yaml").is_file()
+        return path.parent if own else None, path
+    root, experiment = root_of(settings), settings.name or settings.file.stem
+    runs, first = runs_of(root, experiment), progress_of
+    if not runs and not settings.name:
+        runs, first = [path.parent for path in root.glob("*/args.yaml")], lambda path: 0
+    found = [run / "last.pth" for run in runs if (run / "last.pth").is_file()]
+    if found:
+        newest = max(found, key=lambda path: (first(path), path.stat().st_mtime))
+        return newest.parent, newest
+    # It ended before its first checkpoint, or is to begin.
+    return (runs[0] if len(runs) == 1 else None), None
+
+
+def open_run(settings):
+    """(folder of this run, checkpoint to resume or None, whether the folder's run goes on).
+
+    Only a run that goes on writes to a folder that holds a run; any other gets a folder with a
+    number behind its name. The folder is this process's until it ends: a run that would go on there
+    meanwhile ends with an error.
+    """
+    root, experiment = root_of(settings), settings.name or settings.file.stem
+    if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
+        names = "it names a folder, so letters, digits and -_.+=, only"
+        raise UserError(f"experiment is {experiment!r}; {names}")
+    folder, resume = find_run(settings)
+    going_on = folder is not None
+    if (
+        not going_on
+        and settings.resume == "auto"
+        and not (root / experiment / "args.yaml").exists()
+    ):
+        folder = root / experiment
+    if folder is not None:
+        if not claim(folder):
+            wait = "wait for its end, or stop it, or set another experiment"
+            raise UserError(f"{folder} is in use by another run: {wait}")
+        return folder, resume, going_on
+    for number in itertools.count(1):
+        folder = root / (experiment if number == 1 else f"{experiment}-{number}")
+        if not (folder / "args.yaml").exists() and claim(folder):
+            if not (folder / "args.yaml").exists():  # its user may have come and gone meanwhile
+                return folder, resume, False
+
+
+CLAIMED = []  # files that are open, and so locked, until this process ends
+
+
+def claim(folder):
+    """Make a folder and lock it for this process; False if another one has it.
+
+    The lock is the system's, so it ends with the process, whatever ends it. Loader workers have no
+    part in it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # but for these, the file system has no locks: go on
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    CLAIMED.append(file)
+    there = folder / ".lock"
+    if there.exists() and os.path.samestat(there.stat(), os.fstat(file.fileno())):
+        return True
+    return claim(folder)  # its last user removed the file meanwhile
+
+
+@atexit.register
+def remove_unused():
+    """Remove folders that were claimed for a run that did not come to be."""
+    for file in CLAIMED:
+        folder = Path(file.name).parent
+        with contextlib.suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                os.remove(file.name)
+                folder.rmdir()
+
+
+def write_args(folder, values, classes):
+    """args.yaml with the whole configuration, and classes.txt with a line for each class's name."""
+    with writing(folder):
+        write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+        if classes:
+            lines = "".join(f"{name}\n" for name in classes)
+            write_whole(folder / "classes.txt", os.fsencode(lines))
+
+
+def write_result(path, result):
+    """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written."""
+    file = path.with_name(f"test-{path.stem}.json")
+    try:
+        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    except OSError as error:
+        logger.warning(f"warning: {file} can't be written: {error.strerror}")
+
+
+def write_whole(path, content):
+    """A file whole or not at all: what is at `path`, a link too, is replaced, not written to."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """What goes wrong within with a file of the folder, as on a full disk, becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+class RunLog:
+    """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over
+    steps.
+
+    A resumed run drops what was written from its first epoch and step on, since it does them again.
+    TensorBoard drops all points of a folder from one x on. So curves over steps have a folder of
+    their own.
+
+    Args:
+        folder: the run's.
+        epoch, step: the first ones that this run does; `step` counts over all epochs.
+    """
+
+    def __init__(self, folder, epoch, step):
+        self.folder, self.path = folder, folder / "log.txt"
+        with writing(folder):
+            text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+            lines = [line + "\n" for line in text.splitlines() if epoch_of(line) < epoch]
+            write_whole(self.path, "".join(lines).encode())
+            self.epochs = Curves(folder, epoch)
+            self.steps = Curves(folder / "steps", step)
+
+    def point(self, name, value, step):
+        """A point of a curve over the steps of all epochs, counted from 0."""
+        with writing(self.folder):
+            self.steps.point(f"step/{name}", value, step)
+
+    def epoch(self, record):
+        """An epoch's line and points."""
+        with writing(self.folder):
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, curve in CURVES.items():
+                if name in record:
+                    self.epochs.point(curve, record[name], record["epoch"])
+            for stage, rate in record.get("firing_rate", {}).items():
+                self.epochs.point(f"firing_rate/{stage}", rate, record["epoch"])
+
+
+class Curves:
+    """A file of TensorBoard's in a folder. Points of older files from x = `first` on do not count
+    any more.
+
+    PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names files by the
+    clock, which TensorBoard then reads in a wrong order where that was set back.
+    """
+
+    def __init__(self, folder, first):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
+        number = 1 + max((int(name[1]) for name in names if name), default=0)
+        file = open(folder / f"events.out.tfevents.{number:010}", "xb", buffering=0)
+        self.records = RecordWriter(file)
+        self.write(file_version="brain.Event:2", step=first)
+        self.write(session_log=SessionLog(status=SessionLog.START), step=first)
+
+    def write(self, **what):
+        self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
+
+    def point(self, name, value, x):
+        self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)
+
+
+def epoch_of(line):
+    """Epoch of a line of log.txt; infinity for a line that a crash has cut short, to drop it."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

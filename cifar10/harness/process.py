@@ -1,0 +1,247 @@
+"""This process: its place among the ranks, the signals that stop it, and how it ends."""
+
+import atexit
+import contextlib
+import errno
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from .log import UserError
+
+# What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME_SIGNAL = 3  # seconds in which another signal is the first one, which a launcher passes on
+MACHINE = (  # errors of the machine, which are no fault of the program
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENAMETOOLONG),
+)
+
+
+class Ranks:
+    """This process's place among all: `rank` of `world_size`, and its `device`.
+
+    One process, or one of those that torchrun, torch.distributed.launch or SLURM's srun started
+    (NCCL on GPUs, Gloo on CPUs). A rank that waits for another one longer than `timeout_minutes`
+    ends with an error. `alone`: it is one process, whatever started it.
+    """
+
+    def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
+        if "RANK" not in os.environ and started_by_srun(os.environ) and not alone:
+            os.environ.update(slurm_ranks(os.environ))
+        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
+        self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        self.note = None  # for the log
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            if device == "cpu" and shutil.which("nvidia-smi"):
+                self.note = (
+                    f"device: the CPU, since PyTorch {torch.__version__} can't use the NVIDIA card "
+                    "(requirements-cu12.txt is for older drivers and cards)"
+                )
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            self.device = torch.device("meta")
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+        if self.device.type == "cuda":
+            self._take_gpu(device)
+        if self.world_size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            device_id = self.device if backend == "nccl" else None
+            timeout = timedelta(minutes=timeout_minutes)
+            torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
+            # For from_main, which needs no GPU, and for what takes rank 0 hours there.
+            self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
+            self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
+
+    def _take_gpu(self, device):
+        if self.device.index is not None and self.world_size > 1:
+            wrong = "with several ranks say cuda, and each takes its own"
+            raise UserError(f"device is {device!r}; {wrong}")
+        if self.device.index is None:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if self.device.index >= torch.cuda.device_count():
+            has = f"this machine has {torch.cuda.device_count()} CUDA devices"
+            raise UserError(f"device {self.device}: {has}")
+        torch.cuda.set_device(self.device)
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value):
+        """[value of every rank], on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, function, slow=False):
+        """What function() returns on rank 0, on every rank; its UserError too.
+
+        `slow`: it may take hours, for which the others wait.
+        """
+        if self.world_size == 1:
+            return function()
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = str(error)
+        group = self.patient if slow else self.quick
+        torch.distributed.broadcast_object_list(box, group=group)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+
+def started_by_srun(env):
+    """Whether srun started this process. Plain python in a batch script has PROCID, NTASKS too."""
+    step = "SLURM_STEP_ID" in env or "MASTER_ADDR" in env
+    named = "SLURM_STEP_NUM_TASKS" in env or ("SLURM_NTASKS" in env and step)
+    return named and "SLURM_PROCID" in env
+
+
+def slurm_ranks(env):
+    """The variables of torchrun for a task of srun; MASTER_ADDR and MASTER_PORT stay where set.
+
+    With one GPU bound to each task (--gpus-per-task=1) that is the only one it sees, number 0.
+    """
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "localhost"
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)[0]  # of a1,b2 or n[01-04,07]
+    port = 15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
+        "LOCAL_RANK": str(int(env.get("SLURM_LOCALID", 0)) % max(torch.cuda.device_count(), 1)),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or re.sub(r"\[(\w+)[^\]]*\]", r"\1", first),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(port),
+    }
+
+
+class StopSignal:
+    """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number`
+    theirs; one that is ignored, as nohup has it, stays so.
+
+    A second one ends the process at once. A thread reads them, because Python's own handlers do not
+    run while the main thread is within a call of C, such as one that waits for a lost rank.
+    """
+
+    number = 0
+
+    def __enter__(self):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        heard = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+        self.before = handlers, signal.set_wakeup_fd(writer, warn_on_full_buffer=False), writer
+        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        handlers, wakeup, writer = self.before
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)
+
+    def _read(self, reader):
+        first = None
+        while number := os.read(reader, 1):
+            if number[0] not in self.before[0]:
+                continue
+            if first is None:
+                first, self.number = time.monotonic(), number[0]
+            elif time.monotonic() - first > SAME_SIGNAL:
+                os._exit(128 + number[0])
+        os.close(reader)
+
+    def __bool__(self):
+        return self.number != 0
+
+
+@contextlib.contextmanager
+def without_signals():
+    """Processes that are started within never get the signals that end a run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run(main):
+    """Call main(), exit with what it returns; a fault of user or machine is a line and code 1."""
+    try:
+        code = main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
+        sys.stderr.write(f"error: {reason}\n")  # in one piece, since other ranks write too
+        sys.stderr.flush()
+        code = 1
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    # One of several ranks skips Python's own end: a thread of Gloo may still hold a tensor, and to
+    # free it then aborts the process.
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def explain(error):
+    """The line for a fault of the user or the machine; None for one of the program."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"not enough GPU memory; make batch_size smaller ({text.split('. ')[0]})"
+    scarce = "can't allocate memory|can't start new thread|failed to map segment"
+    if isinstance(error, MemoryError) or re.search(scarce, text):
+        return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
+    if "Too many open files" in str(error):
+        return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return f"{error.strerror}: perhaps in /dev/shm (docker run --shm-size=8g, or workers: 0)"
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return f"{error.filename or type(error).__name__}: {error.strerror}"
+    if type(error).__module__ == "torch._inductor.exc":
+        return f"torch.compile can't build this model ({text}); compile: false runs without it"
+    if isinstance(error, RuntimeError) and torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        if re.search("[Tt]imed out|[Tt]imeout", str(error)):
+            why = "which is stopped, blocked or slow"
+            return f"rank {rank} waited timeout_minutes for another rank, {why} ({text})"
+        if re.search("closed by peer|reset by peer|Broken pipe|refused|NCCL", str(error)):
+            why = "it was killed, or says why in a line of its own, or the network failed"
+            said = f"rank {rank} lost another rank: {why} ({text})"
+            return f"{said}; resume: auto goes on from last.pth"
+    if isinstance(error, torch.distributed.DistError):
+        return f"the ranks do not find each other at MASTER_ADDR and MASTER_PORT ({text})"
+    return None

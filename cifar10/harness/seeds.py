@@ -1,0 +1,61 @@
+"""Random states of Python, NumPy and PyTorch, and kernels that give the same bits each time."""
+
+import contextlib
+import os
+import random
+
+import numpy as np
+import torch
+
+from .log import UserError
+
+
+def get_rng_state(device):
+    """The state of all generators, of types that torch.load(weights_only=True) takes."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(states, ranks, path):
+    """Set this rank's of a checkpoint's states; those of another number of ranks fit none."""
+    try:
+        if len(states) != ranks.world_size:
+            return
+        state = states[ranks.rank]
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if ranks.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], ranks.device)
+    except Exception as error:  # whatever the file has there
+        raise UserError(f"{path}: can't be resumed: its rng is no random state ({error})") from None
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """The generators of this CPU start from `seed` within, and go on as before after."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def set_deterministic():
+    """Let PyTorch choose kernels that give the same bits each time; it warns where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,39 @@
+"""What a run says: lines of the log, progress bars, and errors that a user can mend."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent.parent  # the data set's folder
+logger = logging.getLogger("qkformer")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
+
+
+def set_up_log(ranks):
+    """Lines of rank 0 to standard output; warnings of every rank."""
+    with contextlib.suppress(AttributeError):  # where it is no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
+    if ranks.note:
+        logger.info(ranks.note)
+
+
+def progress(steps: Iterable, title: str, ranks) -> tqdm:
+    """A progress bar where rank 0 has a terminal."""
+    quiet = not (ranks.main and sys.stderr.isatty())
+    return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=quiet)
+
+
+def typed(path: Path) -> Path:
+    """The path as one would type it here: relative where it lies below the working directory."""
+    with contextlib.suppress(ValueError):
+        return Path(path).resolve().relative_to(Path.cwd())
+    return path

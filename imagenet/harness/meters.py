@@ -1,0 +1,199 @@
+"""How a run goes: mixed precision, losses, metrics, progress, steps that were left out."""
+
+import math
+import resource
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .log import UserError, logger, progress
+
+SKIPPED = 50  # steps in a row: the scale is 1e15 times smaller then
+SECONDS = 30  # between two lines of progress, at most
+
+
+class Metrics(NamedTuple):
+    """Of a test set: mean cross-entropy, top-1 and top-5 in %, and the speed."""
+
+    loss: float
+    top1: float
+    top5: float
+    images_per_second: float
+
+
+def make_autocast(cfg, ranks, enabled=True):
+    """Maker of a step's mixed-precision context. float16 needs a GPU; on a CPU it means float32."""
+    dtype = getattr(torch, cfg.amp_dtype)
+    enabled = enabled and cfg.amp and (ranks.device.type == "cuda" or dtype == torch.bfloat16)
+    return partial(torch.autocast, ranks.device.type, dtype=dtype, enabled=enabled)
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: of tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+class Progress:
+    """Where an epoch stands: a bar where rank 0 has a terminal, else lines, the first one after
+    the first step, then every `interval` steps and every 30 s.
+
+    Args:
+        steps: iterable of the epoch's remaining steps.
+        run: the Trainer: its epoch of num_epochs, meter, steps of an epoch and global_batch.
+        interval: steps between lines; the last step has one too.
+    """
+
+    def __init__(self, steps, run, interval):
+        self.bar = progress(steps, f"epoch {run.epoch}", run.ranks)
+        self.run, self.interval, self.first = run, interval, run.meter.steps
+        self.start = self.said = time.perf_counter()
+
+    def __iter__(self):
+        return iter(self.bar)
+
+    def speed(self, done):
+        """Samples per second up to step `done` of the epoch."""
+        return (done - self.first) * self.run.global_batch / (time.perf_counter() - self.start)
+
+    def show(self, done, lr):
+        """Say how the epoch goes after step `done`. True at every interval, on every rank."""
+        run, due = self.run, done % self.interval == 0 or done == self.run.steps
+        line = due or done == self.first + 1 or time.perf_counter() - self.said > SECONDS
+        if line:
+            run.meter.flush()  # with the loss of this very step
+        if line or not self.bar.disable:
+            speed = self.speed(done)
+            left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
+            text = (
+                f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s, "
+                f"{timedelta(seconds=round(left))} left, {peak_memory_mb(run.ranks.device):,} MB"
+            )
+            self.bar.set_postfix_str(text, refresh=False)
+            if line and self.bar.disable:
+                self.said = time.perf_counter()
+                logger.info(f"epoch {run.epoch}, step {done}/{run.steps}: {text}")
+        return due
+
+
+@torch.inference_mode()
+def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
+    """Metrics over the batches of all ranks, each sample once.
+
+    None if `stop` turned true on some rank on the way. UserError if there is no sample.
+    """
+    model.eval()
+    start = time.perf_counter()
+    rows = []  # of each batch: loss, top-1, top-5, samples
+    for images, targets in progress(loader, "test", ranks):
+        with autocast():
+            logits = model(images)
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits.double(), targets, reduction="sum")
+        count = torch.full_like(loss, len(images))
+        rows.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]))
+        if stop:
+            break
+    rows = torch.stack(rows).tolist() if rows else []
+    gathered = ranks.gather((rows, bool(stop)))
+    if any(stopped for _, stopped in gathered):
+        return None
+    # fsum is exact: the result does not depend on which rank had which batch
+    rows = [row for rows, _ in gathered for row in rows]
+    if not rows:
+        raise UserError("there is nothing to test on: no test sample could be read, as said above")
+    loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
+    seconds = time.perf_counter() - start
+    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
+
+
+class Skips:
+    """Counts the steps in a row that the scaler left out; FloatingPointError if they are many.
+
+    A fused optimizer leaves them out itself, on the GPU, and the count is a tensor there: it is
+    read every SKIPPED steps, so that no step waits for it.
+    """
+
+    def __init__(self, optimizer):
+        self.steps = self.count = 0
+        inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        inner.register_step_post_hook(self.stepped)
+
+    def stepped(self, optimizer, *_):
+        found_inf = getattr(optimizer, "found_inf", None)  # the scaler's, for a fused optimizer
+        self.count = 0 if found_inf is None else self.count * (found_inf > 0)
+
+    def step(self, scaler, optimizer):
+        """scaler.step(optimizer)."""
+        self.steps += 1
+        self.count += 1
+        scaler.step(optimizer)
+        known = not torch.is_tensor(self.count) or self.steps % SKIPPED == 0
+        if known and self.count >= SKIPPED:
+            count = int(self.count)
+            raise FloatingPointError(f"gradients are not finite in {count} steps in a row")
+
+
+class LossMeter:
+    """Mean loss over ranks and the steps of an epoch.
+
+    A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
+    summed with the loss, so that all ranks set `stop` at the same step. `show(step, loss)`, where
+    given, is called for each step, counted from 0 in the epoch.
+    """
+
+    def __init__(self, ranks, show=None):
+        self.ranks, self.show_loss = ranks, show
+        self.total, self.steps, self.pending, self.stop = 0.0, 0, None, False
+
+    def update(self, loss, stop):
+        """Take one step's loss; FloatingPointError if that of the step before was not finite."""
+        stopped = torch.full_like(loss, bool(stop), dtype=torch.float32)
+        status = torch.stack([loss.detach().float(), stopped])
+        pending, self.pending = self.pending, to_host(self.ranks.sum(status))
+        self._read(pending)
+        if self.ranks.world_size == 1:
+            self.stop = bool(stop)
+
+    def flush(self):
+        pending, self.pending = self.pending, None
+        self._read(pending)
+
+    def _read(self, pending):
+        if pending is None:
+            return
+        status, copied = pending
+        if copied is not None:
+            copied.synchronize()
+        loss, stop = status.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
+        loss /= self.ranks.world_size
+        if self.show_loss:
+            self.show_loss(self.steps, loss)
+        self.total += loss
+        self.steps += 1
+        self.stop = self.stop or stop > 0
+
+    @property
+    def mean(self):
+        return self.total / max(self.steps, 1)
+
+
+def to_host(values):
+    """(values on the CPU, event): they are there once the event has happened; None: already.
+
+    The CPU does not wait for the copy, but goes on launching kernels.
+    """
+    if not values.is_cuda:
+        return values, None
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    copied.record()
+    return copy, copied
