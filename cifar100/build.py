@@ -22,8 +22,8 @@ from harness.runtime import logger
 from harness.weights import architecture, steps_of
 from harness.yml import show
 from images import to_rgb
-from spiking.kernels import available
-from spiking.lif import resolve_backend
+from spiking.compiler import available
+from spiking.neuron import resolve_backend
 
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (models, ms) for name in file.__all__}

@@ -17,8 +17,8 @@ from harness.runs import shown, write_result
 from harness.runtime import logger
 from harness.weights import architecture, steps_of
 from harness.yml import show
-from spiking.kernels import available
-from spiking.lif import resolve_backend
+from spiking.compiler import available
+from spiking.neuron import resolve_backend
 
 MODELS = {name: getattr(models, name) for name in models.__all__}  # those registered with timm
 # Keys that a checkpoint decides unless they are set: those that shapes tell, the network's others,

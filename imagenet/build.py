@@ -22,8 +22,8 @@ from harness.runs import shown, write_result
 from harness.runtime import logger
 from harness.weights import architecture, steps_of
 from harness.yml import show
-from spiking.kernels import available
-from spiking.lif import resolve_backend
+from spiking.compiler import available
+from spiking.neuron import resolve_backend
 
 MODELS = {
     name: getattr(file, name) for file in (models, ms) for name in file.__all__
