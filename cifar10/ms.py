@@ -17,10 +17,9 @@ from model import (
     SpikingSelfAttention,
     TokenQKAttention,
 )
-from spiking.layer import conv_bn_lif
-from spiking.lif import MultiStepLIF
-from spiking.neuron import fire
-from spiking.preact import conv_bn
+from spiking.alone import fire
+from spiking.layer import conv_bn, conv_bn_lif
+from spiking.neuron import MultiStepLIF
 
 
 class MSTokenQKAttention(TokenQKAttention):

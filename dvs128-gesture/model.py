@@ -21,11 +21,10 @@ from timm.models import register_model
 from torch import nn
 
 from head import Classifier
+from spiking.alone import fire
 from spiking.layer import conv_bn_lif, conv_bn_lif_each
-from spiking.lif import MultiStepLIF, neuron_maker
-from spiking.neuron import fire
-from spiking.recompute import checkpointed
-from spiking.spikes import add, product
+from spiking.neuron import MultiStepLIF, neuron_maker
+from spiking.spikes import add, checkpointed, product
 
 
 # Copied from cifar10/model.py
@@ -239,7 +238,7 @@ class HST(Classifier):
         cross_sample_lif: see SpikingSelfAttention.
         checkpoint_stages: stages (1, 2) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
-            fused, byte_spikes: see neuron_maker and MultiStep in lif.py.
+            fused, byte_spikes: see neuron_maker and MultiStep in neuron.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """

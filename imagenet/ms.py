@@ -11,10 +11,9 @@ from timm.models import register_model
 from torch import nn
 
 from model import HST, ChannelQKAttention, DropPath, SpikingSelfAttention, TokenQKAttention, build
-from spiking.layer import conv_bn_lif
-from spiking.lif import MultiStepLIF
-from spiking.neuron import fire
-from spiking.preact import conv_bn
+from spiking.alone import fire
+from spiking.layer import conv_bn, conv_bn_lif
+from spiking.neuron import MultiStepLIF
 
 
 # Copied from cifar10/ms.py

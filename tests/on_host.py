@@ -11,7 +11,7 @@ import torch
 
 from conftest import load
 
-lif, lif_cuda = load("cifar10").lif, load("cifar10").lif_cuda
+lif, lif_cuda = load("cifar10").neuron, load("cifar10").cupy_lif
 
 HOST = """
 #include <cmath>

@@ -64,7 +64,7 @@ def test_what_is_drawn_is_what_goes_on(kind):
         return
     (row, column), weights = attend.looked_at(spikes["q"], spikes["k"])
     mixed = np.einsum("thyx,thcyx->thc", weights, spikes["v"])
-    fired = cifar10.lif.MultiStepLIF(v_threshold=0.5)(torch.tensor(mixed * 0.125))
+    fired = cifar10.neuron.MultiStepLIF(v_threshold=0.5)(torch.tensor(mixed * 0.125))
     assert fired.any()
     np.testing.assert_array_equal(fired.numpy(), want[..., row, column].numpy())
 

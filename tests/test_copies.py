@@ -66,7 +66,7 @@ def tree(tmp_path):
         (tmp_path / folder).mkdir()
         for name in copies.SAME:
             (tmp_path / folder / name / "__pycache__").mkdir(parents=True)
-            (tmp_path / folder / name / "lif.py").write_text(f"# {name}\n")
+            (tmp_path / folder / name / "neuron.py").write_text(f"# {name}\n")
             (tmp_path / folder / name / "__pycache__" / "lif.pyc").write_text(folder)
         (tmp_path / folder / "model.py").write_text(model)
     (tmp_path / "cifar10" / "data.py").write_text("SIZE = 32\n")
@@ -85,8 +85,8 @@ def test_clean(tree):
 @pytest.mark.parametrize(
     ("file", "old", "new", "problem"),
     [
-        ("imagenet/spiking/lif.py", "spik", "Spik", "imagenet/spiking: differs from cifar10"),
-        ("cifar10/harness/lif.py", "harn", "Harn", "imagenet/harness: differs from cifar10"),
+        ("imagenet/spiking/neuron.py", "spik", "Spik", "imagenet/spiking: differs from cifar10"),
+        ("cifar10/harness/neuron.py", "harn", "Harn", "imagenet/harness: differs from cifar10"),
         ("imagenet/data.py", "32", "33", "imagenet/data.py: differs from cifar10/data.py"),
         (
             "imagenet/model.py",
@@ -117,9 +117,9 @@ def test_drift(tree, file, old, new, problem):
 
 
 def test_missing_file(tree):
-    (tree / "imagenet" / "spiking" / "lif.py").unlink()
+    (tree / "imagenet" / "spiking" / "neuron.py").unlink()
     assert copies.check(tree) == ["imagenet/spiking: differs from cifar10/spiking"]
-    (tree / "cifar10" / "spiking" / "lif.py").unlink()
+    (tree / "cifar10" / "spiking" / "neuron.py").unlink()
     (tree / "imagenet" / "spiking" / "more.py").write_text("")
     assert copies.check(tree) == ["imagenet/spiking: differs from cifar10/spiking"]
 

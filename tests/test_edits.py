@@ -11,7 +11,7 @@ from conftest import copy_folder, load
 
 cifar10 = load("cifar10")
 compiled = pytest.mark.skipif(
-    cifar10.kernels.host_error() is not None, reason="needs a C++ compiler"
+    cifar10.compiler.host_error() is not None, reason="needs a C++ compiler"
 )
 
 CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
@@ -213,10 +213,10 @@ def test_edit(tmp_path, monkeypatch, name):
     (folder / "model.py").write_text(text)
     modules = load(str(folder))
     monkeypatch.setattr(
-        modules.kernels, "host_library", cifar10.kernels.host_library
+        modules.compiler, "host_library", cifar10.compiler.host_library
     )  # compiled already
     lines = []
-    for module in (modules.kernels, modules.fusible):
+    for module in (modules.compiler, modules.fusible):
         monkeypatch.setattr(module, "say", lines.append)
     results = []
     for on in (True, False):

@@ -22,7 +22,7 @@ def test_golden(folder, semantics, fused, losses):
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, folder.lif.MultiStepLIF, semantics, fused, losses)
+    check_golden(golden, build, folder.neuron.MultiStepLIF, semantics, fused, losses)
 
 
 def test_the_recipe_builds_the_published_model(folder):

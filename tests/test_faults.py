@@ -168,8 +168,8 @@ def test_the_compiler_is_deaf_to_signals(tmp_path, monkeypatch):
 
     def main():
         with runtime.StopSignal() as stop:
-            build = cifar10.kernels.Build(torch.float64, 7)  # of no other test
-            library = cifar10.kernels.host_library(build)
+            build = cifar10.compiler.Build(torch.float64, 7)  # of no other test
+            library = cifar10.compiler.host_library(build)
             return 0 if stop and library.statistics else 1
 
     pid = forked(main)
@@ -182,15 +182,15 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
     """Other numbers of steps run fused; this one module by module, with a line, and the same
     result.
     """
-    library = cifar10.kernels.host_library
+    library = cifar10.compiler.host_library
 
     def broken(build):
         if build.T == 3:
             raise OSError("ptxas ran out of registers")
         return library(build)
 
-    monkeypatch.setattr(cifar10.kernels, "host_library", broken)
-    cifar10.kernels.host_error.cache_clear()
+    monkeypatch.setattr(cifar10.compiler, "host_library", broken)
+    cifar10.compiler.host_error.cache_clear()
     caplog.set_level(logging.INFO)
     try:
         model = cifar10.model.QKFormer(
@@ -204,12 +204,12 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
             )
             assert torch.equal(found, model(x)) or torch.allclose(found, model(x), atol=1e-5)
         assert (
-            not cifar10.kernels.available("cpu", torch.float32, "auto", 3)
+            not cifar10.compiler.available("cpu", torch.float32, "auto", 3)
             and "registers" in caplog.text
         )
-        assert cifar10.kernels.available("cpu", torch.float32, "auto", 2)
+        assert cifar10.compiler.available("cpu", torch.float32, "auto", 2)
     finally:
-        cifar10.kernels.host_error.cache_clear()
+        cifar10.compiler.host_error.cache_clear()
 
 
 # Ranks

@@ -12,8 +12,8 @@ from conftest import load
 from test_fused import SIZES, check_kernels, check_pooling, compiled
 
 cifar10 = load("cifar10")
-lif, fused, kernels = cifar10.lif, cifar10.fused, cifar10.kernels
-lif_cuda = cifar10.lif_cuda
+lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
+lif_cuda = cifar10.cupy_lif
 CHARGES = ("MULTIPLY", "DIVIDE", "PARAMETRIC", "INTEGRATE")
 
 

@@ -110,7 +110,7 @@ def test_optimizer_states_go_between_devices(there):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(cifar10.kernels.host_error() is not None, reason="needs a C++ compiler")
+@pytest.mark.skipif(cifar10.compiler.host_error() is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["cifar10", "dvs128-gesture", "imagenet"])
 def test_gradients_lie_as_their_parameters(name, memory_format):
@@ -263,9 +263,9 @@ def test_what_to_install_is_in_the_log(monkeypatch, capsys):
     ranks = cifar10.ranks.Ranks("auto")
     cifar10.runtime.set_up_log(ranks)
     reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
-    monkeypatch.setattr(cifar10.kernels, "cupy_error", lambda: reason)
+    monkeypatch.setattr(cifar10.compiler, "cupy_error", lambda: reason)
     for _ in range(2):
-        assert not cifar10.kernels.available("cuda", torch.float32, "auto")
+        assert not cifar10.compiler.available("cuda", torch.float32, "auto")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["There is an NVIDIA card", f"layers run unfused on cuda: {reason}"]
 
@@ -276,7 +276,7 @@ def test_a_missing_cupy_is_named(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", ones)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    reason = cifar10.lif_cuda.cupy_error.__wrapped__()
+    reason = cifar10.cupy_lif.cupy_error.__wrapped__()
     assert reason == "ModuleNotFoundError: No module named 'cupy'; pip install cupy-cuda12x"
 
 

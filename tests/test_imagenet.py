@@ -36,7 +36,7 @@ def test_golden(size, semantics, fused, losses):
             fused=fused,
         )
 
-    check_golden(golden, build, imagenet.lif.MultiStepLIF, semantics, fused, losses)
+    check_golden(golden, build, imagenet.neuron.MultiStepLIF, semantics, fused, losses)
 
 
 @pytest.mark.parametrize(("size", "parameters"), SIZES.items())

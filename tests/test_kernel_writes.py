@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 cifar10 = load("cifar10")
-fused, kernels = cifar10.fused, cifar10.kernels
+fused, kernels = cifar10.ops, cifar10.compiler
 TYPES = {"__half": "_Float16", "__nv_bfloat16": "__bf16", "float": "float"}
 
 MAIN = r"""

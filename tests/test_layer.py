@@ -12,7 +12,7 @@ from torch import nn
 from conftest import load
 
 cifar10 = load("cifar10")
-lif, fused, kernels, layer = cifar10.lif, cifar10.fused, cifar10.kernels, cifar10.layer
+lif, fused, kernels, layer = cifar10.neuron, cifar10.ops, cifar10.compiler, cifar10.layer
 models = cifar10.model
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")

@@ -11,7 +11,7 @@ from spikingjelly.activation_based import functional, monitor, neuron, op_counte
 
 from conftest import load
 
-lif, lif_cuda = load("cifar10").lif, load("cifar10").lif_cuda
+lif, lif_cuda = load("cifar10").neuron, load("cifar10").cupy_lif
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 KERNEL_TYPES = list(lif_cuda.CTYPES)

@@ -21,7 +21,7 @@ def test_golden(semantics, fused, losses):
             T=golden.meta["T"], cross_sample_lif=semantics == "release", fused=fused
         )
 
-    check_golden(golden, build, cifar10.lif.MultiStepLIF, semantics, fused, losses)
+    check_golden(golden, build, cifar10.neuron.MultiStepLIF, semantics, fused, losses)
 
 
 def test_state_dict():
@@ -168,7 +168,7 @@ def test_not_square():
     """
     torch.manual_seed(3)
     block = Golden.fill(
-        cifar10.model.Block(16, 4, 4, "ssa", 0.0, cifar10.lif.MultiStepLIF, False)
+        cifar10.model.Block(16, 4, 4, "ssa", 0.0, cifar10.neuron.MultiStepLIF, False)
     ).eval()
     x = spikes(2, 3, 16, 4, 6)
     assert torch.equal(block(x).transpose(3, 4), block(x.transpose(3, 4)))

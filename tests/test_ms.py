@@ -9,7 +9,7 @@ from torch import nn
 from conftest import Golden, build_model, check_golden, load
 from on_ms import SMALL, cifar10, cifar100, imagenet, make_model
 
-lif = cifar10.lif
+lif = cifar10.neuron
 
 
 # The model ----------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_golden_imagenet(fused, losses):
     def build():
         return timm.create_model("MSQKFormer_10_384", T=golden.meta["T"], fused=fused)
 
-    check_golden(golden, build, imagenet.lif.MultiStepLIF, "per_sample", fused, losses)
+    check_golden(golden, build, imagenet.neuron.MultiStepLIF, "per_sample", fused, losses)
 
 
 def test_state_dict():

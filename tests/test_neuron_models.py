@@ -11,7 +11,7 @@ from conftest import build_model, copy_folder, load
 from on_digits import resolve
 
 cifar10 = load("cifar10")
-lif, layer = cifar10.lif, cifar10.layer
+lif, layer = cifar10.neuron, cifar10.layer
 KINDS = list(lif.NEURONS)
 OTHERS = pytest.mark.parametrize(
     ("kind", "alpha"), [("if", 4.0), ("plif", 4.0), ("lif", 2.5), ("if", 7.0), ("plif", 1.5)]
@@ -56,7 +56,7 @@ def test_neuron_of_other_types_alone(kind, dtype):
         node = lif.NEURONS[kind](1.7, fused=fused)
         node = node if dtype == torch.float64 else node.to(dtype)
         leaf = x.clone().requires_grad_()
-        y = cifar10.neuron.fire(leaf, node)
+        y = cifar10.alone.fire(leaf, node)
         y.backward(grad)
         results.append([y.detach(), leaf.grad, *(p.grad for p in node.parameters())])
     assert torch.equal(results[0][0], results[1][0]) and 0 < results[0][0].mean() < 1
@@ -68,7 +68,7 @@ def test_neuron_of_other_types_alone(kind, dtype):
 def test_own_neuron_with_a_name(tmp_path, monkeypatch):
     """One that docs/changing-the-model.md has in NEURONS: its layers are not taken for LIF's."""
     folder = copy_folder("cifar10", tmp_path).rename(tmp_path / "named")
-    text = (folder / "spiking" / "lif.py").read_text()
+    text = (folder / "spiking" / "neuron.py").read_text()
     line = 'NEURONS = {"lif": MultiStepLIF,'
     assert line in text
     own = (
@@ -76,7 +76,7 @@ def test_own_neuron_with_a_name(tmp_path, monkeypatch):
         "        return super().multi_step_forward(x + 0.2)\n\n\n"
         'NEURONS = {"shifted": ShiftedLIF, "lif": MultiStepLIF,'
     )
-    (folder / "spiking" / "lif.py").write_text(text.replace(line, own))
+    (folder / "spiking" / "neuron.py").write_text(text.replace(line, own))
     modules, x = load(str(folder)), torch.rand(2, 3, 8, 8)
     share_compiled(modules, monkeypatch)
     small = {"embed_dims": 32, "num_heads": 2}
@@ -111,7 +111,7 @@ SMALL = {
 
 def share_compiled(folder, monkeypatch):
     """The kernels of all folders are alike, so that cifar10's need not be compiled again."""
-    monkeypatch.setattr(folder.kernels, "host_library", cifar10.kernels.host_library)
+    monkeypatch.setattr(folder.compiler, "host_library", cifar10.compiler.host_library)
 
 
 def spiking(module):
@@ -136,7 +136,7 @@ def test_models(which, kind, monkeypatch):
     model = spiking(build(**options))
     nodes = {n: m for n, m in model.named_modules() if isinstance(m, neuron.BaseNode)}
     for name, node in nodes.items():
-        assert type(node) is folder.lif.NEURONS[kind] and node.alpha == 3.0
+        assert type(node) is folder.neuron.NEURONS[kind] and node.alpha == 3.0
         assert node.v_threshold == (0.4 if name.endswith("attn_lif") else 0.8)
         assert kind == "if" or node.tau == pytest.approx(1.7)
     default = build(**SMALL[which][0])
@@ -207,10 +207,10 @@ def test_keys_reach_the_model(name):
 
     flags = ["--tau", "3", "--v-threshold", "0.6", "--surrogate-alpha", "2"]
     first = build("--neuron", "plif", *flags).patch_embed1.proj_lif
-    assert type(first) is folder.lif.MultiStepPLIF and first.tau == pytest.approx(3)
+    assert type(first) is folder.neuron.MultiStepPLIF and first.tau == pytest.approx(3)
     assert (first.v_threshold, first.alpha) == (0.6, 2.0)
     first = build().patch_embed1.proj_lif
-    assert type(first) is folder.lif.MultiStepLIF
+    assert type(first) is folder.neuron.MultiStepLIF
     assert (first.tau, first.v_threshold, first.alpha) == (2.0, 1.0, 4.0)
     for wrong, words in (
         (("--neuron", "if", "--tau", "3"), "leave tau out"),

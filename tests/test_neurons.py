@@ -13,7 +13,7 @@ from torch import nn
 from conftest import load
 
 cifar10 = load("cifar10")
-lif, lif_cuda = cifar10.lif, cifar10.lif_cuda
+lif, lif_cuda = cifar10.neuron, cifar10.cupy_lif
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 KINDS = list(lif.NEURONS)
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

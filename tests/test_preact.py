@@ -1,4 +1,4 @@
-"""MS-QKFormer's layers, cifar10/preact.py: the fused path against the plain one."""
+"""MS-QKFormer's layers, cifar10/layer.py: the fused path against the plain one."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from on_ms import SMALL, cifar10, compiled, make_model
 
-preact, neuron, lif = cifar10.preact, cifar10.neuron, cifar10.lif
+layer, alone, lif = cifar10.layer, cifar10.alone, cifar10.neuron
 
 
 # Its paths ----------------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ def test_conv_bn_is_the_plain_one(kind, static):
     for on in (True, False):
         modules, pool = make_layer(kind, on)
         leaf = x.clone().requires_grad_()
-        y = preact.conv_bn(leaf.expand(4, 3, 12, 8, 6), *modules, pool=pool)
+        y = layer.conv_bn(leaf.expand(4, 3, 12, 8, 6), *modules, pool=pool)
         if on:
             grad = torch.randn(y.shape, dtype=y.dtype)
             assert y.stride(2) == 1 and (y.stride(0) == 0) == static
         y.backward(grad)
         gradients = {**{name: p.grad for name, p in modules.named_parameters()}, "x": leaf.grad}
         with torch.no_grad():
-            tested = preact.conv_bn(x.expand(4, 3, 12, 8, 6), *modules.eval(), pool=pool)
+            tested = layer.conv_bn(x.expand(4, 3, 12, 8, 6), *modules.eval(), pool=pool)
         results.append((y.detach(), gradients, {**dict(modules.named_buffers()), "tested": tested}))
     check_same(*results)
     assert (
@@ -151,7 +151,7 @@ def test_fire_is_the_neuron(static):
     grad, results = torch.randn(4, 3, 12, 8, 6, dtype=x.dtype), []
     for on in (True, False):
         leaf = x.clone().requires_grad_()
-        spikes = neuron.fire(leaf.expand(grad.shape), lif.MultiStepLIF(fused=on, v_threshold=0.8))
+        spikes = alone.fire(leaf.expand(grad.shape), lif.MultiStepLIF(fused=on, v_threshold=0.8))
         spikes.backward(grad)
         results.append((spikes.detach(), {"x": leaf.grad}))
     check_same(*results)
@@ -166,7 +166,7 @@ def test_who_hooks_a_module_sees_it_called():
         handle = module.register_forward_hook(
             lambda module, *_: called.append(type(module).__name__)
         )
-        preact.conv_bn(neuron.fire(x, modules[2]), *modules)
+        layer.conv_bn(alone.fire(x, modules[2]), *modules)
         handle.remove()
     assert called == ["Conv2d", "BatchNorm2d", "MultiStepLIF"]
 
@@ -175,7 +175,7 @@ def test_who_hooks_a_module_sees_it_called():
 def test_a_single_value_has_no_variance():
     modules, _ = make_layer("1x1", True)
     with pytest.raises(ValueError, match="single value"):
-        preact.conv_bn(torch.ones(1, 1, 12, 1, 1).double(), *modules)
+        layer.conv_bn(torch.ones(1, 1, 12, 1, 1).double(), *modules)
 
 
 @compiled

@@ -8,7 +8,7 @@ import torch
 from conftest import load
 
 cifar10 = load("cifar10")
-spikes, lif, layer = cifar10.spikes, cifar10.lif, cifar10.layer
+spikes, lif, layer = cifar10.spikes, cifar10.neuron, cifar10.layer
 
 
 def fire(*shape):

@@ -116,7 +116,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    neuron = models.load("cifar10").lif.MultiStepLIF(v_threshold=0.5, backend="torch")
+    neuron = models.load("cifar10").neuron.MultiStepLIF(v_threshold=0.5, backend="torch")
     head = f"{'N':>7}" + "".join(f"{name:>28}" for name in ATTENTIONS)
     print(f"MB for the backward pass: counted, measured ({args.device})\n{head}", flush=True)
     rows = []

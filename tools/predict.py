@@ -212,7 +212,7 @@ def table(name, modules, x, T):
     the shape of the batch.
     """
     entry, spikes, rows = models.entry(name, modules), modules.spikes, []
-    modules, lif = [*vars(modules).values()], modules.lif
+    modules, lif = [*vars(modules).values()], modules.neuron
     for path in ("release-like", "fast"):
         fast = path == "fast"
         model = entry(T=T, fused=fast)

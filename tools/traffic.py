@@ -204,7 +204,7 @@ def table(name, modules, x, T):
         # A layer that is to run fused must keep its neuron as it is.
         names = "" if membranes else "attn_lif"
         function = functools.partial(neuron, membranes=membranes)
-        stand_in(model, modules.lif.MultiStepLIF, spikes, function, names)
+        stand_in(model, modules.neuron.MultiStepLIF, spikes, function, names)
         for kind, (moved, saved) in count(model, x, spikes).items():
             row = {
                 "model": name,

@@ -7,8 +7,8 @@ from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import kernels
-from .lif import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF, say
+from . import compiler
+from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF, say
 from .spikes import traced
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
@@ -46,7 +46,7 @@ def can_fuse(x, convs, bns, lifs):
         if reason is not None:
             say_plain(describe(convs[0]), reason)
             return False
-    if x.dim() != 5 or not x.numel() or len(x) > kernels.MAX_T:
+    if x.dim() != 5 or not x.numel() or len(x) > compiler.MAX_T:
         return False
     kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
     if len(kinds) > 1 or None in kinds:
@@ -62,7 +62,7 @@ def can_fuse(x, convs, bns, lifs):
         rows = bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.bias
         if not all(r is None or (r.dtype == real and r.is_contiguous()) for r in rows):
             return False
-    return kernels.available(x.device.type, dtype, lifs[0].backend, len(x))
+    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x))
 
 
 def changed(module):

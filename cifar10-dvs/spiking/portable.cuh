@@ -1,5 +1,5 @@
 // What fused.cu is written in, for two compilers: NVRTC (GPUs) and the system's C++ compiler
-// (CPUs). kernels.py puts it in front of fused.cu and says with -D what these are: scalar_t (of
+// (CPUs). compiler.py puts it in front of fused.cu and says with -D what these are: scalar_t (of
 // tensors), real_t (of arithmetic), INDEX and LANES.
 
 typedef INDEX index_t;

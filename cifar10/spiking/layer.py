@@ -2,7 +2,7 @@
 
 `conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
 function of autograd. That works in channels_last, shows a static image once instead of T times, and
-normalises, integrates and fires in one pass over memory (fused.py). For the backward pass it saves
+normalises, integrates and fires in one pass over memory (ops.py). For the backward pass it saves
 the convolution's output and the layer's input, spikes as bytes (spikes.py).
 
 Both paths compute the same function, to rounding. The fused path does not call the modules, so it
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import fused
+from . import ops
 from .fusible import autocast, can_fuse
-from .lif import rate_of
+from .neuron import rate_of
 from .spikes import mark, save, wants_bytes
 
 aten = torch.ops.aten
@@ -47,6 +47,19 @@ def plain_conv_bn(x, conv, bn, pool=False):
     return x.unflatten(0, steps)
 
 
+def conv_bn(x, conv, bn, lif, pool=False):
+    """Spikes or images [T, B, C, H, W] -> membrane inputs [T, B, C', H', W'].
+
+    Args:
+        conv, bn: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
+        lif: the neuron before them; the layer runs fused only where this neuron may, too.
+        pool: whether a 3x3 max-pool of stride 2 follows BatchNorm.
+    """
+    if can_fuse(x, [conv], [bn], [lif]):
+        return fused_layers(x, [conv], [bn], [lif], pool, fires=False)
+    return plain_conv_bn(x, conv, bn, pool)
+
+
 def conv_bn_lif_each(x, *layers):
     """[spikes of each (conv, bn, lif)] for one x, as q, k, v do; fused, one convolution."""
     convs, bns, lifs = zip(*layers, strict=True)
@@ -63,7 +76,7 @@ def conv_bn_lif_each(x, *layers):
 
 
 class Neuron(NamedTuple):
-    """See fused.py; alpha is the slope of the surrogate gradient. A kernel takes floats alone."""
+    """See ops.py; alpha is the slope of the surrogate gradient. A kernel takes floats alone."""
 
     charge: str
     rate: float
@@ -72,7 +85,7 @@ class Neuron(NamedTuple):
 
 
 def neuron_of(lif):
-    return Neuron(*fused.charge_of(lif), float(lif.v_threshold), float(lif.alpha))
+    return Neuron(*ops.charge_of(lif), float(lif.v_threshold), float(lif.alpha))
 
 
 class Options(NamedTuple):
@@ -128,10 +141,10 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
     else:
         y = convolve(x, weight, options)
         affine = running_affine(y, convs, bns, sign)
-        y = fused.pool(y)[0] if pool else y
+        y = ops.pool(y)[0] if pool else y
         if fires:
             return fire(y.unflatten(0, (-1, B)), affine, rates, options)
-        out = fused.normalise(y, affine)
+        out = ops.normalise(y, affine)
     return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
 
 
@@ -144,8 +157,8 @@ def fire(y, affine, rates, options):
     """Spikes without a gradient, over y where it has all steps."""
     charge, rate, v_threshold, _ = options.neuron
     if len(y) < options.T:
-        return fused.fire(y, options.T, affine, rates, charge, rate, v_threshold, False)[0]
-    fused.fire_(y, affine, rates, charge, rate, v_threshold)
+        return ops.fire(y, options.T, affine, rates, charge, rate, v_threshold, False)[0]
+    ops.fire_(y, affine, rates, charge, rate, v_threshold)
     return y
 
 
@@ -167,7 +180,7 @@ def convolve(x, weight, options):
 class ConvBNLIF(torch.autograd.Function):
     """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or empty.
 
-    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, empty. See fused.py for norm.
+    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, empty. See ops.py for norm.
     """
 
     @staticmethod
@@ -175,15 +188,15 @@ class ConvBNLIF(torch.autograd.Function):
         y = convolve(x, weight, options)
         if options.repeats * y.numel() == y.shape[1]:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
-        norm = fused.batch_norm(y, gamma, beta, options.eps, options.repeats)
-        pooled = fused.pool(y)[0] if options.pool else y
+        norm = ops.batch_norm(y, gamma, beta, options.eps, options.repeats)
+        pooled = ops.pool(y)[0] if options.pool else y
         if options.neuron:
             pooled = pooled.unflatten(0, x.shape[:2])
             charge, rate, v_threshold, _ = options.neuron
             args = (norm[3:], rates, charge, rate, v_threshold, options.save_bytes)
-            out, small = fused.fire(pooled, options.T, *args)
+            out, small = ops.fire(pooled, options.T, *args)
         else:
-            out, small = fused.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
+            out, small = ops.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
         ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
         ctx.save_for_backward(save(x), y, weight, gamma, rates, norm)
         ctx.mark_non_differentiable(norm, small)
@@ -195,21 +208,21 @@ class ConvBNLIF(torch.autograd.Function):
         x, y, weight, gamma, rates, norm = ctx.saved_tensors
         options, steps, y = ctx.options, x.shape[:2], channels_last(y)
         # y is that already, unless a hook on saved tensors has changed the layout.
-        pooled, taps = fused.pool(y) if options.pool else (y, None)
+        pooled, taps = ops.pool(y) if options.pool else (y, None)
         if options.neuron:
             grad_spikes, grad = grad, torch.empty_like(pooled)
             args = (pooled.unflatten(0, steps), grad.unflatten(0, steps), norm[0], norm[3:], rates)
-            partial = fused.fire_backward(grad_spikes, *args, *options.neuron)
+            partial = ops.fire_backward(grad_spikes, *args, *options.neuron)
         else:
             grad = channels_last(grad)
-            partial = fused.gradient_sums(grad, pooled, norm[0])
-        sums = fused.batch_norm_backward(partial, norm, gamma, y.numel() // y.shape[1])
+            partial = ops.gradient_sums(grad, pooled, norm[0])
+        sums = ops.batch_norm_backward(partial, norm, gamma, y.numel() // y.shape[1])
         grad_beta, grad_gamma, grad_rates, factors = sums[0], sums[1], sums[2], sums[3:]
         if options.pool:
-            grad = fused.pool_backward(grad, taps, y, factors)
+            grad = ops.pool_backward(grad, taps, y, factors)
         else:
             out = grad if options.neuron else torch.empty_like(y)
-            fused.normalise_backward(grad, y, out, factors)
+            ops.normalise_backward(grad, y, out, factors)
             grad = out
         wants_x = ctx.needs_input_grad[0]
         grad_x, grad_weight = convolution_backward(grad, x, weight, options, wants_x)
@@ -261,7 +274,7 @@ def update_statistics(convs, bns, norm, sign):
     start = 0
     for conv, bn in zip(convs, bns, strict=True):
         running = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        fused.update(norm, start, conv.bias, float(bn.momentum), *running)
+        ops.update(norm, start, conv.bias, float(bn.momentum), *running)
         start += bn.num_features
 
 
@@ -273,6 +286,6 @@ def running_affine(y, convs, bns, sign):
         if sign is not None:  # of a layer alone
             mean, gamma = mean * sign, gamma * sign
             bias = None if bias is None else bias * sign
-        fused.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, eps)
+        ops.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, eps)
         start += bn.num_features
     return affine

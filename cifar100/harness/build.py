@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from spiking.kernels import available
-from spiking.lif import resolve_backend
+from spiking.compiler import available
+from spiking.neuron import resolve_backend
 
 from .checkpoint import load_checkpoint, load_weights
 from .config import Config, read_settings

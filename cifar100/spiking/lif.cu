@@ -1,4 +1,4 @@
-// The kernels of lif_cuda.py: a thread per neuron, the loop over T in the kernel, the membrane in a
+// The kernels of cupy_lif.py: a thread per neuron, the loop over T in the kernel, the membrane in a
 // float32 register. They are compiled for one type and one kind of neuron at a time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -1,4 +1,4 @@
-// The kernels of fused.py, in the words of portable.cuh. kernels.py says with -D what STEPS and
+// The kernels of ops.py, in the words of portable.cuh. compiler.py says with -D what STEPS and
 // CHARGE are. Tensors are in memory rows of channels.
 
 // The neuron -------------------------------------------------------------------------------------

@@ -6,7 +6,12 @@ its tensor. All other operations return unmarked tensors, saved as they are, and
 place ends a mark. So `x + 0.5 * y` takes more memory, but its gradients are right.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
 
@@ -98,3 +103,40 @@ def product(operator, a, b, lif):
     known = largest(a), largest(b)
     out = Product.apply(operator, a, b)
     return mark(out, None if operator is torch.matmul or None in known else known[0] * known[1])
+
+
+# Activations computed again -----------------------------------------------------------------------
+
+
+def checkpointed(module, x):
+    """module(x); only x is kept for the backward pass, which computes the rest again."""
+    known = largest(x)  # x comes back from autograd without its mark
+
+    def run(x):
+        return module(mark(x, known))
+
+    contexts = partial(recomputing, module)
+    return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+
+
+def recomputing(module):
+    return nullcontext(), Recomputation(module)
+
+
+class Recomputation:
+    """Context in which BatchNorms see a batch again without counting it in running statistics."""
+
+    def __init__(self, module):
+        self.bns = [
+            bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)
+        ]
+
+    def __enter__(self):
+        self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
+        for bn in self.bns:
+            bn.momentum = 0.0
+
+    def __exit__(self, *error):
+        for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
+            bn.momentum = momentum
+            bn.num_batches_tracked.copy_(batches)

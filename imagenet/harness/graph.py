@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from spiking.lif import say
+from spiking.neuron import say
 
 from .log import UserError
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from .lif import say
-from .lif_cuda import CTYPES, NVRTC_OPTIONS, cupy_error
+from .cupy_lif import CTYPES, NVRTC_OPTIONS, cupy_error
+from .neuron import say
 
 # Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
 MAX_T = 64
@@ -32,7 +32,7 @@ COLUMNS = (32, 16)
 FILES = ("portable.cuh", "fused.cu")
 SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
 HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-# No fused multiply-add, to round as lif.py does. Loops vectorise only if comparisons may not trap.
+# No fused multiply-add, to round as neuron.py does. Comparisons that may trap do not vectorise.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
 HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 

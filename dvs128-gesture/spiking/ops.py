@@ -1,7 +1,7 @@
 """BatchNorm's affine map and the neuron in one pass over memory, forward and backward.
 
 Tensors are [T, B, C, H, W] or [N, C, H, W] in channels_last: memory holds rows of C channels. The
-formulas are those of lif.py and of BatchNorm; the kernels are in fused.cu. The backward pass
+formulas are those of neuron.py and of BatchNorm; the kernels are in fused.cu. The backward pass
 computes the membranes again.
 
 `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard deviation, and `affine`, the
@@ -15,8 +15,8 @@ import math
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .kernels import launch, parts
-from .lif_cuda import NAMESPACE
+from .compiler import launch, parts
+from .cupy_lif import NAMESPACE
 
 
 def charge_of(lif):
