@@ -30,6 +30,13 @@ import models
 pytest_plugins = ["on_digits", "on_photos", "on_events", "on_host", "on_graphs"]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
+CLASSES = {  # of the published data sets
+    "imagenet": 1000,
+    "cifar10": 10,
+    "cifar100": 100,
+    "dvs128-gesture": 11,
+    "cifar10-dvs": 10,
+}
 
 
 @functools.cache
@@ -55,11 +62,20 @@ def register(modules):
                 timm.models.register_model(getattr(module, name))
 
 
+def resolve_in(modules, *argv, **values):
+    """A folder's configuration of a command line, without a checkpoint; `values` go over it."""
+    settings = modules.config.read_settings(modules.options, [*map(str, argv)])
+    return settings.resolve(**values)
+
+
 def build_model(modules, cfg, cross_sample_lif=False):
     """The model that this folder's train.py builds."""
     register(modules)
+    ranks, classes = modules.process.Ranks("cpu"), cfg.num_classes or CLASSES[modules.log.HERE.name]
     try:
-        return modules.build.build_model(cfg, cross_sample_lif, modules.ranks.Ranks("cpu"))
+        return modules.build.build_model(
+            cfg, modules.options, modules.data, cross_sample_lif, classes, ranks
+        )
     finally:
         register(load("cifar10"))
 

@@ -9,11 +9,10 @@ import torch
 
 import data
 import options
-from build import build_model
-from harness.config import load_config
-from harness.engine import evaluate, make_autocast
-from harness.ranks import Ranks
-from harness.runtime import run
+from harness.build import build_model
+from harness.config import read_settings
+from harness.meters import evaluate, make_autocast
+from harness.process import Ranks, run
 
 sys.path.insert(1, sys.argv.pop(1))
 from conftest import Golden
@@ -21,9 +20,9 @@ from conftest import Golden
 
 def main():
     cross, *flags = sys.argv[1:]
-    cfg, *_ = load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags)
+    cfg = read_settings(options, flags).resolve()
     ranks = Ranks(cfg.device)
-    model = Golden.fill(build_model(cfg, cross == "true", ranks)).float()
+    model = Golden.fill(build_model(cfg, options, data, cross == "true", 10, ranks)).float()
     samples = torch.utils.data.Subset(data.build_dataset(cfg, False, ranks), range(101))
     metrics = evaluate(
         model, data.test_loader(cfg, samples, ranks), ranks, make_autocast(cfg, ranks)

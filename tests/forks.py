@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-from on_digits import cifar10, resolve
+from on_digits import cifar10
 
 
 def forked(function, output=None):
@@ -49,6 +49,7 @@ def wait_for(condition, seconds=300):
 
 
 def opened(tmp_path, **settings):
-    cfg = resolve("--output", tmp_path, "--experiment", "a")
-    vars(cfg).update(settings)
-    return cifar10.runs.open_run(cfg, cfg.output)[0].name
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    argv = ["--output", str(tmp_path), *([] if "experiment" in settings else ["--experiment", "a"])]
+    found = cifar10.config.read_settings(cifar10.options, [*argv, *map(str, flags)])
+    return cifar10.folder.open_run(found)[0].name

@@ -4,10 +4,10 @@ run with them.
 
 import pytest
 
-from conftest import load, on_cpu, script
+from conftest import load, on_cpu, resolve_in, script
 
 cifar10 = load("cifar10")
-CPU = cifar10.ranks.Ranks("cpu")
+CPU = cifar10.process.Ranks("cpu")
 SMALL = [
     "-c",
     "quickstart.yml",
@@ -40,10 +40,7 @@ RANDOM = [
 
 
 def resolve(*argv):
-    options = cifar10.options
-    return cifar10.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[0]
+    return resolve_in(cifar10, *argv)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import recordings
-from conftest import Golden, load
+from conftest import Golden, load, resolve_in
 
 FOLDERS = ("dvs128-gesture", "cifar10-dvs")
 PARAMETERS = {"dvs128-gesture": 1_999_371, "cifar10-dvs": 1_504_138}
@@ -27,14 +27,11 @@ def folder(request):
 
 
 def resolve(folder, *argv):
-    options = folder.options
-    return folder.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[0]
+    return resolve_in(folder, *argv)
 
 
 def cpu(folder):
-    return folder.ranks.Ranks("cpu")
+    return folder.process.Ranks("cpu")
 
 
 def small_model(folder, **kwargs):

@@ -148,7 +148,7 @@ def make_trainer(monkeypatch, tmp_path, name, words):
     monkeypatch.setattr(data, "train_loader", lambda *_: batches)
     scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    ranks = folder.ranks.Ranks("cpu")
+    ranks = folder.process.Ranks("cpu")
     if name == "imagenet":
         run = folder.train.Trainer(
             cfg, given, ranks, tmp_path, *folder.build.load_model(cfg, ranks)

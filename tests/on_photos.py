@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, load, on_cpu, script, start
+from conftest import ROOT, load, on_cpu, resolve_in, script, start
 
 imagenet = load("imagenet")
 photos = imagenet.photos
-CPU = imagenet.ranks.Ranks("cpu")
+CPU = imagenet.process.Ranks("cpu")
 UserError = imagenet.config.UserError
 NARROW = {  # HST-5-64 at 32 x 32
     "base": str(ROOT / "imagenet" / "imagenet.yml"),
@@ -37,10 +37,7 @@ NARROW = {  # HST-5-64 at 32 x 32
 
 
 def resolve(*argv):
-    options = imagenet.options
-    return imagenet.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[0]
+    return resolve_in(imagenet, *argv)
 
 
 @pytest.fixture(scope="session")

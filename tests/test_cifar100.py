@@ -25,9 +25,7 @@ cifar100 = load("cifar100")
 
 def resolve(*argv):
     options = cifar100.options
-    return cifar100.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[0]
+    return resolve_in(cifar100, *argv)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def cifar(request, tmp_path, monkeypatch):
         cfg, *_ = folder.config.load_config(
             options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, argv
         )
-        return folder.data.build_dataset(cfg, train, folder.ranks.Ranks("cpu"))
+        return folder.data.build_dataset(cfg, train, folder.process.Ranks("cpu"))
 
     def fails(where=data_dir):
         with pytest.raises(folder.config.UserError) as error:

@@ -138,8 +138,8 @@ def evaluate(folder, cfg, path, eval_amp, semantics=False):
     one, model = cpu(folder), build_model(folder, cfg, semantics)
     folder.checkpoint.load_weights(model, folder.checkpoint.load_checkpoint(path), path)
     loader = folder.data.test_loader(cfg, folder.data.build_dataset(cfg, False, one), one)
-    return folder.engine.evaluate(
-        model, loader, one, folder.engine.make_autocast(cfg, one, eval_amp)
+    return folder.meters.evaluate(
+        model, loader, one, folder.meters.make_autocast(cfg, one, eval_amp)
     )
 
 

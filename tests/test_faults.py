@@ -18,8 +18,8 @@ from forks import ended, forked, opened, wait_for
 from on_digits import SMALL, cifar10
 
 UserError = cifar10.config.UserError
-runtime = cifar10.runtime
-Ranks, first_host = cifar10.ranks.Ranks, cifar10.ranks.first_host
+runtime = cifar10.process
+Ranks, first_host = cifar10.process.Ranks, cifar10.ranks.first_host
 
 
 # Loader workers

@@ -18,7 +18,7 @@ from on_graphs import FORBIDDEN, RECIPES, name_of
 from test_bench import bench
 
 cifar10, imagenet = load("cifar10"), load("imagenet")
-engine, layer = cifar10.engine, cifar10.layer
+engine, layer = cifar10.meters, cifar10.layer
 RANKS = SimpleNamespace(
     world_size=1, main=True, sum=lambda tensor: tensor, gather=lambda value: [value]
 )
@@ -242,7 +242,7 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
             runtime, "Path", lambda path, there=there: tmp_path if there else tmp_path / "none"
         )
         monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-        note = cifar10.ranks.Ranks("auto").note
+        note = cifar10.process.Ranks("auto").note
         assert (note is not None) == there
         if there:
             assert (
@@ -250,9 +250,9 @@ def test_a_card_that_is_not_used(monkeypatch, tmp_path):
                 and "requirements-cu12.txt" in note
                 and "\n" not in note
             )
-            assert cifar10.ranks.Ranks("cpu").note is None  # as it was asked for
+            assert cifar10.process.Ranks("cpu").note is None  # as it was asked for
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-            assert cifar10.ranks.Ranks("auto").note is None
+            assert cifar10.process.Ranks("auto").note is None
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
 
 
@@ -260,8 +260,8 @@ def test_what_to_install_is_in_the_log(monkeypatch, capsys):
     """The two lines as a run prints them: a card that is not used, and no fast path on a GPU."""
     monkeypatch.setattr(cifar10.ranks, "unused_gpu", lambda: "There is an NVIDIA card")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    ranks = cifar10.ranks.Ranks("auto")
-    cifar10.runtime.set_up_log(ranks)
+    ranks = cifar10.process.Ranks("auto")
+    cifar10.log.set_up_log(ranks)
     reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
     monkeypatch.setattr(cifar10.compiler, "cupy_error", lambda: reason)
     for _ in range(2):

@@ -163,7 +163,7 @@ def test_a_model_that_has_no_memory(cuda, call):
     model.last = call
     with pytest.raises(torch.OutOfMemoryError) as error:
         graph.Graph(model)(torch.ones(2, 3))
-    assert "make batch_size smaller" in cifar10.runtime.explain(error.value)
+    assert "make batch_size smaller" in cifar10.process.explain(error.value)
 
 
 def test_lines_where_there_is_no_graph(caplog):

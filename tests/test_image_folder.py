@@ -63,7 +63,7 @@ def resolve(folder, data_dir, *argv):
 
 
 def build(folder, cfg, train):
-    return folder.data.build_dataset(cfg, train, folder.ranks.Ranks("cpu"))
+    return folder.data.build_dataset(cfg, train, folder.process.Ranks("cpu"))
 
 
 @pytest.mark.parametrize("size", [12, 32])
@@ -104,7 +104,7 @@ def test_the_number_of_classes(folder, data_dir, caplog):
         folder.config.UserError, match=f"num_classes is {standard}, but .* has 3 classes"
     ):
         folder.data.build_dataset(
-            resolve(folder, data_dir), True, folder.ranks.Ranks("cpu"), fixed=True
+            resolve(folder, data_dir), True, folder.process.Ranks("cpu"), fixed=True
         )
     (data_dir / "val" / "red").rename(data_dir / "val" / "blue")
     for train in (True, False):
@@ -118,7 +118,7 @@ def test_a_damaged_image_is_named(folder, data_dir, workers):
     bad.write_bytes(bad.read_bytes()[:-20])
     cfg = resolve(folder, data_dir, "--workers", workers)
     loader = folder.data.train_loader(
-        cfg, build(folder, cfg, True), 0, 0, folder.ranks.Ranks("cpu")
+        cfg, build(folder, cfg, True), 0, 0, folder.process.Ranks("cpu")
     )
     with pytest.raises(folder.config.UserError, match=f"^{bad}: not a whole image") as error:
         list(loader)

@@ -60,7 +60,7 @@ def test_logits_of_each_step(folder, entry, shape):
 
 
 def test_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cifar10.runtime.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(cifar10.process.signal, "signal", lambda *args: None)
     flags = (*SMALL, "--workers", 0, "--epochs", 1, "--cooldown-epochs", 0, "--output", tmp_path)
     losses = []
     for loss in ("ce", "tet"):

@@ -149,9 +149,7 @@ def test_only_rank_0_makes_them(quick, tmp_path):
 
 def resolve(quick, *argv):
     options = quick.options
-    return quick.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[0]
+    return resolve_in(quick, *argv)
 
 
 def quick_start(name, place, *args):

@@ -17,7 +17,7 @@ from forks import ended, forked, opened
 from on_digits import CPU, SMALL, cifar10, resolve
 
 UserError = cifar10.config.UserError
-runs, runtime, engine = cifar10.runs, cifar10.runtime, cifar10.engine
+runs, runtime, engine = cifar10.folder, cifar10.process, cifar10.meters
 
 
 # Folders, logs and curves

@@ -62,7 +62,7 @@ def images(tmp_path_factory):
 
 def image_loss(images, path, T, size):
     """(top-1, loss) of the weights at `path` on the test images, at T steps and size x size."""
-    options, ranks = images.options, images.ranks.Ranks("cpu")
+    options, ranks = images.options, images.process.Ranks("cpu")
     argv = [*images.flags, "--img_size", str(size), "--num_classes", "2"]
     cfg, *_ = images.config.load_config(options.KEYS, {}, options.DEFAULT_CONFIG, argv)
     [(batch, labels)] = images.data.test_loader(

@@ -221,7 +221,7 @@ def test_folders(tmp_path):
     def opened(**settings):
         cfg = resolve("--output", tmp_path, "--experiment", "a")
         vars(cfg).update({name: str(value) for name, value in settings.items()})
-        folder, resume = cifar10.runs.open_run(cfg, cfg.output)
+        folder, resume = cifar10.folder.open_run(cfg, cfg.output)
         return folder.name, resume and str(resume.relative_to(tmp_path))
 
     def make(name, *files, experiment="a"):
@@ -246,14 +246,14 @@ def test_folders(tmp_path):
     assert opened(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth")
     assert opened(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth")
     cfg = resolve("--output", tmp_path, "--experiment", "a", "--resume", tmp_path / "b/last.pth")
-    cifar10.runs.open_run(cfg, cfg.output)
+    cifar10.folder.open_run(cfg, cfg.output)
     assert cfg.experiment == "b"  # by which resume: auto finds it again
 
 
 def test_log_with_a_torn_line(tmp_path):
     lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
     (tmp_path / "log.txt").write_text("\n".join([*lines, '{"epoch": 4, "lr']))
-    log = cifar10.runs.RunLog(tmp_path, 3, 0)
+    log = cifar10.folder.RunLog(tmp_path, 3, 0)
     assert log.path.read_text().splitlines() == lines[:3]
 
 

@@ -29,7 +29,7 @@ from on_events import write
 pytestmark = pytest.mark.long
 KILLS, SEED = int(os.environ.get("TRIAL", 5)), int(os.environ.get("SEED", 0))
 FEW = max(KILLS // 5, 1)
-SIGNALS = cifar10.runtime.STOP_SIGNALS
+SIGNALS = cifar10.process.STOP_SIGNALS
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 
 

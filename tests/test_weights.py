@@ -177,7 +177,7 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
     """Kept, tested and saved; a run that goes on in a new folder ends with the same ones, and takes
     its best along.
     """
-    save, first = cifar10.loop.save_checkpoint, tmp_path / "first" / "last.pth"
+    save, first = cifar10.run.save_checkpoint, tmp_path / "first" / "last.pth"
     first.parent.mkdir()
 
     def saves(state, path):
@@ -185,7 +185,7 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
         if state["epoch"] == 0:
             save(state, first.with_name(path.name))
 
-    monkeypatch.setattr(cifar10.loop, "save_checkpoint", saves)
+    monkeypatch.setattr(cifar10.run, "save_checkpoint", saves)
     flags = (
         *RANDOM[len(SMALL) :],
         "--workers",
@@ -233,7 +233,7 @@ def test_fine_tuning_says_what_the_yml_had(trained_on_digits, capsys):
     cfg, _, given = cifar10.config.load_config(
         cifar10.options.KEYS, cifar10.options.NO_EFFECT, cifar10.options.DEFAULT_CONFIG, []
     )
-    cifar10.runtime.set_up_log(CPU)
+    cifar10.log.set_up_log(CPU)
     cifar10.build.settle(cfg, given, cifar10.checkpoint.load_checkpoint(path), path, "finetune")
     lines = capsys.readouterr().out.splitlines()
     for name, had, value in (

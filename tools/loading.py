@@ -39,7 +39,7 @@ from torchvision.datasets.folder import default_loader
 from models import load
 
 imagenet = load("imagenet")
-ranks = imagenet.ranks.Ranks("cpu")
+ranks = imagenet.process.Ranks("cpu")
 read_image, options = imagenet.images.read_image, imagenet.options
 FILES = 24  # in each of two classes
 CPU = torch.device("cpu")
