@@ -17,6 +17,7 @@ from conftest import (
     check_golden,
     copy_folder,
     load,
+    resolve_in,
     script,
 )
 
@@ -24,7 +25,6 @@ cifar100 = load("cifar100")
 
 
 def resolve(*argv):
-    options = cifar100.options
     return resolve_in(cifar100, *argv)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import copy_folder, load, script
+from conftest import copy_folder, load, resolve_in, script
 from on_events import FOLDERS
 from on_photos import photos
 
@@ -148,7 +148,6 @@ def test_only_rank_0_makes_them(quick, tmp_path):
 
 
 def resolve(quick, *argv):
-    options = quick.options
     return resolve_in(quick, *argv)
 
 

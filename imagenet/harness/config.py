@@ -25,12 +25,12 @@ NULLS = (None, "none", "null", "None", "", ["none"])
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 # control characters, line separators, and what Python makes of bytes that are not UTF-8
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-MEANT = {  # {(script, flag that it does not read): flag that is meant}
-    ("test", "finetune"): "checkpoint",
-    ("test", "resume"): "checkpoint",
-    ("test", "batch_size"): "val_batch_size",
-    ("test", "model_ema"): "use_ema",
-    ("train", "checkpoint"): "finetune or --resume",
+# Flags of train.py that mean another key where test.py gets them, as the release's does.
+IN_TEST = {
+    "batch_size": "val_batch_size",
+    "model_ema": "use_ema",
+    "finetune": "checkpoint",
+    "resume": "checkpoint",
 }
 # What a checkpoint brings back, by what is done with it; see Key.
 BACK = {
@@ -268,12 +268,17 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         for spelled, text, where in entries:
             spelled = spelled.replace("-", "_")
             name = names.get(spelled)
+            if from_flags and script == "test":
+                name = IN_TEST.get(name, name)
             if name is None:
                 if spelled not in no_effect:
                     hint = _hint(spelled, names, no_effect)
                     raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
                 settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
                 continue
+            if from_flags and script not in (None, *keys[name].scripts) and keys[name].scripts:
+                meant = "; --finetune or --resume is meant" if name == "checkpoint" else ""
+                raise UserError(f"{where}: --{spelled} is not read by {script}.py{meant}")
             try:
                 value = keys[name].convert(text)
             except ValueError as wanted:
@@ -287,10 +292,6 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
                 settings.yml[name] = value
             if from_flags or named:
                 settings.said[name] = value, where if from_flags else file.name
-            if from_flags and script and script not in keys[name].scripts and keys[name].scripts:
-                meant = MEANT.get((script, name))
-                meant = f"; --{meant} is meant" if meant else ""
-                raise UserError(f"command line: --{spelled} is not read by {script}.py{meant}")
     return settings
 
 
