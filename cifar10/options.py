@@ -1,6 +1,6 @@
 """Every key of the CIFAR recipe; the defaults are the published run (cifar10.yml).
 
-A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts accept both.
+A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold both.
 """
 
 from pathlib import Path
@@ -16,7 +16,6 @@ DATA_SET = "CIFAR"  # as in harness/build.py
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
 RELEASED = {}  # {MD5 of a file of the release: what it does not record}
 DATASET = "torch/cifar10"
-NUM_CLASSES = 10
 
 # fmt: off
 MODEL = {
