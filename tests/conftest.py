@@ -27,7 +27,14 @@ import torch
 
 import models
 
-pytest_plugins = ["on_digits", "on_images", "on_photos", "on_events", "on_host", "on_graphs"]  # their fixtures
+pytest_plugins = [
+    "on_digits",
+    "on_images",
+    "on_photos",
+    "on_events",
+    "on_host",
+    "on_graphs",
+]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 CLASSES = {  # of the published data sets

@@ -89,7 +89,9 @@ def test_published_recipe(tmp_path):
     settings = read("-c", tmp_path / "release.yml")
     assert (settings.mixup_off_epoch, settings.data_path) == (200, "/somewhere")
     assert (settings.num_classes, settings.name) == (10, "release")
-    assert len(settings.notes) == 1 and re.match(r"release.yml, line \d+: depths", settings.notes[0])
+    assert len(settings.notes) == 1 and re.match(
+        r"release.yml, line \d+: depths", settings.notes[0]
+    )
 
 
 def test_every_name_of_the_release(tmp_path):
@@ -360,7 +362,10 @@ def test_flags_of_train_py_that_test_py_understands(name, tmp_path):
         (["--epochs", "x"], "command line: epochs is x; it must be a whole number"),
         (["--epochs"], "epochs: expected one argument"),
         (["--batch-size", "3", "--val-batch-size", "4"], "are one key, but their values differ"),
-        (["-c", "none.yml"], "-c none.yml: no such file (beside the script: cifar10.yml, ms.yml, q"),
+        (
+            ["-c", "none.yml"],
+            "-c none.yml: no such file (beside the script: cifar10.yml, ms.yml, q",
+        ),
     ],
 )
 def test_wrong_flags(flags, words):
@@ -370,17 +375,12 @@ def test_wrong_flags(flags, words):
 
 
 def test_old_libraries_are_named(monkeypatch):
-    have = cifar10.config.importlib.metadata.version
-    for name, version in (
-        ("spikingjelly", "0.0.0.0.14"),
-        ("torch", "1.12.1+cu113"),
-        ("timm", "1.0.9"),
-    ):
+    have, metadata = cifar10.config.importlib.metadata.version, cifar10.config.importlib.metadata
+    for old in ("spikingjelly", "0.0.0.0.14"), ("torch", "1.12.1+cu113"), ("timm", "1.0.9"):
         monkeypatch.setattr(
-            cifar10.config.importlib.metadata, "version", lambda n: version if n == name else have(n)
+            metadata, "version", lambda name, old=old: old[1] if name == old[0] else have(name)
         )
-        wrong = rf"{name} {re.escape(version)} is too old, .* requirements.txt"
-        with pytest.raises(UserError, match=wrong):
+        with pytest.raises(UserError) as error:
             read()
-        monkeypatch.undo()
-        read()
+        assert str(error.value).startswith(f"{old[0]} {old[1]} is too old, ")
+        assert str(error.value).endswith("pip install -r requirements.txt")

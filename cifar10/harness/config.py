@@ -301,13 +301,11 @@ def find_yml(name):
     try:
         name = PATH.convert(name)
         for path in (Path(name), HERE / name):
-            if path.is_file():
+            if os.path.isfile(path):
                 return path.resolve()
-        what = "a folder" if Path(name).is_dir() else "no such file"
+        what = "a folder" if os.path.isdir(name) else "no such file"
     except ValueError as wanted:
         what = f"it must be {wanted}"
-    except (OSError, RuntimeError) as error:
-        what = str(error)
     raise UserError(f"-c {shown(name)}: {what} (beside the script: {known})")
 
 
@@ -323,8 +321,8 @@ def read_with_bases(file):
         sources.insert(0, [entry for entry in entries if entry[0] != "base"])
         named = [entry[1:] for entry in entries if entry[0] == "base" and entry[1] is not None]
         for name, where in named[:1]:
-            file = (file.parent / str(name)).resolve()
-            if not file.is_file() or file in files:
+            file = file.parent / str(name)
+            if not os.path.isfile(file) or (file := file.resolve()) in files:
                 why = "another yml; this one leads back to it" if file in files else "a yml there"
                 raise UserError(f"{where}: base is {shown(name)}; it must be {why}")
         file = file if named else None
