@@ -55,7 +55,7 @@ class Key:
     words: what the value must be, as an error says it, where the above can't tell.
     back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
         "data" in testing and resuming, "run" in resuming alone, "" never.
-    fixed: function of a value, whose result must stay that of the checkpoint; None: any may change.
+    fixed: function of a value, whose result must stay the checkpoint's, or be None: as there.
     scripts: those that use the key and have it in --help.
     group: of the keys in --help.
     """
@@ -220,6 +220,8 @@ class Settings:
                 continue
             if name in back and value != back[name]:
                 key, had = self.keys[name], back[name]
+                if key.fixed and key.fixed(value) is None:  # none: as it is in the checkpoint
+                    continue
                 if key.fixed and key.fixed(value) != key.fixed(had):
                     why = f"{path} is of {name} {had}; leave it out to use that"
                     raise UserError(f"{where}: {name} is {value}, but {why}")

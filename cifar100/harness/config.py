@@ -220,6 +220,8 @@ class Settings:
                 continue
             if name in back and value != back[name]:
                 key, had = self.keys[name], back[name]
+                if key.fixed and key.fixed(value) is None:  # none: as it is in the checkpoint
+                    continue
                 if key.fixed and key.fixed(value) != key.fixed(had):
                     why = f"{path} is of {name} {had}; leave it out to use that"
                     raise UserError(f"{where}: {name} is {value}, but {why}")

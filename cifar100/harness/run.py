@@ -103,12 +103,12 @@ class Run:
         self.train_set = data.build_dataset(cfg, True, ranks)
         self.test_set = data.build_dataset(cfg, False, ranks)
         self.classes = list(self.train_set.classes)
+        if start.resumed:
+            check_classes(start.checkpoint, start.path, self.classes)
         num_classes = cfg.num_classes or len(self.classes)
         if len(self.classes) > num_classes:
             has = f"the data has {len(self.classes)} classes"
             raise UserError(f"num_classes is {num_classes}, but {has}")
-        if start.resumed:
-            check_classes(start.checkpoint, start.path, self.classes)
         weights = start.checkpoint, start.path
         self.model, self.cross_sample_lif = load_model(
             cfg, options, data, ranks, num_classes, *weights, new_head=not start.resumed
