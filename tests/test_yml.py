@@ -246,6 +246,9 @@ def test_every_number_has_a_range_and_every_default_is_in_it(name):
         kind = key.kind[0] if isinstance(key.kind, list) else key.kind
         assert kind not in (int, float) or -math.inf < key.low < key.high < math.inf, key_name
         assert not isinstance(key.kind, list) or key.words, key_name
+        if key.kind in (int, float):  # its ends too, as they are written
+            ends = key.low, key.high
+            assert tuple(key.convert(f"{end}") for end in ends) == ends, key_name
         assert fits(key, key.default) and key.convert(key.default) == key.default, key_name
         assert key.help and not key.help.endswith("."), key_name
 

@@ -55,7 +55,7 @@ class Key:
     words: what the value must be, as an error says it, where the above can't tell.
     back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
         "data" in testing and resuming, "run" in resuming alone, "" never.
-    fixed: function of a value, whose result must stay that of the checkpoint; None: any may change.
+    fixed: function of a value, whose result must stay the checkpoint's, or be None: as there.
     scripts: those that use the key and have it in --help.
     group: of the keys in --help.
     """
@@ -117,7 +117,8 @@ class Key:
         """The number that the text stands for, to the last digit if it is whole, or None."""
         try:
             exact = Decimal(text if NUMBER.fullmatch(text) else "nan")
-            inside = self.low <= exact <= self.high and (kind is float or exact == int(exact))
+            value = float(exact) if kind is float else exact
+            inside = self.low <= value <= self.high and (kind is float or exact == int(exact))
         except InvalidOperation:  # no number, or an exponent of 19 digits
             return None
         return kind(exact) if inside else None

@@ -117,7 +117,8 @@ class Key:
         """The number that the text stands for, to the last digit if it is whole, or None."""
         try:
             exact = Decimal(text if NUMBER.fullmatch(text) else "nan")
-            inside = self.low <= exact <= self.high and (kind is float or exact == int(exact))
+            value = float(exact) if kind is float else exact
+            inside = self.low <= value <= self.high and (kind is float or exact == int(exact))
         except InvalidOperation:  # no number, or an exponent of 19 digits
             return None
         return kind(exact) if inside else None
