@@ -63,12 +63,11 @@ class Trainer(Run):
             if self.ema:
                 self.ema.update(self.model)
             self.point("lr", lr, step - 1)
-            meter.update(loss, self.stop or loader.loader.fault)
+            meter.update(loss, self.stop)
             bar.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
-        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     # Copied from cifar10/train.py

@@ -93,13 +93,12 @@ class Trainer(Run):
             optim.set_lr(self.optimizer, lr)
             self.point("lr", lr, step)
             loss = self.train_step(batches, autocast)
-            meter.update(loss, self.stop or loader.loader.fault)
+            meter.update(loss, self.stop)
             if bar.show(step + 1, lr) and step + 1 < self.steps:
                 self.save_within_epoch()
             if meter.stop:
                 break
         meter.flush()
-        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     def save_within_epoch(self):

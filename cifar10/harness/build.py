@@ -7,7 +7,6 @@ import argparse
 import hashlib
 import math
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,24 +23,13 @@ from .log import UserError, logger, typed
 from .meters import Metrics, evaluate, make_autocast
 from .process import Ranks
 
-KEYWORDS = {  # {key: the models' keyword}
-    "time_step": "T",
-    "patch_size": "patch_size",
-    "dim": "embed_dims",
-    "num_heads": "num_heads",
-    "mlp_ratio": "mlp_ratios",
-    "layer": "depths",
-    "attention": "attention",
-    "drop_path": "drop_path",
-    "checkpoint_stages": "checkpoint_stages",
-    "neuron": "neuron",
-    "tau": "tau",
-    "v_threshold": "v_threshold",
-    "surrogate_alpha": "surrogate_alpha",
-    "backend": "backend",
-    "fused": "fused",
-    "byte_spikes": "byte_spikes",
-}
+# {key: the models' keyword}
+KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
+SAME = (  # keys that are keywords
+    "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
+    "surrogate_alpha backend fused byte_spikes"
+)
+KEYWORDS |= {name: name for name in SAME.split()}
 FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts
     ("event data", "QKFormer", "patch_embed1.proj3_conv.weight"),
     ("ImageNet", "QKFormer", "patch_embed1.proj2_conv.weight"),
@@ -52,10 +40,10 @@ FAMILIES = (  # data sets, model, a weight that no family above has; the first t
 LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
 HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
 LEAK = {
-    False: "the paper's network, cross_sample_lif: false (an image's logits do not depend on its "
+    False: "cross_sample_lif: false, the paper's network (an image's logits do not depend on its "
     "batch)",
-    True: "the release's network, cross_sample_lif: true (logits depend on the other images of the "
-    "batch)",
+    True: "cross_sample_lif: true, the release's network (logits depend on the batch's other "
+    "images)",
 }
 
 
@@ -135,8 +123,8 @@ def read_shapes(options, weights, path, recorded):
     hidden = {match[1]: weights[match[0]].shape for match in map(HIDDEN.match, weights) if match}
     odd = any(len(shape) != 4 or 0 in shape for shape in hidden.values())
     if family is None or not hidden or odd:
-        nearest = next(iter(options.MODELS.values()))()
-        raise UserError(f"{path}: {difference(weights, nearest)}")
+        names = ", ".join([*weights][:3])
+        raise UserError(f"{path}: weights of another network: it has {names}, …")
     wide, dim = hidden[max(hidden)][:2]
     ratio = recorded.get("mlp_ratio", 0)
     if int(dim * ratio) != wide:
@@ -171,22 +159,6 @@ def ssa_stages(kinds):
 def learns_tau(neuron):
     """For Key.fixed of `neuron`: PLIF has weights of its own."""
     return neuron == "plif"
-
-
-def difference(weights, model):
-    """Why weights are of no model here: how their names differ from the nearest model's."""
-    first, count = Counter(name.split(".")[0] for name in weights).most_common(1)[0]
-    want = model.state_dict()
-    if any(name.removeprefix(f"{first}.") in want for name in weights if name not in want):
-        known = "which no model here has; without it they would fit"
-        return f"{count} keys begin with `{first}.`, {known}"
-    unknown = [name for name in weights if name not in want]
-    lacking = [name for name in want if name not in weights]
-    return (
-        f"weights of another network: {count} keys begin with `{first}.`; compared with "
-        f"{type(model).__name__}, the nearest here, {len(unknown)} are unknown "
-        f"({', '.join(unknown[:3])}) and {len(lacking)} are missing ({', '.join(lacking[:3])})"
-    )
 
 
 def steps_of(checkpoint, path):

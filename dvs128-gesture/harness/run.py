@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
 
+from .batches import LostWorker
 from .build import check_classes, convert_all, load_model, recorded_values
 from .checkpoint import (
     fault_of,
@@ -94,7 +95,6 @@ class Run:
     samples = "images"  # what a batch is of
     accum_iter = 1  # batches behind a step of the optimizer
     scheduler = None
-    fault = None  # what the loader died of
     log = None  # rank 0 has one
 
     def __init__(self, start, data, options):
@@ -331,23 +331,21 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
 
-    def stopped(self, stop):
-        """Save; returns the exit code, 128 + the number of the signal that ended the run."""
+    def stopped(self, why):
+        """Save; returns a line that says where the run is, and the command that goes on."""
         self.save("last.pth")
         last, ranks = typed(self.folder / "last.pth"), self.ranks.world_size
-        where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
         launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
         on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
         words = ["--resume", str(last), *(["--device", "cpu"] if on_cpu else [])]
         again = shlex.join([*launcher, os.path.relpath(sys.argv[0]), *words])
-        if self.fault:
-            raise UserError(f"a worker of the loader was lost: {where}; to go on: {again}")
-        why = signal.Signals(stop.number).name if stop else "another rank"
-        logger.info(f"{why}: {where}; to go on: {again}")
-        return 128 + (stop.number or signal.SIGTERM)
+        where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
+        return f"{why}: {where}; to go on: {again}"
 
     def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or that of `stopped`."""
+        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that
+        stopped it.
+        """
         with StopSignal() as self.stop:
             return self._fit(self.stop)
 
@@ -369,15 +367,22 @@ class Run:
             try:
                 speed = self.train_epoch()
                 self.check_weights()
+                tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
                 lr = self.optimizer.param_groups[-1]["lr"]
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
                 said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
                 raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
-            tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+            except LostWorker as error:
+                if ranks.world_size > 1:  # the others wait for this one within a step
+                    raise
+                self.meter.flush()
+                raise UserError(self.stopped(str(error))) from None
             if tested is None:
-                return self.stopped(stop)
+                why = signal.Signals(stop.number).name if stop else "another rank"
+                logger.info(self.stopped(why))
+                return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
             if ranks.main and firing is None:
                 few = next(iter(self.data.test_loader(cfg, spread(self.test_set), ranks)), None)
