@@ -25,12 +25,12 @@ from timm.utils import random_seed
 import data
 import optim
 import options
-from harness.build import load_tested, measure
 from harness.config import read_settings
 from harness.log import UserError, logger
 from harness.meters import Progress, make_autocast
 from harness.process import run
 from harness.run import Run, begin, enter
+from released import measure_released
 
 
 class Trainer(Run):
@@ -129,7 +129,7 @@ def main(argv=None):
         path = settings.finetune if settings.resume in (None, "auto") else settings.resume
         if path is None:
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
-        measure(load_tested(settings, options, data, enter(settings), Path(path)), data)
+        measure_released(settings, enter(settings), Path(path))
         return 0
     if settings.start_epoch and not (settings.finetune or settings.resume):
         without = "but neither finetune nor resume names weights to go on from"

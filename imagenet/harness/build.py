@@ -4,7 +4,6 @@ A folder's own parts are handed in: `options`, its table of keys with its MODELS
 """
 
 import argparse
-import hashlib
 import math
 import re
 from pathlib import Path
@@ -47,19 +46,8 @@ LEAK = {
 }
 
 
-class Released(NamedTuple):
-    """A checkpoint of the release: its model, input size, top-1 in % of the paper, and the batch
-    that this was measured with, where known.
-    """
-
-    model: str
-    img_size: int
-    top1: float
-    batch: int | None
-
-
 class Tested(NamedTuple):
-    """A checkpoint that is to be tested. published: top-1 in % of one of the release's."""
+    """A checkpoint that is to be tested."""
 
     cfg: Config
     ranks: Ranks
@@ -67,7 +55,6 @@ class Tested(NamedTuple):
     model: torch.nn.Module
     cross_sample_lif: bool
     classes: list | None
-    published: float | None
 
 
 # What a checkpoint tells --------------------------------------------------------------------------
@@ -191,17 +178,15 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
         return False, f"{model}: an image's logits do not depend on its batch"
     recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
-    if not isinstance(recorded, (bool, type(None))):
+    if recorded not in (None, False, True):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting != "auto":
         value = setting == "true"
-        if recorded is not None and recorded != value:
-            return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
-        return value, LEAK[value]
-    if checkpoint is None:
-        return False, LEAK[False]
-    if recorded is not None:
-        return recorded, f"{LEAK[recorded]}, as {path} records"
+        if recorded in (None, value):
+            return value, LEAK[value]
+        return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
+    if checkpoint is None or recorded is not None:
+        return bool(recorded), LEAK[bool(recorded)]
     return True, (
         f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
         f"{LEAK[True]}; set cross_sample_lif: false if it was trained with the paper's"
@@ -292,39 +277,27 @@ def check_classes(checkpoint, path, classes):
 # Testing ------------------------------------------------------------------------------------------
 
 
-def load_tested(settings, options, data, ranks, path=None) -> Tested:
+def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
+
+    Args:
+        path: of the checkpoint; None: settings say which.
+        known: {key: value} of what the file does not record.
     """
     path = path or find_checkpoint(settings)
     checkpoint = load_checkpoint(path, settings.use_ema)
-    recorded = recorded_values(options, checkpoint, path)
-    released = options.RELEASED and options.RELEASED.get(ranks.from_main(lambda: md5(path)))
-    if released:
-        recorded["img_size"] = released.img_size
-        if released.batch:  # under the release's semantics the figure depends on it
-            recorded["val_batch_size"] = released.batch
-        checkpoint["cross_sample_lif"] = True  # it does not record it
+    recorded = recorded_values(options, checkpoint, path) | (known or {})
+    checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
-    published = None
-    if released:
-        published = released.top1 if cfg.img_size == released.img_size else None
-        logger.info(
-            f"{path}: the release's {released.model} at {released.img_size}, {released.top1:.2f} % "
-            "in the paper; its authors withdrew that figure in May 2026, since one neuron mixes "
-            "the images of a batch (cross_sample_lif)"
-        )
     model, cross = load_model(cfg, options, data, ranks, cfg.num_classes, checkpoint, path)
-    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"), published)
+    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"))
 
 
-def md5(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def measure(tested: Tested, data) -> Metrics:
-    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint."""
+def measure(tested: Tested, data, **published) -> Metrics:
+    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint, with what was
+    `published` of it.
+    """
     cfg, ranks, path = tested.cfg, tested.ranks, tested.path
     dataset = data.build_dataset(cfg, False, ranks)
     weights = tested.model.state_dict()
@@ -338,9 +311,7 @@ def measure(tested: Tested, data) -> Metrics:
     )
     result = {"checkpoint": str(path), **metrics._asdict()}
     result |= {"cross_sample_lif": tested.cross_sample_lif, "input": data.input_shape(cfg)}
-    if tested.published is not None:
-        logger.info(f"top-1: measured {metrics.top1:.2f} %, published {tested.published:.2f} %")
-        result["published_top1"] = tested.published
+    result |= published
     ranks.from_main(lambda: write_result(path, result))
     return metrics
 
@@ -352,5 +323,6 @@ def load(options, data, path, device="cpu"):
     names of the classes or None). UserError as test.py has it.
     """
     settings = read_settings(options, ["--device", device])
-    tested = load_tested(settings, options, data, Ranks(settings.device, alone=True), Path(path))
+    ranks = Ranks(settings.device, alone=True)
+    tested = load_tested(settings, options, data, ranks, Path(path))
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

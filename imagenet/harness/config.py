@@ -136,12 +136,18 @@ class Key:
 
     def wanted(self):
         """What the value must be, in words."""
-        kind = self.kind[0] if isinstance(self.kind, list) else self.kind
-        text = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
-        text = text or ("a path" if kind is Path else "a word")
-        text += f" from {self.low} to {self.high}" if kind in (int, float) else ""
+        many = isinstance(self.kind, list)
+        kind = self.kind[0] if many else self.kind
+        names = {int: "whole number", float: "number", str: "word", Path: "path"}
+        text = "true or false" if kind is bool else f"a {names[kind]}"
+        if many:
+            counts = " to ".join(map(str, sorted({*self.length})))
+            text = f"{counts} {names[kind]}s"
+        if kind in (int, float):
+            text += f" from {self.low} to {self.high}"
         if self.choices:
-            text = "one of " + ", ".join(choice or "''" for choice in self.choices)
+            of = ", ".join(choice or "''" for choice in self.choices)
+            text = f"{text} of {of}" if many else f"one of {of}"
         text = self.words or text
         return f"{text}, or none" if self.null else text
 
@@ -432,8 +438,9 @@ def _parser(options, script, description):
         many = isinstance(key.kind, list)
         kind = key.kind[0] if many else key.kind
         choices = ("true", "false") if kind is bool else key.choices
-        default = key.default if many else [key.default]
-        shown = " ".join("none" if v is None else str(v).lower() for v in default or [])
+        default = key.default if isinstance(key.default, list) else [key.default]
+        default = ["none" if v is None else v for v in default]
+        shown = " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in default)
         helped = script is None or script in key.scripts
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
