@@ -53,7 +53,9 @@ class Trainer(Run):
         Returns images per second.
         """
         cfg, meter, optimizer = self.cfg, self.meter, self.optimizer
-        loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, self.ranks)
+        loader = data.train_loader(
+            cfg, self.train_set, self.epoch, meter.steps, self.ranks, self.seed
+        )
         autocast = make_autocast(cfg, self.ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]

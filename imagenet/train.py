@@ -82,7 +82,7 @@ class Trainer(Run):
         Returns images per second.
         """
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
-        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks)
+        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks, self.seed)
         batches, autocast = iter(loader), make_autocast(cfg, self.ranks)
         self.ddp.train()
         self.optimizer.zero_grad()

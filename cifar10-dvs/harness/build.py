@@ -4,8 +4,11 @@ A folder's own parts are handed in: `options`, its table of keys with its MODELS
 """
 
 import argparse
+import hashlib
 import math
+import os
 import re
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +99,7 @@ def convert_all(options, config, path):
             try:
                 found[names[spelled]] = options.KEYS[names[spelled]].convert(value)
             except ValueError as wanted:
-                said = f"damaged: its {spelled} is {str(value)[:50]!r}; it must be {wanted}"
+                said = f"damaged: its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
                 raise UserError(f"{path}: {said}") from None
     return found
 
@@ -221,6 +224,11 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
+        # PyTorch's own choice lies in a folder for all users, and what is in it is run.
+        private = Path.home() / ".cache" / "qkformer" / "inductor"
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            private.mkdir(0o700, parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private)
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
@@ -309,11 +317,18 @@ def measure(tested: Tested, data, **published) -> Metrics:
         f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
         f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
     )
-    result = {"checkpoint": str(path), **metrics._asdict()}
+    keys = ["model", "dataset", "data_path", "time_step", "use_ema", "amp", "amp_dtype", "eval_amp"]
+    result = {"checkpoint": str(path), "sha256": digest(path), **metrics._asdict()}
     result |= {"cross_sample_lif": tested.cross_sample_lif, "input": data.input_shape(cfg)}
+    result |= {"samples": len(dataset), **{name: getattr(cfg, name) for name in keys}}
     result |= published
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(options, data, path, device="cpu"):

@@ -132,6 +132,7 @@ class Run:
         self.global_batch = self.micro_batch * self.accum_iter
         self.steps = len(self.train_set) // self.global_batch
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if self.steps == 0:
             batch = f"batch_size {cfg.batch_size}"
@@ -207,6 +208,8 @@ class Run:
             "step": self.meter.steps,
             "loss_total": self.meter.total,
             "global_batch": self.global_batch,
+            "samples": len(self.train_set),
+            "seed": self.seed,
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
             "config": vars(self.cfg),
@@ -228,7 +231,14 @@ class Run:
         steps = number(checkpoint, "step", 0, path, low=0)
         if cfg.start_epoch is not None and self.start_again():
             self.epoch = cfg.start_epoch
+        elif steps and checkpoint.get("samples", len(self.train_set)) != len(self.train_set):
+            now = f"{checkpoint['samples']} training {self.samples}, now there are"
+            begins = f"epoch {self.epoch} begins again"
+            logger.info(f"warning: {path} is of {now} {len(self.train_set)}: {begins}")
         elif steps:
+            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
+            if self.seed != cfg.seed:
+                logger.info(f"seed {cfg.seed} counts from the next epoch on")
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             total = number(checkpoint, "loss_total", 0.0, path)
@@ -410,6 +420,7 @@ class Run:
             )
             self.meter = self.new_meter()
             self.epoch += 1
+            self.seed = cfg.seed
             self.epoch_done()
             self.save(*(["best.pth"] if is_best else []), "last.pth")
         if self.best >= 0:
