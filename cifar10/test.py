@@ -9,10 +9,6 @@ Usage:
     torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
-
 import data
 import options
 from harness.build import load_tested, measure

@@ -8,10 +8,6 @@ Usage:
     python train.py --resume auto                              # go on after a stop or a crash
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
-
 import torch
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy

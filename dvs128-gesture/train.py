@@ -8,10 +8,6 @@ Usage:
     python train.py --resume auto                # go on after a stop or a crash
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
-
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs

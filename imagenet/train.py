@@ -10,10 +10,6 @@ Usage:
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
-
 import contextlib
 import time
 from pathlib import Path
