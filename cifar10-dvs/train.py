@@ -9,6 +9,8 @@ Usage:
     python train.py --resume auto                # go on after a stop or a crash
 """
 
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
+
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs

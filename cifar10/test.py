@@ -9,6 +9,8 @@ Usage:
     torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
+
 import data
 import options
 from harness.build import load_tested, measure

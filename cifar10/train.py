@@ -7,6 +7,8 @@ Usage:
     python train.py --resume auto                              # go on after a stop or a crash
 """
 
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
+
 import torch
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy

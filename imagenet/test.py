@@ -10,6 +10,8 @@ Usage:
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth  # the same figures, sooner
 """
 
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
+
 import csv
 import io
 import os

@@ -10,6 +10,8 @@ Usage:
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
+
 import contextlib
 import time
 from pathlib import Path
