@@ -43,7 +43,9 @@ def test_kinds_of_checkpoints(tmp_path, image_data, capsys):
         for flags in (), ("--cross-sample-lif", "false"):
             flags = *NET, "--data-path", image_data, "--checkpoint", path, *flags
             text = call(cifar10.test.main, capsys, *flags)
-            results.append(json.loads((tmp_path / f"test-{name}.json").read_text()))
+            file = tmp_path / f"test-{name}.json"
+            results.append(json.loads(file.read_text()))
+            file.unlink()
             cross = results[-1]["cross_sample_lif"]
             assert f"cross_sample_lif: {str(cross).lower()}" in text
             assert ("warning" in text) == cross == (len(flags) < len(NET) + 6)
@@ -56,9 +58,13 @@ def test_semantics_rule():
     assert resolve_semantics("auto", None, None)[0] is False
     for recorded in (False, True):
         value, line = resolve_semantics("auto", {"cross_sample_lif": recorded}, "a.pth")
-        assert value is recorded and "a.pth records" in line
+        assert value is recorded and f"cross_sample_lif: {str(recorded).lower()}" in line
     value, line = resolve_semantics("auto", {"model": {}}, "a.pth")
-    assert value is True and line.startswith("warning: a.pth ") and "other images" in line
+    assert (
+        value is True
+        and line.startswith("warning: a.pth ")
+        and "set cross_sample_lif: false" in line
+    )
     for setting, value in (("true", True), ("false", False)):
         assert resolve_semantics(setting, None, None)[0] is value
         assert resolve_semantics(setting, {"model": {}}, "a.pth")[0] is value

@@ -54,7 +54,7 @@ def test_a_damaged_image_is_named(data, workers):
     bad.write_bytes(bad.read_bytes()[:-20])
     cfg, dataset = build(data, True, "--workers", workers)
     with pytest.raises(UserError, match=f"^{bad}: not a whole image") as error:
-        list(cifar10.data.train_loader(cfg, dataset, 0, 0, CPU))
+        list(cifar10.data.train_loader(cfg, dataset, 0, 0, CPU, 7))
     assert "\n" not in str(error.value)
 
 

@@ -75,7 +75,7 @@ def test_cifar_batches(tmp_path, monkeypatch):
     assert (
         torch.as_tensor(train_set[0][0]).dtype == torch.uint8
     )  # not yet normalised: mixup comes first
-    batches = list(cifar10.data.train_loader(cfg, train_set, 0, 0, CPU))
+    batches = list(cifar10.data.train_loader(cfg, train_set, 0, 0, CPU, 7))
     assert len(batches) == 5 and batches[0][0].shape == (8, 3, 32, 32)
     assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
 
@@ -113,7 +113,7 @@ def test_mixup_off_epoch_reaches_the_workers(workers):
     dataset = few_digits(cfg, 128)
 
     def targets_of(cfg, epoch):
-        return torch.cat([t for _, t in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU)])
+        return torch.cat([t for _, t in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU, 7)])
 
     def share_of_two_classes(targets):
         return ((targets > 0.011).sum(1) == 2).float().mean()
@@ -152,7 +152,7 @@ def test_batches_do_not_depend_on_what_came_before():
     state = torch.get_rng_state()
     runs = []
     for workers, first in ((0, 0), (2, 0), (1, 5)):
-        loader = cifar10.data.train_loader(resolve(*flags, workers), dataset, 1, first, CPU)
+        loader = cifar10.data.train_loader(resolve(*flags, workers), dataset, 1, first, CPU, 7)
         runs.append(list(loader))
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(runs[0], runs[1], strict=True):
