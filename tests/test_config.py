@@ -29,46 +29,15 @@ log_wandb
 """.split()
 
 # The published recipe, by the release's yml.
-PUBLISHED = """
-epochs: 400
-time_step: 4
-layer: 4
-dim: 384
-num_heads: 8
-patch_size: 4
-mlp_ratio: 4
-dataset: torch/cifar10
-img_size: 32
-mean: [0.4914, 0.4822, 0.4465]
-std: [0.2470, 0.2435, 0.2616]
-crop_pct: 1.0
-scale: [1.0, 1.0]
-ratio: [1.0, 1.0]
-color_jitter: 0.0
-interpolation: bicubic
-train_interpolation: bicubic
-aa: rand-m9-n1-mstd0.4-inc1
-mixup: 0.5
-mixup_prob: 1.0
-mixup_mode: batch
-mixup_switch_prob: 0.5
-cutmix: 0.0
-reprob: 0.25
-remode: const
-amp: true
-batch_size: 64
-val_batch_size: 64
-lr: 1e-3
-min_lr: 1e-5
-sched: cosine
-weight_decay: 6e-2
-cooldown_epochs: 10
-warmup_epochs: 20
-warmup_lr: 1e-5
-opt: adamw
-smoothing: 0.1
-workers: 8
-"""
+PUBLISHED = """{
+epochs: 400, time_step: 4, layer: 4, dim: 384, num_heads: 8, patch_size: 4, mlp_ratio: 4, dataset:
+torch/cifar10, img_size: 32, mean: [0.4914, 0.4822, 0.4465], std: [0.2470, 0.2435, 0.2616],
+crop_pct: 1.0, scale: [1.0, 1.0], ratio: [1.0, 1.0], color_jitter: 0.0, interpolation: bicubic,
+train_interpolation: bicubic, aa: rand-m9-n1-mstd0.4-inc1, mixup: 0.5, mixup_prob: 1.0,
+mixup_mode: batch, mixup_switch_prob: 0.5, cutmix: 0.0, reprob: 0.25, remode: const, amp: true,
+batch_size: 64, val_batch_size: 64, lr: 1e-3, min_lr: 1e-5, sched: cosine, weight_decay: 6e-2,
+cooldown_epochs: 10, warmup_epochs: 20, warmup_lr: 1e-5, opt: adamw, smoothing: 0.1, workers: 8
+}"""
 
 
 def read(*argv, folder=cifar10, script=None):
@@ -84,14 +53,12 @@ def test_published_recipe(tmp_path):
     assert (cfg.seed, cfg.mixup_off_epoch, cfg.drop_path, cfg.hflip) == (42, 0, 0.0, 0.5)
     assert (cfg.lr, cfg.weight_decay, cfg.cross_sample_lif) == (1e-3, 0.06, "auto")
     # the release's own file
-    more = "data_dir: /somewhere\nmixup_off_epoch: 200\ndepths: 4\nnum_classes: 10\n"
-    (tmp_path / "release.yml").write_text(PUBLISHED + more)
+    more = "data_dir: /somewhere, mixup_off_epoch: 200, depths: 4, num_classes: 10,"
+    (tmp_path / "release.yml").write_text(PUBLISHED.replace("{", "{" + more))
     settings = read("-c", tmp_path / "release.yml")
     assert (settings.mixup_off_epoch, settings.data_path) == (200, "/somewhere")
     assert (settings.num_classes, settings.name) == (10, "release")
-    assert len(settings.notes) == 1 and re.match(
-        r"release.yml, line \d+: depths", settings.notes[0]
-    )
+    assert len(settings.notes) == 1 and re.match(r"release.yml, line 1: depths", settings.notes[0])
 
 
 def test_every_name_of_the_release(tmp_path):
@@ -277,7 +244,7 @@ def test_help(folder, script, monkeypatch, capsys):
     assert end.value.code == 0 and text.isascii() and "-c FILE, --config FILE" in text
     groups = dict.fromkeys(options.KEYS[name].group for name in shown)
     assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == list(groups)
-    flags = re.findall(r"^  (?:-\w+ .+, )?--(\w+)(?: (.+?))?(?:  .*)?$", text, re.MULTILINE)
+    flags = re.findall(r"^  (?:-[\w-]+ .+, )?--(\w+)(?: (.+?))?(?:  .*)?$", text, re.MULTILINE)
     assert [name for name, _ in flags] == ["config", *shown]
     for (_, kind), name in zip(flags[1:], shown, strict=True):
         key = options.KEYS[name]

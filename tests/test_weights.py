@@ -67,10 +67,7 @@ def test_layouts(tmp_path):
 
 def test_damaged_weights(tmp_path):
     """An entry that is no finite number of a plain tensor is named."""
-    weights, path = (
-        small_model().state_dict(),
-        tmp_path / "a.pth",
-    )
+    weights, path = (small_model().state_dict(), tmp_path / "a.pth")
     name = "stage1.0.mlp.mlp1_bn.running_var"
     value = weights[name]
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
@@ -98,10 +95,7 @@ def test_damaged_weights(tmp_path):
 
 def test_flipped_bits(tmp_path):
     """A bit that flips in a file is never loaded as another weight."""
-    weights, path = (
-        small_model().state_dict(),
-        tmp_path / "a.pth",
-    )
+    weights, path = (small_model().state_dict(), tmp_path / "a.pth")
     torch.save({"model": weights}, path)
     whole, generator, loaded = path.read_bytes(), torch.Generator().manual_seed(0), 0
     for at in torch.randint(len(whole) * 8, (80,), generator=generator).tolist():
