@@ -14,6 +14,7 @@ compiled = pytest.mark.skipif(
     not cifar10.compiler.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 
+TORCH = "from torch import nn\n"
 CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
 BRANCH = "x = add(x, self.drop_path(getattr(self, self.attn)(x)))"
 MLP = "        self.mlp2_lif = lif()\n"  # the end of its __init__
@@ -124,6 +125,7 @@ EDITS = {
     "gate": (  # whole numbers at first
         None,
         [
+            (TORCH, "import torch\n" + TORCH),
             (
                 "self.drop_path = DropPath(drop_path)",
                 "self.drop_path = DropPath(drop_path)\n        self.gate = "
@@ -134,7 +136,7 @@ EDITS = {
     ),
     "residual by AND": (None, [(BRANCH, "x = x * (1 - getattr(self, self.attn)(x))")]),
     "analog mask": (None, [(MASK, MASK.replace(", mask", ", 0.3 * mask"))]),
-    "counts as mask": (None, [(MASK, MASK.replace(", mask", ", q.mean(2, keepdim=True)"))]),
+    "counts as mask": (None, [(MASK, MASK.replace(", mask", ", q.mean(3, keepdim=True)"))]),
     "attention": (
         None,
         [
@@ -154,7 +156,7 @@ EDITS = {
     "stage": (
         None,
         [
-            ("import timm.layers\n", "import timm.layers\nimport torch\n"),
+            (TORCH, "import torch\n" + TORCH),
             (
                 "        self.reset_classifier(num_classes)",
                 "        self.patch_embed4 = SPEDS(2 * embed_dims, lif)\n"

@@ -95,19 +95,13 @@ def observed():
         return ""
     if torch.compiler.is_compiling():
         return None
-    if (
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-    ):
+    before = hooks._global_forward_pre_hooks
+    if before or hooks._global_forward_hooks or hooks._global_backward_hooks:
         return "hooks on all modules are set"
     for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
         # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
-        if (
-            mode is not None
-            and not isinstance(mode, DeviceContext)
-            and not getattr(mode, "counts_kernels", False)
-        ):
+        known = mode is None or isinstance(mode, DeviceContext)
+        if not known and not getattr(mode, "counts_kernels", False):
             return f"{type(mode).__name__} looks at each operation"
     return None
 
