@@ -220,21 +220,24 @@ rm $source && cp $kept $made
 """
 
 
-@functools.cache
 def compiler():
-    """For CXX, so that each of the runs here need not compile the same kernels."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)
+    """For CXX, so that no other of the processes here compiles the same kernels."""
+    folder, process = tempfile.mkdtemp(), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder) if os.getpid() == process else None)
     path = Path(folder, "compiler")
     path.write_text(COMPILER)
     path.chmod(0o700)
     return str(path)
 
 
+if "CXX" not in os.environ:  # which the workers of xdist, and what they start, inherit
+    os.environ["CXX"] = compiler()
+
+
 def environment():
-    """Of a script's run: threads, since with others sums round otherwise, and a quick compiler."""
+    """Of a script's run: threads, since with others sums round otherwise."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    return {**os.environ, **env, "CXX": compiler()}
+    return {**os.environ, **env}
 
 
 @functools.cache

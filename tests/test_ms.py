@@ -17,12 +17,13 @@ lif = cifar10.neuron
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_golden_cifar10(fused):
+    """With the steps of an optimizer where it runs fused."""
     golden = Golden("cifar10-ms")
 
     def build():
         return timm.create_model("MSQKFormer", T=golden.meta["T"], fused=fused)
 
-    check_golden(golden, build, lif.MultiStepLIF, "per_sample", fused, True)
+    check_golden(golden, build, lif.MultiStepLIF, "per_sample", fused, fused)
 
 
 @pytest.mark.parametrize(
