@@ -110,7 +110,10 @@ class Run:
         if start.resumed:
             check_classes(start.checkpoint, start.path, self.classes)
         weights = start.checkpoint, start.path
-        self.model, self.cross_sample_lif = load_model(
+        shape = " x ".join(map(str, data.input_shape(cfg)))
+        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} test {self.samples}"
+        logger.info(f"data: {cfg.dataset}, {sizes} of {len(self.classes)} classes, {shape}")
+        self.model, self.cross_sample_lif, self.semantics = load_model(
             cfg, options, data, ranks, num_classes, *weights, new_head=not start.resumed
         )
         if getattr(cfg, "sync_bn", False) and ranks.world_size > 1 and ranks.device.type == "cuda":
@@ -159,16 +162,14 @@ class Run:
     def say(self):
         """The first lines of a run, for a person."""
         cfg, ranks = self.cfg, self.ranks
-        shape = " x ".join(map(str, self.data.input_shape(cfg)))
         batch = f"batch_size {cfg.batch_size}"
         batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
         batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         for line in (
-            f"data: {cfg.dataset}, {len(self.train_set):,} training and {len(self.test_set):,} "
-            f"test {self.samples} of {len(self.classes)} classes, {shape}",
             f"network: {cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters, on "
             f"{ranks.device}",
-            f"training: {self.num_epochs} epochs of {self.steps} steps, {self.global_batch} "
+            self.semantics,
+            f"training: {self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps, {self.global_batch} "
             f"{self.samples} a step ({batch}), learning rate {self.course()}",
             f"writing to {typed(self.folder)}",
         ):
