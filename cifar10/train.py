@@ -7,9 +7,7 @@ Usage:
     python train.py --resume auto                              # go on after a stop or a crash
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import torch
 from timm.data.random_erasing import RandomErasing

@@ -10,9 +10,7 @@ Usage:
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import contextlib
 import time

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import reprlib
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,11 +225,12 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
-        # PyTorch's own choice lies in a folder for all users, and what is in it is run.
-        private = Path.home() / ".cache" / "qkformer" / "inductor"
         if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            private.mkdir(0o700, parents=True, exist_ok=True)
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private)
+            # PyTorch's own choice lies in a folder of all users, and what is in it is run.
+            home = os.path.expanduser("~/.cache/qkformer")
+            private = home if os.access(os.path.expanduser("~"), os.W_OK) else tempfile.mkdtemp()
+            os.makedirs(private, 0o700, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = private
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model

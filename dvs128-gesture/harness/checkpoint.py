@@ -122,8 +122,8 @@ def read_file(path):
 
 
 def check_records(archive, path):
-    """UserError for what torch.save never writes, before anything is read: compressed records, of any
-    size, folders, whose content torch.load leaves out, and names that are there twice.
+    """UserError for what torch.save never writes, before anything is read: compressed records, of
+    any size, folders, whose content torch.load leaves out, and names that are twice there.
     """
     records = archive.infolist()
     for record in records:

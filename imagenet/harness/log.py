@@ -13,7 +13,7 @@ logger = logging.getLogger("qkformer")
 
 
 class Plain(logging.Formatter):
-    """One line of text: what names of files, classes and keys could make a terminal do is escaped."""
+    """One line of text: what a name in it could make a terminal do is escaped."""
 
     def format(self, record):
         return escaped(record.getMessage())
