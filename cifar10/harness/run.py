@@ -368,7 +368,7 @@ class Run:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
 
         def open_files():
-            write_args(self.folder, vars(cfg), self.classes)
+            write_args(self.folder, {**vars(cfg), "resume": None}, self.classes)
             self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
 
         ranks.from_main(open_files)
