@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness.engine import make_autocast, progress
+from harness.runs import shown
+from harness.runtime import logger
 from torch.utils.data import Dataset, Subset
 
 import data
 from harness.config import UserError
-from harness.engine import make_autocast, progress
 from harness.firing import stage_of
-from harness.runs import shown
-from harness.runtime import logger
 
 TILE = 72  # pixels of a tile's longer side, at least
 COLUMNS = 600  # of a raster, at most
