@@ -115,8 +115,8 @@ AUGMENTATION = {
         "strength of colour jitter, which only a run without aa has", null=True, low=0, high=10),
     "aa": TrainKey(str, "rand-m9-n1-mstd0.4-inc1",
         "policy of timm's automatic augmentation; none turns it off", null=True,
-        pattern=r"rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-t(weights|3aw?))*|"
-        r"augmix(-(m|w|d|a|b|mstd)[0-9.]+)*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
+        pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
+        r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
     "train_interpolation": TrainKey(str, "bicubic", "interpolation in training",
         choices=("bicubic", "bilinear", "nearest", "lanczos", "random")),

@@ -10,12 +10,11 @@ Usage:
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth  # the same figures, sooner
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import torch

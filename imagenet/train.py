@@ -10,9 +10,7 @@ Usage:
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import contextlib
 import time
@@ -82,7 +80,7 @@ class Trainer(Run):
         Returns images per second.
         """
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
-        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks)
+        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks, self.seed)
         batches, autocast = iter(loader), make_autocast(cfg, self.ranks)
         self.ddp.train()
         self.optimizer.zero_grad()

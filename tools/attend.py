@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness.engine import make_autocast, progress
+from harness.runs import shown
+from harness.runtime import logger
 from torch.utils.data import Dataset, Subset
 
 import data
 from harness.config import UserError
-from harness.engine import make_autocast, progress
 from harness.firing import stage_of
-from harness.runs import shown
-from harness.runtime import logger
 
 TILE = 72  # pixels of a tile's longer side, at least
 COLUMNS = 600  # of a raster, at most
@@ -111,8 +111,7 @@ class Probe:
         kinds = [kind for kind in ("q", "k", "v") if (stage, kind) in self.seen]
         spikes = {kind: self.seen[stage, kind][:, 0].unflatten(1, (heads, -1)) for kind in kinds}
         if "v" not in spikes:
-            # [T, H, W, heads, channels], of one channel or of one token
-            spikes["mask"] = self.seen[stage, "attn"][:, 0].movedim((3, 4), (1, 2))
+            spikes["mask"] = self.seen[stage, "attn"][:, 0]  # of one channel or of one token
         return {kind: value.numpy() for kind, value in spikes.items()}
 
 

@@ -4,8 +4,12 @@ A folder's own parts are handed in: `options`, its table of keys with its MODELS
 """
 
 import argparse
+import hashlib
 import math
+import os
 import re
+import reprlib
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +100,7 @@ def convert_all(options, config, path):
             try:
                 found[names[spelled]] = options.KEYS[names[spelled]].convert(value)
             except ValueError as wanted:
-                said = f"damaged: its {spelled} is {str(value)[:50]!r}; it must be {wanted}"
+                said = f"damaged: its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
                 raise UserError(f"{path}: {said}") from None
     return found
 
@@ -221,6 +225,12 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            # PyTorch's own choice lies in a folder of all users, and what is in it is run.
+            home = os.path.expanduser("~/.cache/qkformer")
+            private = home if os.access(os.path.expanduser("~"), os.W_OK) else tempfile.mkdtemp()
+            os.makedirs(private, 0o700, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = private
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
@@ -237,7 +247,7 @@ def layout(cfg, ranks):
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
-    """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
+    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why).
 
     With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
     line says so.
@@ -257,8 +267,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
         logger.info(f"{path}: {head}")
     if weights:
         load_weights(model, weights, path)
-    logger.info(semantics)
-    return model, cross_sample_lif
+    return model, cross_sample_lif, semantics
 
 
 def check_classes(checkpoint, path, classes):
@@ -290,7 +299,10 @@ def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested
     recorded = recorded_values(options, checkpoint, path) | (known or {})
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
-    model, cross = load_model(cfg, options, data, ranks, cfg.num_classes, checkpoint, path)
+    model, cross, semantics = load_model(
+        cfg, options, data, ranks, cfg.num_classes, checkpoint, path
+    )
+    logger.info(semantics)
     return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"))
 
 
@@ -310,11 +322,18 @@ def measure(tested: Tested, data, **published) -> Metrics:
         f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
         f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
     )
-    result = {"checkpoint": str(path), **metrics._asdict()}
+    keys = ["model", "dataset", "data_path", "time_step", "use_ema", "amp", "amp_dtype", "eval_amp"]
+    result = {"checkpoint": str(path), "sha256": digest(path), **metrics._asdict()}
     result |= {"cross_sample_lif": tested.cross_sample_lif, "input": shape}
+    result |= {"samples": len(dataset), **{name: getattr(cfg, name) for name in keys}}
     result |= published
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(options, data, path, device="cpu"):

@@ -1,6 +1,7 @@
 """Batches of a data set: their share for each rank, made by worker processes."""
 
 import atexit
+import hashlib
 import multiprocessing
 import os
 import re
@@ -110,11 +111,13 @@ def end_workers():
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
-    """[(indices, seed)], this rank's batches of an epoch, in the random order of seed + epoch.
+    """[(indices, seed)], this rank's batches of an epoch, in an order of this seed and epoch alone.
 
     Samples at the end that do not fill a batch on every rank are dropped.
     """
-    generator = torch.Generator().manual_seed(seed + epoch)
+    # Hashed, for seed + epoch would give the epochs of seed 43 to seed 42, one later.
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     steps, many = size // (batch_size * ranks.world_size), ranks.world_size
     order = torch.randperm(size, generator=generator)[: steps * batch_size * many]
     order = order.view(steps, batch_size, many)[:, :, ranks.rank].tolist()
