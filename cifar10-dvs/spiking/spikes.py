@@ -79,8 +79,9 @@ def masked(x, mask):
     known = largest(x), largest(mask)
     if known == (None, None):
         return plain.masked(x, mask)
-    out = Product.apply(torch.mul, x.unflatten(2, (mask.shape[2], -1)), mask)
-    return mark(out, None if None in known else known[0] * known[1]).flatten(2, 3)
+    x = x.movedim(2, 4).unflatten(4, (mask.shape[2], -1))  # so that gradients have channels last
+    out = Product.apply(torch.mul, x, mask.movedim((2, 3), (4, 5)))
+    return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
 
 
 class Product(torch.autograd.Function):
@@ -99,6 +100,7 @@ class Product(torch.autograd.Function):
         layout = torch.contiguous_format if ctx.operator is torch.matmul else torch.preserve_format
         a, b = (x.to(grad.dtype, memory_format=layout) for x in ctx.saved_tensors)
         if ctx.operator is torch.matmul:
+            grad = grad.contiguous()
             grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
         else:
             grad_a, grad_b = grad * b, grad * a
