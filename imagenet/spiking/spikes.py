@@ -100,7 +100,6 @@ class Product(torch.autograd.Function):
         layout = torch.contiguous_format if ctx.operator is torch.matmul else torch.preserve_format
         a, b = (x.to(grad.dtype, memory_format=layout) for x in ctx.saved_tensors)
         if ctx.operator is torch.matmul:
-            grad = grad.contiguous()
             grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
         else:
             grad_a, grad_b = grad * b, grad * a
