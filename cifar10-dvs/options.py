@@ -13,7 +13,6 @@ DEFAULT_CONFIG = "cifar10-dvs.yml"
 DATA_SET = "event data"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model,) for name in file.__all__}
-RELEASED = {}  # {MD5 of a file of the release: what it does not record}
 
 # fmt: off
 MODEL = {
@@ -28,8 +27,7 @@ MODEL = {
         low=0.1, high=64, fixed=same),
     "attention": NetworkKey([str], ["token", "ssa"],
         "attention of each stage: token, channel or ssa",
-        choices=("token", "channel", "ssa"), length=(2, 2),
-        words="2 words, for each stage token, channel or ssa, as in token ssa", fixed=ssa_stages),
+        choices=("token", "channel", "ssa"), length=(2, 2), fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block",
         low=0, high=0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
@@ -58,7 +56,7 @@ MODEL = {
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=2,
-        length=(0, 2), words="numbers of stages from 1 to 2, as in 1 2"),
+        length=(0, 2)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
         "rank 0 (broadcast) or the mean over the ranks (reduce)",
@@ -96,8 +94,7 @@ AUGMENTATION = {
         low=0, high=100),
     "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares of "
         "the image; turns cutmix on, without its Beta distribution", null=True, low=0, high=1,
-        length=(2, 2), rising=True,
-        words="2 numbers from 0 to 1, the smallest and the largest share, as in 0.2 0.8"),
+        length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 0.5, "probability that a batch is mixed, by mixup or cutmix",
         low=0, high=1),
     "mixup_switch_prob": TrainKey(float, 0.5,
@@ -118,8 +115,7 @@ OPTIMISATION = {
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", null=True,
         low=0, high=1),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
-        null=True, low=0, high=0.999999, length=(2, 2),
-        words="2 numbers from 0 to 0.999999, as in 0.9 0.999"),
+        null=True, low=0, high=0.999999, length=(2, 2)),
     "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one",
         low=0, high=0.999999),
     "weight_decay": TrainKey(float, 0.06, "weight decay, of all but biases and 1-D parameters",
@@ -139,8 +135,7 @@ OPTIMISATION = {
     "decay_rate": TrainKey(float, 0.1, "factor of one step of the step schedule", low=0, high=1),
     "lr_noise": TrainKey([float], None,
         "shares of the epochs at which noise of the learning rate begins and ends", null=True,
-        low=0, high=1, length=(1, 2), rising=True,
-        words="1 or 2 numbers from 0 to 1, the begin and the end, as in 0.4 0.9"),
+        low=0, high=1, length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of the learning rate's noise, as a share of it",
         low=0, high=10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of the learning rate's noise",

@@ -172,7 +172,7 @@ def make_loader(cfg, dataset, collate, batches, ranks):
     return PrefetchLoader(loader, cfg.mean, cfg.std, channels=channels, device=ranks.device)
 
 
-def train_loader(cfg, dataset, epoch, first_step, ranks):
+def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
     """Normalised images and targets of an epoch from step `first_step` on.
 
     With mixup or cutmix in the recipe, targets are soft, and stay smoothed from mixup_off_epoch on.
@@ -191,7 +191,7 @@ def train_loader(cfg, dataset, epoch, first_step, ranks):
             num_classes=cfg.num_classes or len(dataset.classes),
         )
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
-    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     return make_loader(cfg, dataset, collate, batches[first_step:], ranks)
 
 

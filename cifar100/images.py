@@ -7,7 +7,6 @@ dropped, and a photo is not turned as its EXIF data says.
 
 import io
 import os
-import re
 import stat
 from pathlib import Path
 
@@ -20,12 +19,6 @@ from harness.log import UserError
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
-# JPEG: the start of an image; a marker, other than those within a scan's data; the codes of a scan
-# and of the image's end; those that begin a segment with its length.
-SOI, SOS, EOI = b"\xff\xd8", 0xDA, 0xD9
-MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
-SEGMENTS = {*range(0xC0, 0xD0), *range(SOS, 0xF0), 0xFE} - {0xC8}
-
 
 class BadImage(UserError):
     """A file that is not a whole image."""
@@ -34,24 +27,6 @@ class BadImage(UserError):
 def printable(path):
     """The path as text that any terminal takes: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def jpeg_fault(data):
-    """What is wrong with a JPEG's segments, or None. The decoder takes missing data for grey.
-
-    Segments are skipped by their lengths, so a thumbnail in one of them does not count. Neither
-    does what follows the end.
-    """
-    at, scans = len(SOI), 0
-    while marker := MARKER.search(data, at):
-        code, at = marker[1][0], marker.end()
-        if code == EOI:
-            return None if scans else "a JPEG without a scan"
-        if code not in SEGMENTS:
-            return f"a JPEG with an illegal marker, FF {code:02X}"
-        scans += code == SOS
-        at += int.from_bytes(data[at : at + 2], "big")
-    return "a JPEG without an end"
 
 
 def to_rgb(image):
@@ -78,7 +53,9 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":  # its checksums, which decoding leaves out
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
-        fault = jpeg_fault(data) if data.startswith(SOI) else None
+        # Decoders take missing data for grey: the end of a JPEG comes after its last scan's start.
+        short = image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+        fault = "a JPEG without an end" if short else None
         image = None if fault else decode(image, data)
     except UnidentifiedImageError:
         fault = "unknown format"
@@ -91,25 +68,22 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
 
 
 def list_images(folder):
-    """Paths of the images in a folder and below it, in order. Links count, hidden names do not."""
-    found, folders = [], [(os.fspath(folder), frozenset())]
-    try:
-        while folders:
-            place, above = folders.pop()
-            status = os.stat(place)
-            here = status.st_dev, status.st_ino
-            if here in above:
-                raise UserError(f"{printable(place)}: a link to a folder that it is in; remove it")
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        folders.append((entry.path, above | {here}))
-                    elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                        found.append(entry.path)
-    except OSError as error:
-        raise UserError(f"{printable(error.filename)}: can't be read ({error.strerror})") from None
+    """Paths of the images in a folder and below it, in order. Links count, hidden names do not; a
+    folder counts once, however many links lead to it.
+    """
+
+    def fail(error):
+        raise UserError(f"{printable(error.filename)}: can't be read ({error.strerror})")
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+        found += [os.path.join(place, name) for name in names]
     return sorted(found, key=os.path.split)
 
 

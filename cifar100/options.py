@@ -15,7 +15,6 @@ DEFAULT_CONFIG = "cifar100.yml"
 DATA_SET = "CIFAR"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
-RELEASED = {}  # {MD5 of a file of the release: what it does not record}
 DATASET = "torch/cifar100"
 NUM_CLASSES = 100
 
@@ -36,7 +35,6 @@ MODEL = {
     "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
         length=(3, 3),
-        words="3 words, for each stage token, channel or ssa, as in token token ssa",
         fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block", null=True,
         low=0, high=0.99),
@@ -66,7 +64,7 @@ MODEL = {
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
-        length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),
+        length=(0, 3)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
         "rank 0 (broadcast) or the mean over the ranks (reduce)",
@@ -87,15 +85,12 @@ DATA = {
     "img_size": Key(int, 32, "height and width of the network's input", low=4, high=4096),
     "input_size": Key([int], None,
         "channels, height and width of the network's input, instead of img_size", null=True,
-        low=1, high=4096, length=(3, 3), words="3 whole numbers, the channels, height and width, "
-        "as in 3 32 32 (img_size takes one)"),
+        low=1, high=4096, length=(3, 3)),
     "mean": Key([float], [0.4914, 0.4822, 0.4465],
-        "mean of each colour channel, for pixels from 0 to 1", low=0, high=1, length=(3, 3),
-        words="3 numbers from 0 to 1, one per colour channel, as in 0.49 0.48 0.45"),
+        "mean of each colour channel, for pixels from 0 to 1", low=0, high=1, length=(3, 3)),
     "std": Key([float], [0.2470, 0.2435, 0.2616],
         "standard deviation of each colour channel, for pixels from 0 to 1", low=1e-6, high=10,
-        length=(3, 3),
-        words="3 numbers above 0 and up to 10, one per colour channel, as in 0.25 0.24 0.26"),
+        length=(3, 3)),
     "crop_pct": Key(float, 1.0, "share of the image's side that a test keeps, in its centre",
         low=0.01, high=1),
     "interpolation": Key(str, "bicubic", "interpolation in testing",
@@ -112,19 +107,17 @@ AUGMENTATION = {
     "no_aug": TrainKey(bool, False, "no augmentation but mixup and cutmix"),
     "scale": TrainKey([float], [1.0, 1.0],
         "smallest and largest share of the area that the random crop keeps", low=0.01, high=1,
-        length=(2, 2), rising=True,
-        words="2 numbers from 0.01 to 1, the smallest and the largest share, as in 0.8 1"),
+        length=(2, 2), rising=True),
     "ratio": TrainKey([float], [1.0, 1.0], "smallest and largest aspect of the random crop",
-        low=0.01, high=100, length=(2, 2), rising=True,
-        words="2 numbers from 0.01 to 100, the smallest and the largest aspect, as in 0.75 1.33"),
+        low=0.01, high=100, length=(2, 2), rising=True),
     "hflip": TrainKey(float, 0.5, "probability of a horizontal flip", low=0, high=1),
     "vflip": TrainKey(float, 0.0, "probability of a vertical flip", low=0, high=1),
     "color_jitter": TrainKey(float, 0.0,
         "strength of colour jitter, which only a run without aa has", null=True, low=0, high=10),
     "aa": TrainKey(str, "rand-m9-n1-mstd0.4-inc1",
         "policy of timm's automatic augmentation; none turns it off", null=True,
-        pattern=r"rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-t(weights|3aw?))*|"
-        r"augmix(-(m|w|d|a|b|mstd)[0-9.]+)*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
+        pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
+        r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
     "train_interpolation": TrainKey(str, "bicubic", "interpolation in training",
         choices=("bicubic", "bilinear", "nearest", "lanczos", "random")),
@@ -134,8 +127,7 @@ AUGMENTATION = {
         low=0, high=100),
     "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares of "
         "the image; turns cutmix on, without its Beta distribution", null=True, low=0, high=1,
-        length=(2, 2), rising=True,
-        words="2 numbers from 0 to 1, the smallest and the largest share, as in 0.2 0.8"),
+        length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 1.0, "probability that a batch is mixed, by mixup or cutmix",
         low=0, high=1),
     "mixup_switch_prob": TrainKey(float, 0.5,
@@ -161,8 +153,7 @@ OPTIMISATION = {
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", null=True,
         low=0, high=1),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
-        null=True, low=0, high=0.999999, length=(2, 2),
-        words="2 numbers from 0 to 0.999999, as in 0.9 0.999"),
+        null=True, low=0, high=0.999999, length=(2, 2)),
     "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one",
         low=0, high=0.999999),
     "weight_decay": TrainKey(float, 6e-2, "weight decay, of all but biases and 1-D parameters",
@@ -186,8 +177,7 @@ OPTIMISATION = {
     "decay_rate": TrainKey(float, 0.1, "factor of one step of the step schedule", low=0, high=1),
     "lr_noise": TrainKey([float], None,
         "shares of the epochs at which noise of the learning rate begins and ends", null=True,
-        low=0, high=1, length=(1, 2), rising=True,
-        words="1 or 2 numbers from 0 to 1, the begin and the end, as in 0.4 0.9"),
+        low=0, high=1, length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of the learning rate's noise, as a share of it",
         low=0, high=10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of the learning rate's noise",

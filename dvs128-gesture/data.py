@@ -183,12 +183,12 @@ class Loader:
             )
 
 
-def train_loader(cfg, dataset, epoch, first_step, ranks):
+def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
     """The batches of an epoch from step `first_step` on.
 
     Workers are started again each epoch, since a running one would not learn that mixup is off.
     """
-    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     collate = Collate(cfg, True, len(dataset.classes), epoch)
     return Loader(cfg, dataset, collate, batches[first_step:], ranks)
 

@@ -10,9 +10,7 @@ Usage:
     torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import data
 import options

@@ -8,9 +8,7 @@ Usage:
     python train.py --resume auto                # go on after a stop or a crash
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -47,7 +45,9 @@ class Trainer(Run):
         Returns samples per second.
         """
         cfg, meter, optimizer = self.cfg, self.meter, self.optimizer
-        loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, self.ranks)
+        loader = data.train_loader(
+            cfg, self.train_set, self.epoch, meter.steps, self.ranks, self.seed
+        )
         autocast = make_autocast(cfg, self.ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]
@@ -62,12 +62,11 @@ class Trainer(Run):
             if self.ema:
                 self.ema.update(self.model)
             self.point("lr", lr, step - 1)
-            meter.update(loss, self.stop or loader.loader.fault)
+            meter.update(loss, self.stop)
             bar.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
-        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     # Copied from cifar10/train.py

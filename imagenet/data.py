@@ -227,12 +227,12 @@ def make_mixup(cfg, classes):
     )
 
 
-def train_loader(cfg, dataset, epoch, first_step, ranks):
+def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
     """The micro-steps of an epoch from the optimizer's `first_step` on.
 
     Those at the end that make no whole step are left out.
     """
-    batches = train_batches(len(dataset), cfg.batch_size, cfg.seed, epoch, ranks)
+    batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
     batches = batches[first_step * cfg.accum_iter : whole]
     return Loader(cfg, dataset, default_collate, batches, ranks, len(dataset.classes))

@@ -10,7 +10,6 @@ transform of a PIL image to its input, the names of the classes. The others are 
 registered with timm: QKFormer_10_384, _512 and _768, and the same of MSQKFormer.
 """
 
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -20,6 +19,6 @@ dependencies = ["torch", "timm", "spikingjelly"]
 spec = importlib.util.spec_from_file_location("hub", HERE / "harness" / "hub.py")
 hub = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hub)
-build, options, data = hub.import_folder(HERE, "harness.build", "options", "data")
-load = functools.partial(build.load, options, data)
+released, options = hub.import_folder(HERE, "released", "options")
+load = released.load
 globals().update(options.MODELS)

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import model
 import ms
-from harness.build import Released, learns_tau, ssa_stages
+from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, grouped, same
 
 DEFAULT_CONFIG = "imagenet.yml"
 DATA_SET = "ImageNet"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
-# {MD5: one of the release's five}. The batch of the others is recorded nowhere.
-RELEASED = {
-    "60df416983ae326bb14bdb4566444320": Released("QKFormer_10_384", 224, 78.80, 32),
-    "85dd1f94c87ba5ec908fed5d0a3f7f69": Released("QKFormer_10_512", 224, 82.04, 32),
-    "dc1595408ed1bd40346be2bdaf5015d5": Released("QKFormer_10_768", 224, 84.22, 24),
-    "ba20af8eb450d4ec9c71009fde8e7125": Released("QKFormer_10_768", 288, 85.25, None),
-    "99a671118f67a680aa38b6ac5aae449a": Released("QKFormer_10_768", 384, 85.65, None),
-}
 
 # fmt: off
 MODEL = {
@@ -42,7 +34,6 @@ MODEL = {
     "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
         length=(3, 3),
-        words="3 words, for each stage token, channel or ssa, as in token token ssa",
         fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "rate of stochastic depth at the last block", null=True,
         low=0, high=0.99),
@@ -72,7 +63,7 @@ MODEL = {
         "train without"),
     "checkpoint_stages": TrainKey([int], [],
         "stages that are computed again in the backward pass, to save memory", low=1, high=3,
-        length=(0, 3), words="numbers of stages from 1 to 3, as in 1 2"),
+        length=(0, 3)),
     "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
@@ -103,8 +94,8 @@ AUGMENTATION = {
         "strength of colour jitter, which only a run without aa has", null=True, low=0, high=10),
     "aa": TrainKey(str, "rand-m9-mstd0.5-inc1",
         "policy of timm's automatic augmentation; none turns it off", null=True,
-        pattern=r"rand(-(m|n|p|mstd|mmax|inc)[0-9.]+|-t(weights|3aw?))*|"
-        r"augmix(-(m|w|d|a|b|mstd)[0-9.]+)*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
+        pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
+        r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
     "mixup": TrainKey(float, 0.0, "alpha of the mixup Beta distribution; 0 turns mixup off",
         low=0, high=100),
@@ -112,8 +103,7 @@ AUGMENTATION = {
         low=0, high=100),
     "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares of "
         "the image; turns cutmix on, without its Beta distribution", null=True, low=0, high=1,
-        length=(2, 2), rising=True,
-        words="2 numbers from 0 to 1, the smallest and the largest share, as in 0.2 0.8"),
+        length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 1.0, "probability that a batch is mixed, by mixup or cutmix",
         low=0, high=1),
     "mixup_switch_prob": TrainKey(float, 0.5,

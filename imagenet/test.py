@@ -10,24 +10,25 @@ Usage:
     torchrun --nproc_per_node=8 test.py --checkpoint hst_10_384.pth  # the same figures, sooner
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import csv
+import io
+import os
 from pathlib import Path
 
 import torch
 
 import data
 import options
-from harness.build import load_tested, measure
 from harness.config import read_settings
+from harness.folder import write_whole
 from harness.graph import graphed
 from harness.log import UserError, logger, progress
 from harness.meters import make_autocast
 from harness.process import run
 from harness.run import enter
+from released import load_released, measure_released
 
 
 @torch.inference_mode()
@@ -100,15 +101,12 @@ def write_predictions(path, rows, column):
     """
     columns = ["class", "probability", *([column] if column else [])]
     top = (len(rows[0]) - 1) // len(columns)
-    temporary = path.with_name(path.name + ".tmp")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))])
+    writer.writerows(rows)
     try:
-        with open(temporary, "w", newline="", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))]
-            )
-            writer.writerows(rows)
-        os.replace(temporary, path)
+        write_whole(path, text.getvalue().encode(errors="surrogateescape"))
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from None
     logger.info(f"{len(rows)} images: {path}")
@@ -120,11 +118,11 @@ def main(argv=None):
     if settings.predict:
         predictions = Path(settings.predictions)
         ranks.from_main(lambda: check_predictions(predictions))
-    tested = load_tested(settings, options, data, ranks)
-    cfg = tested.cfg
-    if not cfg.predict:
-        measure(tested, data)
+    if not settings.predict:
+        measure_released(settings, ranks)
         return 0
+    tested, _ = load_released(settings, ranks)
+    cfg = tested.cfg
     classes = tested.model.num_classes
     column, names = class_names(cfg, tested.classes, classes)
     rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)

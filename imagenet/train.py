@@ -10,9 +10,7 @@ Usage:
 python -m torch.distributed.launch and srun (one task a GPU) work as torchrun does.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
+import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
 import contextlib
 import time
@@ -25,12 +23,12 @@ from timm.utils import random_seed
 import data
 import optim
 import options
-from harness.build import load_tested, measure
 from harness.config import read_settings
 from harness.log import UserError, logger
 from harness.meters import Progress, make_autocast
 from harness.process import run
 from harness.run import Run, begin, enter
+from released import measure_released
 
 
 class Trainer(Run):
@@ -82,7 +80,7 @@ class Trainer(Run):
         Returns images per second.
         """
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
-        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks)
+        loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks, self.seed)
         batches, autocast = iter(loader), make_autocast(cfg, self.ranks)
         self.ddp.train()
         self.optimizer.zero_grad()
@@ -93,13 +91,12 @@ class Trainer(Run):
             optim.set_lr(self.optimizer, lr)
             self.point("lr", lr, step)
             loss = self.train_step(batches, autocast)
-            meter.update(loss, self.stop or loader.loader.fault)
+            meter.update(loss, self.stop)
             if bar.show(step + 1, lr) and step + 1 < self.steps:
                 self.save_within_epoch()
             if meter.stop:
                 break
         meter.flush()
-        self.fault = loader.loader.fault
         return bar.speed(meter.steps)
 
     def save_within_epoch(self):
@@ -130,7 +127,7 @@ def main(argv=None):
         path = settings.finetune if settings.resume in (None, "auto") else settings.resume
         if path is None:
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
-        measure(load_tested(settings, options, data, enter(settings), Path(path)), data)
+        measure_released(settings, enter(settings), Path(path))
         return 0
     if settings.start_epoch and not (settings.finetune or settings.resume):
         without = "but neither finetune nor resume names weights to go on from"

@@ -6,8 +6,10 @@ A folder's own parts are handed in: `options`, its table of keys with its MODELS
 import argparse
 import hashlib
 import math
+import os
 import re
-from collections import Counter
+import reprlib
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,24 +26,13 @@ from .log import UserError, logger, typed
 from .meters import Metrics, evaluate, make_autocast
 from .process import Ranks
 
-KEYWORDS = {  # {key: the models' keyword}
-    "time_step": "T",
-    "patch_size": "patch_size",
-    "dim": "embed_dims",
-    "num_heads": "num_heads",
-    "mlp_ratio": "mlp_ratios",
-    "layer": "depths",
-    "attention": "attention",
-    "drop_path": "drop_path",
-    "checkpoint_stages": "checkpoint_stages",
-    "neuron": "neuron",
-    "tau": "tau",
-    "v_threshold": "v_threshold",
-    "surrogate_alpha": "surrogate_alpha",
-    "backend": "backend",
-    "fused": "fused",
-    "byte_spikes": "byte_spikes",
-}
+# {key: the models' keyword}
+KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
+SAME = (  # keys that are keywords
+    "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
+    "surrogate_alpha backend fused byte_spikes"
+)
+KEYWORDS |= {name: name for name in SAME.split()}
 FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts
     ("event data", "QKFormer", "patch_embed1.proj3_conv.weight"),
     ("ImageNet", "QKFormer", "patch_embed1.proj2_conv.weight"),
@@ -52,26 +43,15 @@ FAMILIES = (  # data sets, model, a weight that no family above has; the first t
 LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
 HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
 LEAK = {
-    False: "the paper's network, cross_sample_lif: false (an image's logits do not depend on its "
+    False: "cross_sample_lif: false, the paper's network (an image's logits do not depend on its "
     "batch)",
-    True: "the release's network, cross_sample_lif: true (logits depend on the other images of the "
-    "batch)",
+    True: "cross_sample_lif: true, the release's network (logits depend on the batch's other "
+    "images)",
 }
 
 
-class Released(NamedTuple):
-    """A checkpoint of the release: its model, input size, top-1 in % of the paper, and the batch
-    that this was measured with, where known.
-    """
-
-    model: str
-    img_size: int
-    top1: float
-    batch: int | None
-
-
 class Tested(NamedTuple):
-    """A checkpoint that is to be tested. published: top-1 in % of one of the release's."""
+    """A checkpoint that is to be tested."""
 
     cfg: Config
     ranks: Ranks
@@ -79,7 +59,6 @@ class Tested(NamedTuple):
     model: torch.nn.Module
     cross_sample_lif: bool
     classes: list | None
-    published: float | None
 
 
 # What a checkpoint tells --------------------------------------------------------------------------
@@ -121,7 +100,7 @@ def convert_all(options, config, path):
             try:
                 found[names[spelled]] = options.KEYS[names[spelled]].convert(value)
             except ValueError as wanted:
-                said = f"damaged: its {spelled} is {str(value)[:50]!r}; it must be {wanted}"
+                said = f"damaged: its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
                 raise UserError(f"{path}: {said}") from None
     return found
 
@@ -135,8 +114,8 @@ def read_shapes(options, weights, path, recorded):
     hidden = {match[1]: weights[match[0]].shape for match in map(HIDDEN.match, weights) if match}
     odd = any(len(shape) != 4 or 0 in shape for shape in hidden.values())
     if family is None or not hidden or odd:
-        nearest = next(iter(options.MODELS.values()))()
-        raise UserError(f"{path}: {difference(weights, nearest)}")
+        names = ", ".join([*weights][:3])
+        raise UserError(f"{path}: weights of another network: it has {names}, …")
     wide, dim = hidden[max(hidden)][:2]
     ratio = recorded.get("mlp_ratio", 0)
     if int(dim * ratio) != wide:
@@ -173,22 +152,6 @@ def learns_tau(neuron):
     return neuron == "plif"
 
 
-def difference(weights, model):
-    """Why weights are of no model here: how their names differ from the nearest model's."""
-    first, count = Counter(name.split(".")[0] for name in weights).most_common(1)[0]
-    want = model.state_dict()
-    if any(name.removeprefix(f"{first}.") in want for name in weights if name not in want):
-        known = "which no model here has; without it they would fit"
-        return f"{count} keys begin with `{first}.`, {known}"
-    unknown = [name for name in weights if name not in want]
-    lacking = [name for name in want if name not in weights]
-    return (
-        f"weights of another network: {count} keys begin with `{first}.`; compared with "
-        f"{type(model).__name__}, the nearest here, {len(unknown)} are unknown "
-        f"({', '.join(unknown[:3])}) and {len(lacking)} are missing ({', '.join(lacking[:3])})"
-    )
-
-
 def steps_of(checkpoint, path):
     """T of a file without our configuration, from its args or its name; None if neither has it."""
     args = checkpoint.get("args")
@@ -219,17 +182,15 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
         return False, f"{model}: an image's logits do not depend on its batch"
     recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
-    if not isinstance(recorded, (bool, type(None))):
+    if recorded not in (None, False, True):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting != "auto":
         value = setting == "true"
-        if recorded is not None and recorded != value:
-            return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
-        return value, LEAK[value]
-    if checkpoint is None:
-        return False, LEAK[False]
-    if recorded is not None:
-        return recorded, f"{LEAK[recorded]}, as {path} records"
+        if recorded in (None, value):
+            return value, LEAK[value]
+        return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
+    if checkpoint is None or recorded is not None:
+        return bool(recorded), LEAK[bool(recorded)]
     return True, (
         f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
         f"{LEAK[True]}; set cross_sample_lif: false if it was trained with the paper's"
@@ -264,6 +225,12 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            # PyTorch's own choice lies in a folder of all users, and what is in it is run.
+            home = os.path.expanduser("~/.cache/qkformer")
+            private = home if os.access(os.path.expanduser("~"), os.W_OK) else tempfile.mkdtemp()
+            os.makedirs(private, 0o700, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = private
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
@@ -320,39 +287,27 @@ def check_classes(checkpoint, path, classes):
 # Testing ------------------------------------------------------------------------------------------
 
 
-def load_tested(settings, options, data, ranks, path=None) -> Tested:
+def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
+
+    Args:
+        path: of the checkpoint; None: settings say which.
+        known: {key: value} of what the file does not record.
     """
     path = path or find_checkpoint(settings)
     checkpoint = load_checkpoint(path, settings.use_ema)
-    recorded = recorded_values(options, checkpoint, path)
-    released = options.RELEASED and options.RELEASED.get(ranks.from_main(lambda: md5(path)))
-    if released:
-        recorded["img_size"] = released.img_size
-        if released.batch:  # under the release's semantics the figure depends on it
-            recorded["val_batch_size"] = released.batch
-        checkpoint["cross_sample_lif"] = True  # it does not record it
+    recorded = recorded_values(options, checkpoint, path) | (known or {})
+    checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
-    published = None
-    if released:
-        published = released.top1 if cfg.img_size == released.img_size else None
-        logger.info(
-            f"{path}: the release's {released.model} at {released.img_size}, {released.top1:.2f} % "
-            "in the paper; its authors withdrew that figure in May 2026, since one neuron mixes "
-            "the images of a batch (cross_sample_lif)"
-        )
     model, cross = load_model(cfg, options, data, ranks, cfg.num_classes, checkpoint, path)
-    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"), published)
+    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"))
 
 
-def md5(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def measure(tested: Tested, data) -> Metrics:
-    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint."""
+def measure(tested: Tested, data, **published) -> Metrics:
+    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint, with what was
+    `published` of it.
+    """
     cfg, ranks, path = tested.cfg, tested.ranks, tested.path
     dataset = data.build_dataset(cfg, False, ranks)
     weights = tested.model.state_dict()
@@ -364,13 +319,18 @@ def measure(tested: Tested, data) -> Metrics:
         f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
         f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
     )
-    result = {"checkpoint": str(path), **metrics._asdict()}
+    keys = ["model", "dataset", "data_path", "time_step", "use_ema", "amp", "amp_dtype", "eval_amp"]
+    result = {"checkpoint": str(path), "sha256": digest(path), **metrics._asdict()}
     result |= {"cross_sample_lif": tested.cross_sample_lif, "input": data.input_shape(cfg)}
-    if tested.published is not None:
-        logger.info(f"top-1: measured {metrics.top1:.2f} %, published {tested.published:.2f} %")
-        result["published_top1"] = tested.published
+    result |= {"samples": len(dataset), **{name: getattr(cfg, name) for name in keys}}
+    result |= published
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(options, data, path, device="cpu"):
@@ -380,5 +340,6 @@ def load(options, data, path, device="cpu"):
     names of the classes or None). UserError as test.py has it.
     """
     settings = read_settings(options, ["--device", device])
-    tested = load_tested(settings, options, data, Ranks(settings.device, alone=True), Path(path))
+    ranks = Ranks(settings.device, alone=True)
+    tested = load_tested(settings, options, data, ranks, Path(path))
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

@@ -1,23 +1,24 @@
 """Batches of a data set: their share for each rank, made by worker processes."""
 
 import atexit
-import contextlib
+import hashlib
 import multiprocessing
 import os
 import re
 import signal
-import sys
 from multiprocessing import queues, resource_tracker
 
 import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .log import UserError, logger
+from .log import UserError
 from .process import without_signals
 from .seeds import seeded
 
-LOST = "lost: "  # begins what a worker says that can't hand over its batch
+
+class LostWorker(UserError):
+    """A process that makes batches has ended, or can't send them."""
 
 
 class Batches(Dataset):
@@ -42,21 +43,11 @@ class Batches(Dataset):
             return batch
         except UserError as error:
             return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
-        except (OSError, RuntimeError) as error:
-            if get_worker_info() and re.search("shm|shared memory|open files", str(error)):
-                return LOST + str(error)
-            raise
 
 
 def start_worker(_):
-    """A batch that can't be sent is a word to BatchLoader, which would wait for it without end."""
-    queues.Queue._on_queue_feeder_error = say_lost
-    sys.excepthook = lambda *_: None  # of the thread that sends: it would say so again and again
-
-
-def say_lost(queue, error, batch):
-    with contextlib.suppress(ValueError):  # closed: nobody waits any more
-        queue.put((batch[0], f"{LOST}{error}"))
+    """A batch that can't be sent ends its worker: the main process would wait for it for ever."""
+    queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 def usable_cores():
@@ -65,43 +56,24 @@ def usable_cores():
 
 
 class BatchLoader(DataLoader):
-    """The batches of [(indices, seed)] in order, made by worker processes; raises their UserError.
+    """The batches of [(indices, seed)] in order, made by worker processes.
 
-    Where a worker is lost, `fault` says how, and this process makes what is left.
+    Raises their UserError, and LostWorker where one is lost.
     """
 
     def __init__(self, dataset, collate, batches, workers, pin_memory):
+        workers = min(workers, len(batches), usable_cores())
         super().__init__(
             Batches(dataset, collate),
             batch_size=None,
             sampler=batches,
-            num_workers=min(workers, len(batches), usable_cores()),
+            num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # so that it leaves PyTorch's own alone
         )
-        self.fault = None
 
     def __iter__(self):
-        done = 0
-        for batch in self.from_workers():
-            if isinstance(batch, str) and batch.startswith(LOST):
-                self.fault = batch.removeprefix(LOST)
-                break
-            done += 1
-            yield checked(batch)
-        if self.fault:
-            end_workers()  # what one lacks the others lack too
-            logger.warning(
-                f"warning: a worker of the loader was lost ({self.fault}): killed, perhaps for "
-                "lack of memory, or /dev/shm is full (docker run --shm-size=8g), or too many files "
-                "are open (ulimit -n 4096); workers: 0 does without all of these"
-            )
-            for key in self.sampler[done:]:
-                yield checked(self.dataset[key])
-
-    def from_workers(self):
-        """The batches up to the last, or to the loss of a worker."""
         handler = signal.getsignal(signal.SIGCHLD)
         context = self.multiprocessing_context or multiprocessing
         with without_signals():
@@ -115,20 +87,21 @@ class BatchLoader(DataLoader):
                     # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
                     signal.signal(signal.SIGCHLD, handler)
         try:
-            yield from batches
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            for batch in batches:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            text = str(error).strip() or type(error).__name__
+            lost = re.search("DataLoader worker|shm|shared memory|open files", text)
+            if isinstance(error, RuntimeError) and not lost:
                 raise
-            self.fault = str(error).splitlines()[0]
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            # It had announced a batch whose memory went with it.
-            self.fault = f"it exited unexpectedly: {type(error).__name__}"
-
-
-def checked(batch):
-    if isinstance(batch, str):
-        raise UserError(batch)
-    return batch
+            end_workers()  # what one lacks the others lack too
+            raise LostWorker(
+                f"a worker of the loader was lost ({text.splitlines()[-1]}): killed, perhaps for "
+                "lack of memory, or /dev/shm is full (docker run --shm-size=8g), or too many files "
+                "are open (ulimit -n 4096); workers: 0 does without all of these"
+            ) from None
 
 
 @atexit.register  # before multiprocessing's own, which would wait for workers without signals
@@ -138,11 +111,13 @@ def end_workers():
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
-    """[(indices, seed)], this rank's batches of an epoch, in the random order of seed + epoch.
+    """[(indices, seed)], this rank's batches of an epoch, in an order of this seed and epoch alone.
 
     Samples at the end that do not fill a batch on every rank are dropped.
     """
-    generator = torch.Generator().manual_seed(seed + epoch)
+    # Hashed, for seed + epoch would give the epochs of seed 43 to seed 42, one later.
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     steps, many = size // (batch_size * ranks.world_size), ranks.world_size
     order = torch.randperm(size, generator=generator)[: steps * batch_size * many]
     order = order.view(steps, batch_size, many)[:, :, ranks.rank].tolist()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3, distribute_bn
 
+from .batches import LostWorker
 from .build import check_classes, convert_all, load_model, recorded_values
 from .checkpoint import (
     fault_of,
@@ -94,7 +95,6 @@ class Run:
     samples = "images"  # what a batch is of
     accum_iter = 1  # batches behind a step of the optimizer
     scheduler = None
-    fault = None  # what the loader died of
     log = None  # rank 0 has one
 
     def __init__(self, start, data, options):
@@ -132,6 +132,7 @@ class Run:
         self.global_batch = self.micro_batch * self.accum_iter
         self.steps = len(self.train_set) // self.global_batch
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if self.steps == 0:
             batch = f"batch_size {cfg.batch_size}"
@@ -207,6 +208,8 @@ class Run:
             "step": self.meter.steps,
             "loss_total": self.meter.total,
             "global_batch": self.global_batch,
+            "samples": len(self.train_set),
+            "seed": self.seed,
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
             "config": vars(self.cfg),
@@ -228,7 +231,14 @@ class Run:
         steps = number(checkpoint, "step", 0, path, low=0)
         if cfg.start_epoch is not None and self.start_again():
             self.epoch = cfg.start_epoch
+        elif steps and checkpoint.get("samples", len(self.train_set)) != len(self.train_set):
+            now = f"{checkpoint['samples']} training {self.samples}, now there are"
+            begins = f"epoch {self.epoch} begins again"
+            logger.info(f"warning: {path} is of {now} {len(self.train_set)}: {begins}")
         elif steps:
+            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
+            if self.seed != cfg.seed:
+                logger.info(f"seed {cfg.seed} counts from the next epoch on")
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             total = number(checkpoint, "loss_total", 0.0, path)
@@ -331,23 +341,21 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
 
-    def stopped(self, stop):
-        """Save; returns the exit code, 128 + the number of the signal that ended the run."""
+    def stopped(self, why):
+        """Save; returns a line that says where the run is, and the command that goes on."""
         self.save("last.pth")
         last, ranks = typed(self.folder / "last.pth"), self.ranks.world_size
-        where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
         launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
         on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
         words = ["--resume", str(last), *(["--device", "cpu"] if on_cpu else [])]
         again = shlex.join([*launcher, os.path.relpath(sys.argv[0]), *words])
-        if self.fault:
-            raise UserError(f"a worker of the loader was lost: {where}; to go on: {again}")
-        why = signal.Signals(stop.number).name if stop else "another rank"
-        logger.info(f"{why}: {where}; to go on: {again}")
-        return 128 + (stop.number or signal.SIGTERM)
+        where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
+        return f"{why}: {where}; to go on: {again}"
 
     def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or that of `stopped`."""
+        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that
+        stopped it.
+        """
         with StopSignal() as self.stop:
             return self._fit(self.stop)
 
@@ -369,15 +377,22 @@ class Run:
             try:
                 speed = self.train_epoch()
                 self.check_weights()
+                tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
                 lr = self.optimizer.param_groups[-1]["lr"]
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
                 said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
                 raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
-            tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+            except LostWorker as error:
+                if ranks.world_size > 1:  # the others wait for this one within a step
+                    raise
+                self.meter.flush()
+                raise UserError(self.stopped(str(error))) from None
             if tested is None:
-                return self.stopped(stop)
+                why = signal.Signals(stop.number).name if stop else "another rank"
+                logger.info(self.stopped(why))
+                return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
             if ranks.main and firing is None:
                 few = next(iter(self.data.test_loader(cfg, spread(self.test_set), ranks)), None)
@@ -405,6 +420,7 @@ class Run:
             )
             self.meter = self.new_meter()
             self.epoch += 1
+            self.seed = cfg.seed
             self.epoch_done()
             self.save(*(["best.pth"] if is_best else []), "last.pth")
         if self.best >= 0:

@@ -177,8 +177,21 @@ def write_args(folder, values, classes):
 
 
 def write_result(path, result):
-    """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written."""
-    file = path.with_name(f"test-{path.stem}.json")
+    """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written. That of
+    another test, of other data or settings, stays: then test-NAME-2.json and so on.
+    """
+    figures = ("loss", "top1", "top5", "images_per_second")
+    test = {key: value for key, value in result.items() if key not in figures}
+    for number in itertools.count(1):
+        end = "" if number == 1 else f"-{number}"
+        file = path.with_name(f"test-{path.stem}{end}.json")
+        try:
+            there = json.loads(file.read_text())
+            there = {key: value for key, value in there.items() if key not in figures}
+        except (OSError, ValueError, AttributeError):
+            break
+        if there == json.loads(json.dumps(test)):
+            break
     try:
         write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:

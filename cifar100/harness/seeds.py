@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from .log import UserError
+from .log import UserError, logger
 
 
 def get_rng_state(device):
@@ -27,6 +27,9 @@ def set_rng_state(states, ranks, path):
     """Set this rank's of a checkpoint's states; those of another number of ranks fit none."""
     try:
         if len(states) != ranks.world_size:
+            if states:
+                many = f"{len(states)} ranks, here are {ranks.world_size}"
+                logger.info(f"warning: {path} is of {many}: random numbers begin anew")
             return
         state = states[ranks.rank]
         random.setstate(state["python"])

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import pickle
+import reprlib
 import zipfile
 from pathlib import Path
 
@@ -87,17 +88,20 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
         extra["model_ema"] = own_names(averaged, path)
     given = extra.get("given", {"yml": {}, "file": ""})
     if not (isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given):
-        raise UserError(f"{path}: damaged: its given is {str(given)[:50]!r}")
+        raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
     return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
 
 def read_file(path):
     """The dict in a file."""
     try:
+        if not zipfile.is_zipfile(path):
+            logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
+                check_records(archive, path)
                 if damaged := archive.testzip():
                     raise UserError(f"{path}: damaged: the checksum of its {damaged} differs")
         with torch.serialization.safe_globals(HARMLESS):
@@ -115,6 +119,19 @@ def read_file(path):
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, no weights")
     return checkpoint
+
+
+def check_records(archive, path):
+    """UserError for what torch.save never writes, before anything is read: compressed records, of
+    any size, folders, whose content torch.load leaves out, and names that are twice there.
+    """
+    records = archive.infolist()
+    for record in records:
+        odd = record.compress_type or record.compress_size != record.file_size
+        if odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1:
+            raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
+    if len({record.filename for record in records}) < len(records):
+        raise UserError(f"{path}: damaged: a record of it is there twice")
 
 
 def own_names(weights, path):
@@ -141,6 +158,8 @@ def fault_of(name, value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "is a view that shows its memory several times"
     real = value.is_floating_point()
     if name.endswith("num_batches_tracked"):
         return f"is of type {value.dtype}" if real or value.is_complex() else None
@@ -187,8 +206,8 @@ def load_weights(model: torch.nn.Module, weights: dict, path: Path):
 def number(checkpoint, name, default, path, low=-1):
     """A number of the default's type, from `low` on, in a checkpoint; the default if it lacks."""
     value = checkpoint.get(name, default)
-    if type(value) is not type(default) or not low <= value < math.inf:
-        said = f"{path}: can't be resumed: its {name} is {str(value)[:50]}"
+    if type(value) is not type(default) or not low <= value < 1e15:
+        said = f"{path}: can't be resumed: its {name} is {reprlib.repr(value)}"
         raise UserError(f"{said}; --finetune takes its weights alone")
     return value
 

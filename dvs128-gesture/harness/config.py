@@ -8,6 +8,7 @@ import difflib
 import importlib.metadata
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
@@ -135,12 +136,18 @@ class Key:
 
     def wanted(self):
         """What the value must be, in words."""
-        kind = self.kind[0] if isinstance(self.kind, list) else self.kind
-        text = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind)
-        text = text or ("a path" if kind is Path else "a word")
-        text += f" from {self.low} to {self.high}" if kind in (int, float) else ""
+        many = isinstance(self.kind, list)
+        kind = self.kind[0] if many else self.kind
+        names = {int: "whole number", float: "number", str: "word", Path: "path"}
+        text = "true or false" if kind is bool else f"a {names[kind]}"
+        if many:
+            counts = " to ".join(map(str, sorted({*self.length})))
+            text = f"{counts} {names[kind]}s"
+        if kind in (int, float):
+            text += f" from {self.low} to {self.high}"
         if self.choices:
-            text = "one of " + ", ".join(choice or "''" for choice in self.choices)
+            of = ", ".join(choice or "''" for choice in self.choices)
+            text = f"{text} of {of}" if many else f"one of {of}"
         text = self.words or text
         return f"{text}, or none" if self.null else text
 
@@ -251,7 +258,8 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             raise UserError(f"{library} {have} is too old, {needs}")
     keys, no_effect = options.KEYS, options.NO_EFFECT
     names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
-    flags, unknown = _parser(options, script, description).parse_known_args(argv)
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    flags, unknown = _parser(options, script, description).parse_known_args(words)
     flags = vars(flags)
     named = "config" in flags
     file = find_yml(flags.pop("config")) if named else HERE / options.DEFAULT_CONFIG
@@ -297,17 +305,15 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
 
 def find_yml(name):
     """The yml that -c names: a path, or one beside the script."""
-    known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
     try:
         name = PATH.convert(name)
         for path in (Path(name), HERE / name):
             if path.is_file():
                 return path.resolve()
         what = "a folder" if Path(name).is_dir() else "no such file"
-    except ValueError as wanted:
-        what = f"it must be {wanted}"
-    except (OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         what = str(error)
+    known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
     raise UserError(f"-c {shown(name)}: {what} (beside the script: {known})")
 
 
@@ -399,21 +405,16 @@ def _hint(name, names, no_effect):
     return f"; is {names.get(close[0], close[0])} meant?" if close else ""
 
 
+def _underscored(word):
+    """--data-dir=x as --data_dir=x."""
+    flag, equals, value = word.partition("=")
+    flag = flag.replace("-", "_") if flag.startswith("--") else flag
+    return "--" + flag[2:] + equals + value if flag.startswith("__") else word
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"command line: {message}")
-
-
-class _Help(argparse.HelpFormatter):
-    """One spelling of a flag, beside a short form, and its value's kind once."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=100)
-
-    def _format_action_invocation(self, action):
-        long = next(spelled for spelled in action.option_strings if spelled.startswith("--"))
-        short = [spelled for spelled in action.option_strings if re.fullmatch(r"-\w\w?", spelled)]
-        return f"{', '.join([*short, long])} {action.metavar or ''}".strip()
 
 
 def _parser(options, script, description):
@@ -421,11 +422,11 @@ def _parser(options, script, description):
     parser = _Parser(
         usage="%(prog)s [-c FILE] [--KEY VALUE ...]",
         description=description,
-        epilog="Each of these is a key of the yml too, with underscores for dashes. A flag goes "
-        "over a yml that -c names, that over the checkpoint, and that over the default [in "
-        f"brackets] and {options.DEFAULT_CONFIG}.",
+        epilog="Each of these is a key of the yml too. A flag goes over a yml that -c names, that "
+        "over the checkpoint, and that over the default [in brackets] and "
+        f"{options.DEFAULT_CONFIG}.",
         allow_abbrev=False,
-        formatter_class=_Help,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
         argument_default=argparse.SUPPRESS,
     )
     text = f"yml to read, a path or one beside the script [{options.DEFAULT_CONFIG}]"
@@ -434,36 +435,25 @@ def _parser(options, script, description):
     for name, key in options.KEYS.items():
         if key.group not in groups:
             groups[key.group] = parser.add_argument_group(key.group or None)
-        helped = key.scripts if script is None else script in key.scripts
+        many = isinstance(key.kind, list)
+        kind = key.kind[0] if many else key.kind
+        choices = ("true", "false") if kind is bool else key.choices
+        default = key.default if isinstance(key.default, list) else [key.default]
+        default = ["none" if v is None else v for v in default]
+        shown = " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in default)
+        helped = script is None or script in key.scripts
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
-                *dict.fromkeys((f"--{spelled.replace('_', '-')}", f"--{spelled}")),
+                f"--{spelled}",
                 dest=spelled,
-                nargs="+" if isinstance(key.kind, list) else "?" if key.kind is bool else None,
-                const="true" if key.kind is bool else None,
-                metavar=_metavar(key),
-                help=_help(key) if helped and spelled == name else argparse.SUPPRESS,
+                nargs="+" if many else "?" if kind is bool else None,
+                const="true" if kind is bool else None,
+                metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,
+                help=f"{key.help} [{shown}]".replace("%", "%%")
+                if helped and spelled == name and key.scripts
+                else argparse.SUPPRESS,
             )
     for name in options.NO_EFFECT:
-        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        parser.add_argument(*spellings, dest=name, nargs="*", help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
     return parser
-
-
-def _metavar(key):
-    """The kind of a key's value, as --help shows it."""
-    kinds = {int: "N", float: "X", str: "WORD", Path: "PATH"}
-    if isinstance(key.kind, list):
-        one, (fewest, most) = kinds[key.kind[0]], key.length
-        return " ".join([one] * most) if fewest == most else f"{one} ..."
-    if key.choices or key.kind is bool:
-        return "{" + ",".join(filter(None, key.choices or ("true", "false"))) + "}"
-    return kinds[key.kind]
-
-
-def _help(key):
-    values = key.default if isinstance(key.default, list) else [key.default]
-    words = {None: "none", False: "false", True: "true"}
-    default = " ".join(words[v] if v is None or isinstance(v, bool) else str(v) for v in values)
-    return (f"{key.help} [{default}]" if default else key.help).replace("%", "%%")

@@ -12,6 +12,18 @@ HERE = Path(__file__).resolve().parent.parent  # the data set's folder
 logger = logging.getLogger("qkformer")
 
 
+class Plain(logging.Formatter):
+    """One line of text: what a name in it could make a terminal do is escaped."""
+
+    def format(self, record):
+        return escaped(record.getMessage())
+
+
+def escaped(text: str) -> str:
+    """Control characters as \\x1b, line breaks as \\n."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
 
@@ -20,7 +32,10 @@ def set_up_log(ranks):
     """Lines of rank 0 to standard output; warnings of every rank."""
     with contextlib.suppress(AttributeError):  # where it is no file
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
+    logging.raiseExceptions = False  # of a standard output that nobody reads any more
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(Plain())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
     if ranks.note:
         logger.info(ranks.note)

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from .log import UserError
+from .log import UserError, escaped
 
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -37,8 +37,8 @@ class Ranks:
     def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
         if "RANK" not in os.environ and started_by_srun(os.environ) and not alone:
             os.environ.update(slurm_ranks(os.environ))
-        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
-        self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = 0 if alone else variable("RANK", 0)
+        self.world_size = 1 if alone else variable("WORLD_SIZE", 1, least=1)
         self.note = None  # for the log
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,12 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
             timeout = timedelta(minutes=timeout_minutes)
-            torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
+            try:
+                torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
+            except (ValueError, RuntimeError) as error:
+                text = str(error).strip().splitlines()[0]
+                places = "by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                raise UserError(f"the ranks do not find each other {places} ({text})") from None
             # For from_main, which needs no GPU, and for what takes rank 0 hours there.
             self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
             self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
@@ -69,7 +74,7 @@ class Ranks:
             wrong = "with several ranks say cuda, and each takes its own"
             raise UserError(f"device is {device!r}; {wrong}")
         if self.device.index is None:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
         if self.device.index >= torch.cuda.device_count():
             has = f"this machine has {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"device {self.device}: {has}")
@@ -111,6 +116,14 @@ class Ranks:
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
+
+
+def variable(name, default, least=0):
+    """A number that a launcher has set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"the variable {name} is {text!r}; a launcher sets it, or none does")
+    return int(text)
 
 
 def started_by_srun(env):
@@ -201,17 +214,19 @@ def run(main):
         if reason is None:
             raise
         sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
-        sys.stderr.write(f"error: {reason}\n")  # in one piece, since other ranks write too
+        sys.stderr.write(f"error: {escaped(reason)}\n")  # in one piece: other ranks write too
         sys.stderr.flush()
         code = 1
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     # One of several ranks skips Python's own end: a thread of Gloo may still hold a tensor, and to
     # free it then aborts the process.
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):  # nobody reads any more
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -242,6 +257,4 @@ def explain(error):
             why = "it was killed, or says why in a line of its own, or the network failed"
             said = f"rank {rank} lost another rank: {why} ({text})"
             return f"{said}; resume: auto goes on from last.pth"
-    if isinstance(error, torch.distributed.DistError):
-        return f"the ranks do not find each other at MASTER_ADDR and MASTER_PORT ({text})"
     return None
