@@ -1,6 +1,6 @@
 """Every key of the CIFAR recipe; the defaults are the published run (cifar10.yml).
 
-A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts accept both.
+A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold both.
 """
 
 from pathlib import Path
@@ -15,7 +15,6 @@ DATA_SET = "CIFAR"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
 DATASET = "torch/cifar10"
-NUM_CLASSES = 10
 
 # fmt: off
 MODEL = {

@@ -1,7 +1,7 @@
 # Copied from cifar10/options.py with cifar10.yml->cifar100.yml, = "torch/cifar10->= "torch/cifar100, = 10->= 100
 """Every key of the CIFAR recipe; the defaults are the published run (cifar100.yml).
 
-A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts accept both.
+A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold both.
 """
 
 from pathlib import Path
@@ -16,7 +16,6 @@ DATA_SET = "CIFAR"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
 DATASET = "torch/cifar100"
-NUM_CLASSES = 100
 
 # fmt: off
 MODEL = {

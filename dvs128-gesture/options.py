@@ -1,13 +1,13 @@
 """Every key of the event recipe; the defaults are the published run (dvs128-gesture.yml).
 
-A TrainKey is used by train.py alone; test.py accepts it too.
+A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold both.
 """
 
 from pathlib import Path
 
 import model
 from harness.build import learns_tau, ssa_stages
-from harness.config import Key, MachineKey, NetworkKey, TrainKey, grouped, same
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, grouped, same
 
 DEFAULT_CONFIG = "dvs128-gesture.yml"
 DATA_SET = "event data"  # as in harness/build.py
@@ -173,7 +173,7 @@ RUN = {
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
         aliases=("initial_checkpoint",), back=""),
-    "checkpoint": Key(Path, None, "checkpoint to test; none: the best.pth written last",
+    "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
         null=True, back=""),
     "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does",

@@ -1,6 +1,6 @@
 """Every key of the ImageNet recipe; the defaults are the published HST-10-384 run.
 
-A TrainKey is used by train.py alone, a TestKey by test.py alone; both scripts accept both.
+A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold both.
 """
 
 from pathlib import Path
