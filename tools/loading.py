@@ -155,7 +155,7 @@ def loaders_of(cfg, root, images):
                 persistent_workers=False,
             ),
         ),
-        ("ours", lambda epoch: imagenet.data.train_loader(cfg, ours, epoch, 0, ranks)),
+        ("ours", lambda epoch: imagenet.data.train_loader(cfg, ours, epoch, 0, ranks, 0)),
     ]
 
 

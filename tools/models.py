@@ -97,6 +97,8 @@ def open_checkpoint(path, folder, flags, say=True):
         ranks = modules.process.Ranks(settings.device, alone=True)
         if say:
             modules.log.set_up_log(ranks)
+        if folder == "imagenet":
+            return modules, modules.released.load_released(settings, ranks, path)[0]
         args = settings, modules.options, modules.data, ranks, path
         return modules, modules.build.load_tested(*args)
 
