@@ -107,6 +107,9 @@ class Trainer(Run):
             self.save("last.pth")
             self.saved = time.monotonic()
 
+    def start_again(self):
+        return False  # start_epoch is of a run that starts from the weights of finetune
+
     def epoch_done(self):
         self.saved = time.monotonic()
 

@@ -133,7 +133,8 @@ def test_moments_of_a_released_optimizer(tmp_path, narrow):
 def test_released_run_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
     path, _ = golden_file(tmp_path / "released.pth", narrow)
-    args = (*narrow, "--epochs", 201, "--batch_size", 64, "--output_dir", tmp_path, "--resume")
+    args = (*narrow, "--epochs", 201, "--batch_size", 64, "--time_step", 1)
+    args += ("--start_epoch", 5, "--output_dir", tmp_path, "--resume")  # which is finetune's
     assert "at epoch 200, step 0" in lines(imagenet.train.main, *args, path)
     assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]
     wrong = tmp_path / "wrong.pth"
