@@ -213,21 +213,24 @@ rm $source && cp $kept $made
 """
 
 
-@functools.cache
-def compiler():
-    """For CXX, so that each of the runs here need not compile the same kernels."""
+def make_compiler():
+    """For CXX of all processes that test, and of what they start: none compiles the same again."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     path = Path(folder, "compiler")
     path.write_text(COMPILER)
     path.chmod(0o700)
-    return str(path)
+    os.environ["CXX"] = str(path)
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ and shutil.which("g++"):
+    make_compiler()
 
 
 def environment():
-    """Of a script's run: threads, since with others sums round otherwise, and a quick compiler."""
+    """Of a script's run: threads, since with others sums round otherwise."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    return {**os.environ, **env, "CXX": compiler()}
+    return {**os.environ, **env}
 
 
 @functools.cache
