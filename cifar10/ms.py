@@ -9,25 +9,34 @@ MS-QKFormer; parameter names are those of their weights. What both models share 
 from timm.models import register_model
 from torch import nn
 
-from model import (
-    HST,
-    ChannelQKAttention,
-    DropPath,
-    QKFormer,
-    SpikingSelfAttention,
-    TokenQKAttention,
-)
-from spiking.alone import fire
-from spiking.layer import conv_bn, conv_bn_lif
-from spiking.neuron import MultiStepLIF
+if __package__:  # inside a package of your own
+    from .model import (
+        HST,
+        ChannelQKAttention,
+        DropPath,
+        QKFormer,
+        SpikingSelfAttention,
+        TokenQKAttention,
+    )
+    from .spiking import MultiStepLIF, conv_bn, conv_bn_lif
+else:
+    from model import (
+        HST,
+        ChannelQKAttention,
+        DropPath,
+        QKFormer,
+        SpikingSelfAttention,
+        TokenQKAttention,
+    )
+    from spiking import MultiStepLIF, conv_bn, conv_bn_lif
 
 
 class MSTokenQKAttention(TokenQKAttention):
     """Q-K token attention of membrane inputs: `proj_lif` comes first, and no neuron last."""
 
     def forward(self, x):
-        x = self.attend(fire(x, self.proj_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        k, mask = self.attend(self.proj_lif(x))
+        return conv_bn(k, self.proj_conv, self.proj_bn, self.proj_lif, mask=mask)
 
 
 class MSChannelQKAttention(MSTokenQKAttention):
@@ -45,7 +54,7 @@ class MSSelfAttention(SpikingSelfAttention):
         self.x_lif = lif()
 
     def forward(self, x):
-        x = self.attend(fire(x, self.x_lif))
+        x = self.attend(self.x_lif(x))
         return conv_bn(x, self.proj_conv, self.proj_bn, self.x_lif)
 
 
@@ -73,10 +82,10 @@ class MSMLP(nn.Module):
         self.halves = hidden == dim
 
     def forward(self, x):
-        spikes = fire(x, self.fc1_lif)
+        spikes = self.fc1_lif(x)
         if self.halves:
             y = conv_bn(spikes, self.fc1_conv, self.fc1_bn, self.fc1_lif)
-            return y + conv_bn(fire(x + y, self.fc2_lif), self.fc2_conv, self.fc2_bn, self.fc2_lif)
+            return y + conv_bn(self.fc2_lif(x + y), self.fc2_conv, self.fc2_bn, self.fc2_lif)
         spikes = conv_bn_lif(spikes, self.fc1_conv, self.fc1_bn, self.fc2_lif)
         return conv_bn(spikes, self.fc2_conv, self.fc2_bn, self.fc2_lif)
 
@@ -127,7 +136,7 @@ class MSEmbeddingInit(nn.Module):
     def forward(self, x):
         x = conv_bn(x, self.proj_conv, self.proj_bn, self.embed1.embed_lif)
         main, shortcut = (
-            conv_bn(fire(x, part.embed_lif), part.embed_conv, part.embed_bn, part.embed_lif)
+            conv_bn(part.embed_lif(x), part.embed_conv, part.embed_bn, part.embed_lif)
             for part in (self.embed1, self.embed2)
         )
         return main + shortcut
@@ -145,7 +154,7 @@ class MSEmbedding(nn.Module):
 
     def forward(self, x):
         first, second, shortcut = self.embed1, self.max_embed1, self.embed2
-        spikes = fire(x, first.embed_lif)
+        spikes = first.embed_lif(x)
         x = conv_bn_lif(spikes, first.embed_conv, first.embed_bn, second.embed_lif)
         x = conv_bn(x, second.embed_conv, second.embed_bn, second.embed_lif, pool=True)
         return x + conv_bn(spikes, shortcut.embed_conv, shortcut.embed_bn, first.embed_lif)

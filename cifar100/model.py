@@ -5,27 +5,40 @@ Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", N
 Parameter names are those of the authors' release, whose checkpoints load as they are. Tensors are
 [T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; all else merges T and B.
 
-Five functions stand for the expressions at their right. They compute the same with less memory:
-a fused layer reads its data once (layer.py), and spikes are saved as bytes (spikes.py).
-    conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); with pool=True lif(max_pool(bn(conv(x))))
+Four functions stand for the expressions at their right; spiking/plain.py has them in plain PyTorch.
+The rest of spiking/ computes the same in less time and memory.
+    conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); pool=True: max_pool in front of lif; mask=m:
+                                    of x * m, where m has one value for a head's token or channel
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
-    fire(x, lif)                    lif(x)
-    add(x, y)                       x + y
-    product(operator, x, y, lif)    operator(x, y)
+    add(x, y), matmul(x, y)         x + y, x @ y
 """
 
 from functools import partial
 
 import timm.layers
-import torch
 from timm.models import register_model
 from torch import nn
 
-from head import Classifier
-from spiking.alone import fire
-from spiking.layer import conv_bn_lif, conv_bn_lif_each
-from spiking.neuron import MultiStepLIF, neuron_maker
-from spiking.spikes import add, checkpointed, product
+if __package__:  # inside a package of your own
+    from .spiking import (
+        MultiStepLIF,
+        add,
+        checkpointed,
+        conv_bn_lif,
+        conv_bn_lif_each,
+        matmul,
+        neuron_maker,
+    )
+else:
+    from spiking import (
+        MultiStepLIF,
+        add,
+        checkpointed,
+        conv_bn_lif,
+        conv_bn_lif_each,
+        matmul,
+        neuron_maker,
+    )
 
 
 class DropPath(timm.layers.DropPath):
@@ -62,32 +75,33 @@ class Attention(nn.Module):
         self.proj_lif = lif()
 
     def heads(self, x):
-        """The spikes of Q, K (and V), each [T, B, H, W, heads, channels]."""
+        """The spikes of Q, K (and V), each [T, B, heads, channels, H, W]."""
         parts = ("conv", "bn", "lif")
         layers = ([getattr(self, f"{name}_{part}") for part in parts] for name in self.inputs)
-        spikes = conv_bn_lif_each(x, *layers)
-        return (y.movedim(2, -1).unflatten(-1, (self.num_heads, -1)) for y in spikes)
-
-    def forward(self, x):
-        return conv_bn_lif(self.attend(x), self.proj_conv, self.proj_bn, self.proj_lif)
+        return (y.unflatten(2, (self.num_heads, -1)) for y in conv_bn_lif_each(x, *layers))
 
 
 class TokenQKAttention(Attention):
     """Q-K token attention (paper, section 3.2): a binary mask over tokens, made from Q, on K."""
 
-    summed = 5  # of [T, B, H, W, heads, channels]: one value per token
+    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
 
     def attend(self, x):
+        """K and its mask."""
         q, k = self.heads(x)
         # in q's type, not autocast's float32: large counts are rounded, but fire the neuron anyway
-        mask = self.attn_lif(q.sum(dim=self.summed, keepdim=True, dtype=q.dtype))
-        return product(torch.mul, k, mask, self.attn_lif).flatten(4).movedim(4, 2)
+        mask = self.attn_lif(q.sum(self.summed, keepdim=True, dtype=q.dtype))
+        return k.flatten(2, 3), mask
+
+    def forward(self, x):
+        k, mask = self.attend(x)
+        return conv_bn_lif(k, self.proj_conv, self.proj_bn, self.proj_lif, mask=mask)
 
 
 class ChannelQKAttention(TokenQKAttention):
     """Q-K channel attention (paper, section 3.2): as above with a mask over channels."""
 
-    summed = (2, 3)  # of [T, B, H, W, heads, channels]: one value per channel
+    summed = (4, 5)  # of [T, B, heads, channels, H, W]: one value per channel
 
 
 class SpikingSelfAttention(Attention):
@@ -109,10 +123,10 @@ class SpikingSelfAttention(Attention):
 
     def attend(self, x):
         H, W = x.shape[3:]
-        q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
-        x = q @ product(torch.matmul, k.transpose(3, 4), v, self.attn_lif)
-        x = (x * self.scale).transpose(2, 3).flatten(3)  # [T, B, tokens, C]
-        return fire(x.unflatten(2, (H, W)).movedim(4, 2), self.attn_lif)
+        q, k, v = (y.flatten(4).transpose(3, 4) for y in self.heads(x))  # [.., tokens, channels]
+        x = matmul(q, matmul(k.transpose(3, 4), v)) * self.scale
+        x = x.transpose(2, 3).flatten(3).unflatten(2, (H, W))  # [T, B, H, W, C]
+        return self.attn_lif(x.movedim(4, 2))
 
     def forward(self, x):
         shape, x = x.shape, self.attend(x)
@@ -206,7 +220,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(Classifier):
+class HST(nn.Module):
     """Hierarchical spiking transformer: three stages of D/4, D/2, D channels, a SPEDS before each.
 
     Args:
@@ -222,12 +236,13 @@ class HST(Classifier):
         cross_sample_lif: see SpikingSelfAttention.
         checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
-            fused, byte_spikes: see neuron_maker and MultiStep in neuron.py.
+            fused, byte_spikes: see MultiStep in spiking/neuron.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
 
     first_embedding, embedding, block = SPEDSInit, SPEDS, Block  # ms.py has others
+    per_step = False  # see forward_head
 
     def __init__(
         self,
@@ -299,6 +314,28 @@ class HST(Classifier):
     def forward(self, x):
         """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for a wrong shape."""
         return self.forward_head(self.forward_features(self.frames(x)))
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        """A new head; 0 classes: none. `global_pool` is timm's; here it always is the mean."""
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes)
+            timm.layers.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(next(self.parameters()))  # on the device and of the type of the network
+
+    def get_classifier(self):
+        return self.head
+
+    def forward_head(self, x, pre_logits=False):
+        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone.
+
+        In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
+        """
+        if self.per_step and self.training:
+            return self.head(x)
+        return x.mean(0) if pre_logits else self.head(x.mean(0))
 
 
 @register_model

@@ -63,7 +63,8 @@ def check_recording(path, shown):
                 raise UserError(f"{shown} is damaged: it ends within a packet; get it again")
             kind, _, width, _, overflow, capacity, number, valid = HEADER.unpack(header)
             end = file.tell() + capacity * width
-            if not valid <= number <= capacity or (kind == POLARITY and width != EVENT_BYTES):
+            wrong = not width or (kind == POLARITY and width != EVENT_BYTES)
+            if wrong or not valid <= number <= capacity:
                 raise UserError(f"{shown} is damaged: no packet at byte {start:,}; get it again")
             if end > size:
                 raise UserError(f"{shown} is damaged: it ends within a packet; get it again")

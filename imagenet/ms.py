@@ -10,10 +10,26 @@ import timm.layers
 from timm.models import register_model
 from torch import nn
 
-from model import HST, ChannelQKAttention, DropPath, SpikingSelfAttention, TokenQKAttention, build
-from spiking.alone import fire
-from spiking.layer import conv_bn, conv_bn_lif
-from spiking.neuron import MultiStepLIF
+if __package__:  # inside a package of your own
+    from .model import (
+        HST,
+        ChannelQKAttention,
+        DropPath,
+        SpikingSelfAttention,
+        TokenQKAttention,
+        build,
+    )
+    from .spiking import MultiStepLIF, conv_bn, conv_bn_lif
+else:
+    from model import (
+        HST,
+        ChannelQKAttention,
+        DropPath,
+        SpikingSelfAttention,
+        TokenQKAttention,
+        build,
+    )
+    from spiking import MultiStepLIF, conv_bn, conv_bn_lif
 
 
 # Copied from cifar10/ms.py
@@ -21,8 +37,8 @@ class MSTokenQKAttention(TokenQKAttention):
     """Q-K token attention of membrane inputs: `proj_lif` comes first, and no neuron last."""
 
     def forward(self, x):
-        x = self.attend(fire(x, self.proj_lif))
-        return conv_bn(x, self.proj_conv, self.proj_bn, self.proj_lif)
+        k, mask = self.attend(self.proj_lif(x))
+        return conv_bn(k, self.proj_conv, self.proj_bn, self.proj_lif, mask=mask)
 
 
 # Copied from cifar10/ms.py
@@ -42,7 +58,7 @@ class MSSelfAttention(SpikingSelfAttention):
         self.x_lif = lif()
 
     def forward(self, x):
-        x = self.attend(fire(x, self.x_lif))
+        x = self.attend(self.x_lif(x))
         return conv_bn(x, self.proj_conv, self.proj_bn, self.x_lif)
 
 
@@ -72,10 +88,10 @@ class MSMLP(nn.Module):
         self.halves = hidden == dim
 
     def forward(self, x):
-        spikes = fire(x, self.fc1_lif)
+        spikes = self.fc1_lif(x)
         if self.halves:
             y = conv_bn(spikes, self.fc1_conv, self.fc1_bn, self.fc1_lif)
-            return y + conv_bn(fire(x + y, self.fc2_lif), self.fc2_conv, self.fc2_bn, self.fc2_lif)
+            return y + conv_bn(self.fc2_lif(x + y), self.fc2_conv, self.fc2_bn, self.fc2_lif)
         spikes = conv_bn_lif(spikes, self.fc1_conv, self.fc1_bn, self.fc2_lif)
         return conv_bn(spikes, self.fc2_conv, self.fc2_bn, self.fc2_lif)
 
@@ -142,7 +158,7 @@ class MSEmbedding(nn.Module):
         self.proj_res_lif.requires_grad_(False)
 
     def forward(self, x):
-        spikes = fire(x, self.init_lif)
+        spikes = self.init_lif(x)
         x = conv_bn_lif(spikes, self.proj3_conv, self.proj3_bn, self.proj3_lif, pool=True)
         x = conv_bn(x, self.proj4_conv, self.proj4_bn, self.proj3_lif)
         return x + conv_bn(spikes, self.proj_res_conv, self.proj_res_bn, self.init_lif)

@@ -11,14 +11,15 @@ from conftest import copy_folder, load
 
 cifar10 = load("cifar10")
 compiled = pytest.mark.skipif(
-    cifar10.compiler.host_error() is not None, reason="needs a C++ compiler"
+    not cifar10.compiler.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 
+TORCH = "from torch import nn\n"
 CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
 BRANCH = "x = add(x, self.drop_path(getattr(self, self.attn)(x)))"
 MLP = "        self.mlp2_lif = lif()\n"  # the end of its __init__
 LIF = "neuron_maker(**neurons)"
-PRODUCT = "return product(torch.mul, k, mask, self.attn_lif)"
+MASK = "return k.flatten(2, 3), mask"
 
 # {edit: (word of the line that says what runs module by module, or None, [(old, new), ...])}
 EDITS = {
@@ -78,18 +79,18 @@ EDITS = {
             ),
             (
                 MLP,
-                MLP + "        torch.nn.utils.parametrize.register_parametrization"
+                MLP + "        nn.utils.parametrize.register_parametrization"
                 "(self.mlp2_conv, 'weight', Standard())\n",
             ),
         ],
     ),
     "weight norm": (
         "has hooks",
-        [(MLP, MLP + "        torch.nn.utils.weight_norm(self.mlp1_conv)\n")],
+        [(MLP, MLP + "        nn.utils.weight_norm(self.mlp1_conv)\n")],
     ),
     "spectral norm": (
         "has hooks",
-        [(MLP, MLP + "        torch.nn.utils.spectral_norm(self.mlp1_conv)\n")],
+        [(MLP, MLP + "        nn.utils.spectral_norm(self.mlp1_conv)\n")],
     ),
     "hook": (
         None,
@@ -124,6 +125,7 @@ EDITS = {
     "gate": (  # whole numbers at first
         None,
         [
+            (TORCH, "import torch\n" + TORCH),
             (
                 "self.drop_path = DropPath(drop_path)",
                 "self.drop_path = DropPath(drop_path)\n        self.gate = "
@@ -133,8 +135,8 @@ EDITS = {
         ],
     ),
     "residual by AND": (None, [(BRANCH, "x = x * (1 - getattr(self, self.attn)(x))")]),
-    "analog mask": (None, [(PRODUCT, PRODUCT.replace("k, mask", "k, 0.3 * mask"))]),
-    "counts as mask": (None, [(PRODUCT, PRODUCT.replace("k, mask", "k, q.mean(4, keepdim=True)"))]),
+    "analog mask": (None, [(MASK, MASK.replace(", mask", ", 0.3 * mask"))]),
+    "counts as mask": (None, [(MASK, MASK.replace(", mask", ", q.mean(3, keepdim=True)"))]),
     "attention": (
         None,
         [
@@ -154,6 +156,7 @@ EDITS = {
     "stage": (
         None,
         [
+            (TORCH, "import torch\n" + TORCH),
             (
                 "        self.reset_classifier(num_classes)",
                 "        self.patch_embed4 = SPEDS(2 * embed_dims, lif)\n"
@@ -235,4 +238,4 @@ def test_edit(tmp_path, monkeypatch, name):
     )  # it is an edit
     said = [line for line in set(lines) if "module by module" in line]
     assert (word is None and not said) or any(word in line for line in said), lines
-    assert "layers run fused on cpu" in lines or name in ("neuron", "analog neuron")
+    assert "fused kernels on the CPU" in lines or name in ("neuron", "analog neuron")

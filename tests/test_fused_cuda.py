@@ -24,7 +24,7 @@ def test_nvrtc(arch, T):
     headers = pytest.importorskip("cupy._core.core")
     for dtype, charge in zip(lif_cuda.CTYPES, CHARGES, strict=False):
         lanes = kernels.tiling(dtype.itemsize, 1000, 384, T)[0]
-        build = kernels.Build(dtype, T, charge, lanes, wide=T == 64)
+        build = kernels.Build(dtype, T, charge, lanes, "long long" if T == 64 else "int")
         error, program = nvrtc.nvrtcCreateProgram(kernels.SOURCE.encode(), b"fused.cu", 0, [], [])
         options = headers.assemble_cupy_compiler_options(
             (*lif_cuda.NVRTC_OPTIONS, *build.defines(lif_cuda.CTYPES))

@@ -11,7 +11,7 @@ from test_fused import compiled
 from test_fused_cuda import cuda_on_host
 
 cifar10 = load("cifar10")
-lif, fused, layer, alone = cifar10.neuron, cifar10.ops, cifar10.layer, cifar10.alone
+lif, layer = cifar10.neuron, cifar10.layer
 __all__ = ["cuda_on_host"]  # a fixture
 KINDS = [("lif", 2.0, 4.0), ("lif", 1.5, 2.5), ("if", 2.0, 4.0), ("plif", 2.0, 4.0)]
 KINDS += [("plif", 1.3, 1.0)]
@@ -61,7 +61,7 @@ def test_layers(kind, tau, alpha, T, monkeypatch):
     both(make, lambda modules, x: [layer.conv_bn_lif(x, *modules[0], pool=True)], x)
     both(make, lambda modules, x: [layer.conv_bn_lif(x[:1].expand_as(x), *modules[1])], x)
     assert len(calls) == 3  # of each pair the first
-    both(make, lambda modules, x: [alone.fire(x, modules[0][2])], x)
+    both(make, lambda modules, x: [modules[0][2](x)], x)
     with torch.no_grad():
         spikes = [
             layer.conv_bn_lif_each(x, *make(on).double().eval())

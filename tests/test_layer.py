@@ -15,7 +15,9 @@ cifar10 = load("cifar10")
 lif, fused, kernels, layer = cifar10.neuron, cifar10.ops, cifar10.compiler, cifar10.layer
 models = cifar10.model
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-compiled = pytest.mark.skipif(kernels.host_error() is not None, reason="needs a C++ compiler")
+compiled = pytest.mark.skipif(
+    not kernels.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+)
 
 KINDS = {
     "1x1": (nn.Conv2d, (12, 24, 1), {}, False),
@@ -218,6 +220,7 @@ def test_what_runs_plain(monkeypatch):
     lines = set()
     for module in (kernels, cifar10.fusible):
         monkeypatch.setattr(module, "say", lines.add)
+    kernels.runs_fused.cache_clear()  # so that it is said again
     x = whole_numbers(torch.float32)
 
     def fuses(change=lambda conv, bn, node: None, x=x, **options):
@@ -239,11 +242,11 @@ def test_what_runs_plain(monkeypatch):
     assert not fuses(x=x.half()) and not fuses(x=x.double()) and not fuses(x=x.to("meta"))
     assert not fuses(lambda conv, bn, node: bn.bfloat16())
     assert not fuses(x=x.expand(4, 3, 12, 8, 6).repeat(17, 1, 1, 1, 1)) and not fuses(x=x[..., 0])
-    assert {line for line in lines if " has " not in line} == {"layers run fused on cpu"}
+    assert {line for line in lines if " has " not in line} == {"fused kernels on the CPU"}
     modules, _ = make_layer("1x1", torch.float32)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(modules)
     assert not layer.can_fuse(x, *([module] for module in synchronised))
-    assert "SyncBatchNorm: layers run unfused" in lines
+    assert "layers with SyncBatchNorm run module by module in training" in lines
     for wide in (
         nn.Conv1d(12, 24, 3, padding=1),
         nn.Conv1d(12, 24, 1, stride=2),
@@ -252,11 +255,16 @@ def test_what_runs_plain(monkeypatch):
         assert not layer.can_fuse(x, [wide], [nn.BatchNorm1d(24)], [lif.MultiStepLIF()])
 
 
+def forget(kernels):
+    """What is known of the compiler."""
+    for function in (kernels.host_library, kernels.host_error, kernels.runs_fused):
+        function.cache_clear()
+
+
 def test_without_a_compiler(monkeypatch):
     lines = []
     monkeypatch.setattr(kernels, "say", lines.append)
-    kernels.host_library.cache_clear()
-    kernels.host_error.cache_clear()
+    forget(kernels)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     try:
         modules, _ = make_layer("1x1", torch.float32)
@@ -265,12 +273,11 @@ def test_without_a_compiler(monkeypatch):
         modules[2].fused = False
         assert torch.equal(got, layer.conv_bn_lif(x, *modules))
         assert len(lines) == 1 and lines[0].startswith(
-            "layers run unfused on cpu: no working C++ compiler ("
+            "layers run module by module on cpu: no working C++ compiler ("
         )
         assert "/nowhere/c++" in lines[0]
     finally:
-        kernels.host_library.cache_clear()
-        kernels.host_error.cache_clear()
+        forget(kernels)
 
 
 @compiled

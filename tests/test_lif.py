@@ -140,10 +140,10 @@ def test_log_line(caplog):
     lif._resolve.cache_clear()
     lif.say.cache_clear()
     with caplog.at_level(logging.INFO, logger="qkformer"):
-        for _ in range(3):
-            lif.MultiStepLIF()(torch.zeros(2, 2))
+        for backend in ("torch", "auto", "torch"):
+            lif.MultiStepLIF(backend=backend)(torch.zeros(2, 2))
     assert [record.getMessage() for record in caplog.records] == [
-        "LIF neurons: torch backend on cpu"
+        "neurons run on the torch backend"
     ]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from on_ms import SMALL, cifar10, compiled, make_model
 
-layer, alone, lif = cifar10.layer, cifar10.alone, cifar10.neuron
+layer, lif = cifar10.layer, cifar10.neuron
 
 
 # Its paths ----------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_fire_is_the_neuron(static):
     grad, results = torch.randn(4, 3, 12, 8, 6, dtype=x.dtype), []
     for on in (True, False):
         leaf = x.clone().requires_grad_()
-        spikes = alone.fire(leaf.expand(grad.shape), lif.MultiStepLIF(fused=on, v_threshold=0.8))
+        spikes = lif.MultiStepLIF(fused=on, v_threshold=0.8)(leaf.expand(grad.shape))
         spikes.backward(grad)
         results.append((spikes.detach(), {"x": leaf.grad}))
     check_same(*results)
@@ -166,7 +166,7 @@ def test_who_hooks_a_module_sees_it_called():
         handle = module.register_forward_hook(
             lambda module, *_: called.append(type(module).__name__)
         )
-        layer.conv_bn(alone.fire(x, modules[2]), *modules)
+        layer.conv_bn(modules[2](x), *modules)
         handle.remove()
     assert called == ["Conv2d", "BatchNorm2d", "MultiStepLIF"]
 

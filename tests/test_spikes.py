@@ -17,19 +17,24 @@ def fire(*shape):
     return lif.MultiStepLIF()((2 * torch.randn(4, *shape)).requires_grad_())
 
 
+def add_space(s):
+    """[4, 3, 6, 6] as [T, B, C, H, W]."""
+    return s.unsqueeze(-1)
+
+
 KEEP = {
     "itself": lambda s: s,
     "views": lambda s: s.transpose(0, 1).flatten(2).unflatten(2, (2, -1))[:, 1:],
     "sum": lambda s: spikes.add(s, spikes.add(s, s)),
-    "product": lambda s: spikes.product(torch.mul, s, s[:, :, :1], lif.MultiStepLIF()),
+    "masked": lambda s: spikes.masked(add_space(s), add_space(s)[:, :, :2, None]),
 }
 LOSE = {
     "detached": lambda s: s.detach(),
     "scaled": lambda s: s * 0.5,
     "plus": lambda s: s + s,
     "analog sum": lambda s: spikes.add(s, 0.5 * s),
-    "analog product": lambda s: spikes.product(torch.mul, s, 0.5 * s, lif.MultiStepLIF()),
-    "matrix product": lambda s: spikes.product(torch.matmul, s, s, lif.MultiStepLIF()),
+    "analog mask": lambda s: spikes.masked(add_space(s), 0.5 * add_space(s)[:, :, :2, None]),
+    "matrix product": lambda s: spikes.matmul(s, s),
     "in place": lambda s: s.mul_(0.5),
     "a view in place": lambda s: (s.flatten(2).mul_(0.5), s)[1],
     "an element": lambda s: (s[0, 0].fill_(0.5), s)[1],
@@ -81,19 +86,20 @@ def test_debug_mode():
         spikes.save(s)
 
 
-@pytest.mark.parametrize("operator", [torch.mul, torch.matmul, torch.add])
-@pytest.mark.parametrize("scale", [1.0, 0.37])
-def test_product(operator, scale):
-    """Equal to the operator in values and gradients, for spikes and for analog values, broadcast
+@pytest.mark.parametrize("name", ["masked", "matmul", "add"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.37, 1.0), (1.0, 0.37), (0.37, 0.37)])
+def test_product(name, scales):
+    """Equal to plain.py's in values and gradients, for spikes and for analog values, broadcast
     too.
     """
     results = []
-    for on in (True, False):
-        s = fire(3, 5, 5).detach().double()
-        a, b = s.clone().requires_grad_(), s[0, :1].clone().requires_grad_()
-        x = spikes.mark(a.clone()) * scale if scale != 1 else spikes.mark(a.clone())
-        y = spikes.mark(b.clone())
-        out = spikes.product(operator, x, y, lif.MultiStepLIF(fused=on))
+    for function in (getattr(spikes, name), getattr(cifar10.plain, name)):
+        s = fire(3, 8, 5, 5).detach().double()
+        a = s.clone().requires_grad_()
+        b = (s[:, :, :2, None] if name == "masked" else s[0, :1]).clone().requires_grad_()
+        x, y = spikes.mark(a.clone()), spikes.mark(b.clone())
+        x, y = (z if scale == 1 else z * scale for z, scale in zip((x, y), scales, strict=True))
+        out = function(x, y)
         out.square().sum().backward()
         results.append((out, a.grad, b.grad))
     for ours, want in zip(*results, strict=True):

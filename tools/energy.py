@@ -230,7 +230,7 @@ def is_published(model):
     """Whether this is HST-10-768 with token attention, whose firing rates the paper reports."""
     stages = [getattr(model, f"stage{index}", ()) for index in (1, 2, 3)]
     attention = [getattr(block, "tssa", None) for block in (*stages[0], *stages[1])]
-    token = all(getattr(module, "summed", None) == 5 for module in attention)
+    token = all(type(module).__name__ == "TokenQKAttention" for module in attention)
     return [*map(len, stages)] == [1, 2, 7] and token and model.head.in_features == 768
 
 

@@ -197,13 +197,13 @@ class Machine(contextlib.ExitStack):
         for module, name, value in [*self.replacements()]:
             self.patch(module, name, value)
         if self.fake:
-            self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.point(tensor)))
+            self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.pointer_to(tensor)))
             self.enter_context(self.mode)
         else:
             self.patch(torch.Tensor, "is_cuda", True)
         return self
 
-    def point(self, tensor):
+    def pointer_to(self, tensor):
         """An address as an allocator gives it, a multiple of 512 where a storage begins."""
         start = 512 * (tensor.untyped_storage()._cdata >> 4)
         pointer = Pointer(start + tensor.storage_offset() * tensor.element_size())
@@ -218,7 +218,7 @@ class Machine(contextlib.ExitStack):
             for name, value in vars(module).items():
                 if name == "cupy_error":
                     yield module, name, lambda: None
-                elif name == "whole":  # whether functions are called as operators of torch
+                elif name == "is_called_as_operator":
                     yield module, name, lambda: False
                 elif hasattr(value, "cache_clear"):
                     new = fresh.setdefault(value, functools.cache(value.__wrapped__))

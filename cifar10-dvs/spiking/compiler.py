@@ -5,10 +5,13 @@ steps T, type and neuron, so that loops over T unroll and membranes stay in regi
 arithmetic is float32 (float64 for float64).
 """
 
+import contextlib
 import ctypes
 import functools
+import logging
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import NamedTuple
 import torch
 
 from .cupy_lif import CTYPES, NVRTC_OPTIONS, cupy_error
-from .neuron import say
+
+logger = logging.getLogger("qkformer")
 
 # Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
 MAX_T = 64
@@ -32,29 +36,37 @@ COLUMNS = (32, 16)
 FILES = ("portable.cuh", "fused.cu")
 SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
 HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-# No fused multiply-add, to round as neuron.py does. Comparisons that may trap do not vectorise.
+# No fused multiply-add, to round as plain.py does. Comparisons that may trap do not vectorise.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
 HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+
+
+COMPILER_SECONDS = 120  # it takes one or two
+
+
+@functools.cache
+def say(line):
+    logger.info(line)  # once for each line
 
 
 class Build(NamedTuple):
     """What the kernels are compiled for.
 
-    charge: how neurons integrate, a name of fused.cu. lanes: channels of a GPU's thread. wide:
-    whether places in memory need 64 bits.
+    charge: how neurons integrate, a name of fused.cu. lanes: channels of a GPU's thread. index: the
+    type of a place in memory.
     """
 
     dtype: torch.dtype
     T: int = 1
     charge: str = "MULTIPLY"
     lanes: int = 1
-    wide: bool = True
+    index: str = "long long"
 
     def defines(self, ctypes_of):
         return (
             f"-Dscalar_t={ctypes_of[self.dtype]}",
             f"-Dreal_t={'double' if self.dtype == torch.float64 else 'float'}",
-            f"-DINDEX={'long long' if self.wide else 'int'}",
+            f"-DINDEX={self.index}",
             f"-DSTEPS={self.T}",
             f"-DLANES={self.lanes}",
             f"-DCHARGE={self.charge}",
@@ -64,18 +76,32 @@ class Build(NamedTuple):
 @functools.cache
 def host_library(build):
     """The kernels as a shared library, compiled in a fraction of a second."""
-    compiler = [
-        *shlex.split(os.environ.get("CXX", "g++")),
-        *HOST_OPTIONS,
-        *build.defines(HOST_CTYPES),
-    ]
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    options = [*HOST_OPTIONS, *build.defines(HOST_CTYPES)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
-        command = [*compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
-        output = {"check": True, "capture_output": True, "text": True, "errors": "replace"}
-        # In a session of its own it does not get the signals that end a run after a step.
-        subprocess.run(command, input=SOURCE, start_new_session=True, **output)
+        files = ["-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
+        run_alone([*compiler, *options, *files], SOURCE, COMPILER_SECONDS)
         return ctypes.CDLL(path)
+
+
+def run_alone(command, text, seconds):
+    """Run a command that reads `text`. In a session of its own it does not get the signals that end
+    a run after a step. Raises OSError with what it says where it fails or takes longer.
+    """
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    options = {"start_new_session": True, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **pipes, **options) as process:
+        try:
+            _, said = process.communicate(text, seconds)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OSError(f"{command[0]} takes more than {seconds} s") from None
+            raise
+    if process.returncode:
+        raise OSError(said.strip() or f"{command[0]} ends with {process.returncode}")
 
 
 def keep_memory():
@@ -89,15 +115,19 @@ def keep_memory():
     mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @functools.cache
-def host_error(dtype=torch.float32, T=4):
+def host_error(build):
     """None where the system's C++ compiler builds the kernels, else the reason in one line."""
     try:
-        host_library(Build(dtype, T))
+        host_library(build)
         keep_memory()
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-        return f"no working C++ compiler ({reason})"
+    except (OSError, ValueError) as error:  # ValueError: of shlex
+        cxx = f", CXX={os.environ['CXX']}" if "CXX" in os.environ else ""
+        return f"no working C++ compiler ({first_line(error)}{cxx})"
     return None
 
 
@@ -109,30 +139,39 @@ def cuda_module(build):
 
 
 @functools.cache
-def cuda_error(dtype, T):
+def cuda_error(build):
     """None where NVRTC builds the kernels, else the reason in one line."""
     try:
-        cuda_module(Build(dtype, T)).compile()
+        cuda_module(build).compile()
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
 @torch.compiler.assume_constant_result
-def available(device_type, dtype, backend, T=4):
-    """Whether layers of such tensors, of T steps and with neurons of this backend, can run fused;
-    logged once.
+def available(device_type, dtype, backend, T=4, charge="MULTIPLY"):
+    """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
+    All kernels that they launch on a CPU are there then.
     """
+    return runs_fused(device_type, dtype, backend, T, charge)
+
+
+@functools.cache
+def runs_fused(device_type, dtype, backend, T, charge):
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:
-        error = cupy_error() or cuda_error(dtype, T)
+        error = cupy_error() or cuda_error(Build(dtype, T, charge))
     elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        error = host_error(dtype, T)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        builds = Build(dtype, T, charge), Build(dtype), Build(real)
+        error = next(filter(None, map(host_error, builds)), None)
     else:
         return False
-    how = "fused" if error is None else "unfused"
-    say(f"layers run {how} on {device_type}" + ("" if error is None else f": {error}"))
+    if error is None:
+        say(f"fused kernels on the {'CPU' if device_type == 'cpu' else 'GPU'}")
+    else:
+        say(f"layers run module by module on {device_type}: {error}")
     return error is None
 
 
@@ -171,10 +210,10 @@ def launch(name, y, *args, T=1, charge="MULTIPLY"):
         getattr(host_library(Build(y.dtype, T, charge)), name)(*args)
 
 
-def as_argument(arg, whole, real, pointer):
+def as_argument(arg, integer, real, pointer):
     """arg as a kernel gets it; the others are types of numbers and addresses."""
     if isinstance(arg, int):
-        return whole(arg)
+        return integer(arg)
     return real(arg) if isinstance(arg, float) else pointer(0 if arg is None else arg.data_ptr())
 
 
@@ -185,10 +224,10 @@ def launch_cuda(name, y, args, T, charge):
         lanes, block, grid = 1, COLUMNS, (-(-args[0] // COLUMNS[0]), 1)
     else:
         lanes, block, grid = tiling(y.element_size(), *args[:2], T)
-    wide = any(isinstance(arg, torch.Tensor) and arg.numel() >= 2**30 for arg in args)
-    whole = numpy.int64 if wide else numpy.int32
-    args = tuple([as_argument(arg, whole, numpy.float32, int) for arg in args])
-    kernel = cuda_kernel(name, Build(y.dtype, T, charge, lanes, wide))
+    large = any(isinstance(arg, torch.Tensor) and arg.numel() >= 2**30 for arg in args)
+    integer, index = (numpy.int64, "long long") if large else (numpy.int32, "int")
+    args = tuple([as_argument(arg, integer, numpy.float32, int) for arg in args])
+    kernel = cuda_kernel(name, Build(y.dtype, T, charge, lanes, index))
     with torch.cuda.device(y.device), cupy_stream(torch.cuda.current_stream(y.device)):
         kernel(grid, block, args)
 

@@ -1,26 +1,15 @@
 """Spikes wait for the backward pass as bytes, a half or a quarter of the memory of floats.
 
-Only a tensor that is marked, as holding whole numbers from 0 to 255, is saved so. A neuron marks
-its spikes, `add` and `product` mark what they make of marked tensors, and a view shares the mark of
-its tensor. All other operations return unmarked tensors, saved as they are, and a write in
-place ends a mark. So `x + 0.5 * y` takes more memory, but its gradients are right.
+Only a tensor that is marked, as holding whole numbers from 0 to 255, is saved so. A neuron with
+`fused` and `byte_spikes` marks its spikes, `add` and `masked` mark what they make of marked
+tensors, and a view shares the mark of its tensor. All other operations return unmarked tensors,
+saved as they are, and a write in place ends a mark. So `x + 0.5 * y` takes more memory, but its
+gradients are right.
 """
 
-from contextlib import nullcontext
-from functools import partial
-
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
-
-
-def traced():
-    """Whether torch.export or torch.jit.trace wants a graph of PyTorch's own operators."""
-    # Within torch.compile is_exporting is always true.
-    exporting = is_exporting() and not torch.compiler.is_dynamo_compiling()
-    return torch.jit.is_tracing() or exporting
+from . import plain
 
 
 def wants_bytes():
@@ -78,7 +67,25 @@ def add(x, y):
     return mark(x + y, None if None in known else sum(known))
 
 
+def matmul(a, b):
+    """a @ b; spikes are saved as bytes, also where a product within copies them."""
+    if largest(a) is None and largest(b) is None:
+        return a @ b
+    return Product.apply(torch.matmul, a, b)
+
+
+def masked(x, mask):
+    """plain.masked(x, mask); spikes are saved as bytes, and masked spikes are spikes."""
+    known = largest(x), largest(mask)
+    if known == (None, None):
+        return plain.masked(x, mask)
+    out = Product.apply(torch.mul, x.unflatten(2, (mask.shape[2], -1)), mask)
+    return mark(out, None if None in known else known[0] * known[1]).flatten(2, 3)
+
+
 class Product(torch.autograd.Function):
+    """(torch.matmul or torch.mul, a, b) -> their product."""
+
     @staticmethod
     def forward(ctx, operator, a, b):
         ctx.operator = operator
@@ -88,7 +95,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        a, b = (x.to(grad.dtype) for x in ctx.saved_tensors)
+        # Contiguous, as the batches of a product are read: it would copy them else.
+        layout = torch.contiguous_format if ctx.operator is torch.matmul else torch.preserve_format
+        a, b = (x.to(grad.dtype, memory_format=layout) for x in ctx.saved_tensors)
         if ctx.operator is torch.matmul:
             grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
         else:
@@ -96,47 +105,9 @@ class Product(torch.autograd.Function):
         return None, grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)
 
 
-def product(operator, a, b, lif):
-    """operator(a, b), torch.matmul or torch.mul; spikes are saved as bytes if lif.fused is set."""
-    if not getattr(lif, "fused", False) or operator not in (torch.matmul, torch.mul) or traced():
-        return operator(a, b)
-    known = largest(a), largest(b)
-    out = Product.apply(operator, a, b)
-    return mark(out, None if operator is torch.matmul or None in known else known[0] * known[1])
-
-
-# Activations computed again -----------------------------------------------------------------------
-
-
 def checkpointed(module, x):
-    """module(x); only x is kept for the backward pass, which computes the rest again."""
-    known = largest(x)  # x comes back from autograd without its mark
-
-    def run(x):
-        return module(mark(x, known))
-
-    contexts = partial(recomputing, module)
-    return checkpoint(run, x, use_reentrant=False, context_fn=contexts)
-
-
-def recomputing(module):
-    return nullcontext(), Recomputation(module)
-
-
-class Recomputation:
-    """Context in which BatchNorms see a batch again without counting it in running statistics."""
-
-    def __init__(self, module):
-        self.bns = [
-            bn for bn in module.modules() if isinstance(bn, nn.modules.batchnorm._BatchNorm)
-        ]
-
-    def __enter__(self):
-        self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
-        for bn in self.bns:
-            bn.momentum = 0.0
-
-    def __exit__(self, *error):
-        for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
-            bn.momentum = momentum
-            bn.num_batches_tracked.copy_(batches)
+    """plain.checkpointed(module, x); x comes back from autograd without its mark, so that the mark
+    is set again.
+    """
+    known = largest(x)
+    return plain.checkpointed(module, x, lambda x: module(mark(x, known)))

@@ -247,7 +247,7 @@ def layout(cfg, ranks):
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
-    """(model with the checkpoint's weights, its cross_sample_lif), with a line on its semantics.
+    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why).
 
     With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
     line says so.
@@ -267,8 +267,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
         logger.info(f"{path}: {head}")
     if weights:
         load_weights(model, weights, path)
-    logger.info(semantics)
-    return model, cross_sample_lif
+    return model, cross_sample_lif, semantics
 
 
 def check_classes(checkpoint, path, classes):
@@ -300,7 +299,10 @@ def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested
     recorded = recorded_values(options, checkpoint, path) | (known or {})
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
-    model, cross = load_model(cfg, options, data, ranks, cfg.num_classes, checkpoint, path)
+    model, cross, semantics = load_model(
+        cfg, options, data, ranks, cfg.num_classes, checkpoint, path
+    )
+    logger.info(semantics)
     return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"))
 
 

@@ -13,51 +13,43 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from . import ops
+from . import ops, plain
 from .fusible import autocast, can_fuse
-from .neuron import rate_of
-from .spikes import mark, save, wants_bytes
+from .spikes import mark, masked, save, wants_bytes
 
 aten = torch.ops.aten
 MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
 
 
-def conv_bn_lif(x, conv, bn, lif, pool=False):
+def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
     """[T, B, C, H, W] -> spikes [T, B, C', H', W'].
 
     Args:
         x: images or spikes.
         conv, bn, lif: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
         pool: whether a 3x3 max-pool of stride 2 comes between BatchNorm and neuron.
+        mask: spikes [T, B, heads, 1 or channels, H or 1, W or 1] that each head of x is multiplied
+            with first; None: x as it is.
     """
+    x = x if mask is None else masked(x, mask)
     if can_fuse(x, [conv], [bn], [lif]):
         return fused_layers(x, [conv], [bn], [lif], pool)
-    return lif(plain_conv_bn(x, conv, bn, pool))
+    return plain.conv_bn_lif(x, conv, bn, lif, pool)
 
 
-def plain_conv_bn(x, conv, bn, pool=False):
-    """The modules one after another, without the neuron."""
-    steps, space = x.shape[:2], x.shape[3:]
-    x = x.flatten(0, 1)
-    x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
-    if pool:
-        x = F.max_pool2d(x, 3, 2, 1)
-    return x.unflatten(0, steps)
-
-
-def conv_bn(x, conv, bn, lif, pool=False):
-    """Spikes or images [T, B, C, H, W] -> membrane inputs [T, B, C', H', W'].
+def conv_bn(x, conv, bn, lif, pool=False, mask=None):
+    """Spikes or images [T, B, C, H, W] -> membrane inputs [T, B, C', H', W'], for layers with
+    membrane shortcuts, which end between BatchNorm and the next neuron.
 
     Args:
-        conv, bn: the layer's modules; a Conv1d gets the H*W tokens as one dimension.
+        conv, bn, pool, mask: see conv_bn_lif.
         lif: the neuron before them; the layer runs fused only where this neuron may, too.
-        pool: whether a 3x3 max-pool of stride 2 follows BatchNorm.
     """
+    x = x if mask is None else masked(x, mask)
     if can_fuse(x, [conv], [bn], [lif]):
         return fused_layers(x, [conv], [bn], [lif], pool, fires=False)
-    return plain_conv_bn(x, conv, bn, pool)
+    return plain.conv_bn(x, conv, bn, lif, pool)
 
 
 def conv_bn_lif_each(x, *layers):
@@ -75,19 +67,6 @@ def conv_bn_lif_each(x, *layers):
 # The fused path -----------------------------------------------------------------------------------
 
 
-class Neuron(NamedTuple):
-    """See ops.py; alpha is the slope of the surrogate gradient. A kernel takes floats alone."""
-
-    charge: str
-    rate: float
-    v_threshold: float
-    alpha: float
-
-
-def neuron_of(lif):
-    return Neuron(*ops.charge_of(lif), float(lif.v_threshold), float(lif.alpha))
-
-
 class Options(NamedTuple):
     """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
 
@@ -101,7 +80,7 @@ class Options(NamedTuple):
     padding: tuple
     eps: float
     pool: bool
-    neuron: Neuron | None
+    neuron: ops.Constants | None
     save_bytes: bool
 
 
@@ -125,10 +104,10 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     neuron, rates = None, None
     if fires:
-        neuron = neuron_of(lif)
+        neuron = ops.constants_of(lif)
         if lif.kind == "plif":
             pairs = zip(bns, lifs, strict=True)
-            rates = join(rates_of(lif, x, bn.num_features) for bn, lif in pairs)
+            rates = join(ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs)
     small = fires and lif.byte_spikes and wants_bytes()
     options = Options(T, T // len(x), stride, padding, float(bn.eps), pool, neuron, small)
     if bn.training:
@@ -143,22 +122,16 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         affine = running_affine(y, convs, bns, sign)
         y = ops.pool(y)[0] if pool else y
         if fires:
-            return fire(y.unflatten(0, (-1, B)), affine, rates, options)
+            return spikes_of(y.unflatten(0, (-1, B)), affine, rates, options)
         out = ops.normalise(y, affine)
     return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
 
 
-def rates_of(lif, x, channels):
-    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
-    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
-
-
-def fire(y, affine, rates, options):
+def spikes_of(y, affine, rates, options):
     """Spikes without a gradient, over y where it has all steps."""
-    charge, rate, v_threshold, _ = options.neuron
     if len(y) < options.T:
-        return ops.fire(y, options.T, affine, rates, charge, rate, v_threshold, False)[0]
-    ops.fire_(y, affine, rates, charge, rate, v_threshold)
+        return ops.fire(y, options.T, affine, rates, *options.neuron[:3], False)[0]
+    ops.fire_(y, affine, rates, *options.neuron[:3])
     return y
 
 
@@ -192,8 +165,7 @@ class ConvBNLIF(torch.autograd.Function):
         pooled = ops.pool(y)[0] if options.pool else y
         if options.neuron:
             pooled = pooled.unflatten(0, x.shape[:2])
-            charge, rate, v_threshold, _ = options.neuron
-            args = (norm[3:], rates, charge, rate, v_threshold, options.save_bytes)
+            args = (norm[3:], rates, *options.neuron[:3], options.save_bytes)
             out, small = ops.fire(pooled, options.T, *args)
         else:
             out, small = ops.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)

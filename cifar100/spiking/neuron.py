@@ -1,29 +1,18 @@
-"""Multi-step spiking neurons, each with three interchangeable backends.
-
-    charge   LIF:   h[t] = v[t-1] + (x[t] - v[t-1]) / tau
-             IF:    h[t] = v[t-1] + x[t]
-             PLIF:  h[t] = v[t-1] + (x[t] - v[t-1]) * sigmoid(w), where the layer learns w
-    fire            s[t] = 1 if h[t] >= v_threshold else 0
-    reset           v[t] = 0 if s[t] else h[t]; detached: no gradient through s here
-
-v[-1] = 0 in every call. The surrogate gradient is that of a sigmoid with slope alpha:
-ds/dh = alpha * g * (1 - g), g = sigmoid(alpha * (h - v_threshold)). The membrane is kept in float32
-(float64 for float64 input), whatever the type of the input.
-"""
+"""Multi-step spiking neurons, each with interchangeable backends; plain.py has the formulas."""
 
 import functools
-import logging
 from functools import partial
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 
+from . import compiler, ops, plain
+from .compiler import say
 from .cupy_lif import CTYPES, cupy_error, lif_forward
-from .spikes import mark, traced
+from .plain import ALPHA, membrane_type, rate_of, torch_lif
+from .spikes import mark, wants_bytes
 
-ALPHA = 4.0
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
-logger = logging.getLogger("qkformer")
 
 
 class MultiStep:
@@ -38,10 +27,11 @@ class MultiStep:
         backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 to bfloat16),
             "spikingjelly" (its functional neurons), or "auto": cupy on a GPU where CuPy works, else
             spikingjelly there, torch on any other device and in float64.
-        fused: whether the layer that ends in this neuron may run fused, see layer.py. Default True.
+        fused: whether this neuron, and the layer that ends in it, may run fused: in one pass over
+            memory, see layer.py. Default True.
         alpha: slope of the surrogate gradient, > 0. Default 4.0.
-        byte_spikes: whether the spikes may wait for the backward pass as bytes, see spikes.py.
-            Default True.
+        byte_spikes: whether spikes may wait for the backward pass as bytes where `fused` is set,
+            see spikes.py. Default True.
 
     Attributes of the node may be set afterwards. With v_reset, detach_reset or decay_input other
     than above, a surrogate_function that is no sigmoid, or store_v_seq, spikingjelly's functional
@@ -60,11 +50,7 @@ class MultiStep:
         alpha=ALPHA,
         byte_spikes=True,
     ):
-        if tau <= 1.0:
-            raise ValueError(f"tau is {tau}; it must be larger than 1")
-        for name, value in (("v_threshold", v_threshold), ("alpha", alpha)):
-            if value <= 0.0:
-                raise ValueError(f"{name} is {value}; it must be larger than 0")
+        plain.check(tau, v_threshold, alpha)
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
         name = {"lif": "tau", "if": None, "plif": "init_tau"}[self.kind]
@@ -90,28 +76,42 @@ class MultiStep:
     @property
     def alpha(self):
         """Slope of the surrogate gradient; None if it is not a sigmoid's."""
-        f = self.surrogate_function
+        f = self._modules["surrogate_function"]
         return f.alpha if type(f) is surrogate.Sigmoid else None
 
     def is_usual(self):
         """Whether the neuron is the one of the formulas above, as every backend computes it."""
-        usual = self.alpha is not None and self.surrogate_function.spiking
+        # Submodules and memories by their dictionaries: every layer asks at every call.
+        v = self._memories["v"]
+        usual = self.alpha is not None and self._modules["surrogate_function"].spiking
         usual = usual and self.v_reset == 0.0 and self.detach_reset
         usual = usual and getattr(self, "decay_input", True)  # IF has none
-        return usual and type(self.v) is float and self.v == 0.0 and not self.store_v_seq
+        return usual and type(v) is float and v == 0.0 and not self.store_v_seq
 
     def constants(self):
         """What every backend gets besides x. tau is there for LIF alone, and w for PLIF alone."""
         tau, w = (self.tau if self.kind == "lif" else 0.0), getattr(self, "w", None)
         return tau, self.v_threshold, self.alpha, self.kind, w
 
+    def runs_fused(self, x):
+        """Whether a kernel of layers computes it, on a CPU; on a GPU cupy's is as good."""
+        may = self.fused and x.device.type == "cpu" and x.dim() == 5 and x.numel()
+        if not may or len(x) > compiler.MAX_T or ops.observed() is not None:
+            return False
+        charge = ops.charge_of(self)[0]
+        return compiler.available("cpu", x.dtype, self.backend, len(x), charge)
+
     def multi_step_forward(self, x_seq):
         if self.is_usual():
-            if traced():
+            if ops.traced():
                 return traced_lif(x_seq, *self.constants())
-            backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
-            spikes = IMPLEMENTATIONS[backend](x_seq, *self.constants())
-            return mark(spikes) if self.byte_spikes else spikes
+            marks, small = self.fused and self.byte_spikes, None
+            if self.runs_fused(x_seq):
+                spikes, small = fused_neuron(x_seq, self, marks and wants_bytes())
+            else:
+                backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
+                spikes = IMPLEMENTATIONS[backend](x_seq, *self.constants())
+            return mark(spikes, 1, small) if marks else spikes
         if type(self.v) is not float or self.v not in (0.0, self.v_reset):
             raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
         spikes, self.v_seq = spikingjelly_lif(x_seq, *self.constants(), node=self)
@@ -150,26 +150,8 @@ class MultiStepPLIF(MultiStep, neuron.ParametricLIFNode):
 NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
 
 
-def neuron_maker(
-    neuron="lif",
-    tau=2.0,
-    v_threshold=1.0,
-    surrogate_alpha=ALPHA,
-    backend="auto",
-    fused=True,
-    byte_spikes=True,
-):
-    """What makes a model's neurons, called with no argument.
-
-    `neuron` is a key of NEURONS, or a class that takes the arguments of MultiStep, which the others
-    are. ValueError for an unknown neuron, and for a tau of neurons that have none.
-    """
-    kind = NEURONS.get(neuron, neuron)
-    if not callable(kind):
-        raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(NEURONS)}")
-    if neuron == "if" and tau != 2.0:
-        raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    return partial(kind, tau, v_threshold, backend, fused, surrogate_alpha, byte_spikes)
+# What makes a model's neurons: see plain.py.
+neuron_maker = partial(plain.neuron_maker, kinds=NEURONS)
 
 
 @torch.compiler.assume_constant_result
@@ -180,80 +162,25 @@ def resolve_backend(backend, device_type, dtype):
 
 @functools.cache
 def _resolve(backend, device_type, dtype):
-    name, why = backend, ""
     if backend == "auto":
-        name = "torch"
-        if device_type == "cuda" and dtype != torch.float64:
-            error = cupy_error()
-            name, why = ("cupy", "") if error is None else ("spikingjelly", f" (no CuPy: {error})")
-    elif backend == "cupy":
+        if device_type != "cuda" or dtype == torch.float64:
+            return "torch"
+        error = cupy_error()
+        if error is None:
+            return "cupy"
+        say(f"neurons run on spikingjelly's backend: no CuPy ({error})")
+        return "spikingjelly"
+    if backend == "cupy":
         error = "needs a CUDA tensor" if device_type != "cuda" else cupy_error()
         if error is None and dtype not in CTYPES:
             error = f"does not take {dtype}"
         if error is not None:
             raise RuntimeError(f"the cupy backend of the LIF neuron can't run: {error}")
-    say(f"LIF neurons: {name} backend on {device_type}{why}")
-    return name
+    say(f"neurons run on the {backend} backend")
+    return backend
 
 
-@functools.cache
-def say(line):
-    logger.info(line)  # once for each line
-
-
-# torch: the plain formulas ------------------------------------------------------------------------
-
-
-class TorchLIF(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, rate, tau, v_threshold, alpha, kind):
-        h = torch.empty_like(x, dtype=membrane_type(x))
-        v = torch.zeros_like(h[0])
-        # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
-        divisor = h.new_full((), tau)
-        for t in range(len(x)):
-            if kind == "if":
-                torch.add(x[t], v, out=h[t])
-            elif kind == "lif":
-                torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
-            else:
-                torch.sub(x[t], v, out=h[t]).mul_(rate).add_(v)
-            v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
-        ctx.save_for_backward(h, *((x, rate) if kind == "plif" else ()))
-        ctx.constants, ctx.dtype = (tau, v_threshold, alpha, kind), x.dtype
-        return (h >= v_threshold).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_spikes):
-        h, *charges = ctx.saved_tensors
-        tau, v_threshold, alpha, kind = ctx.constants
-        g = torch.sub(h, v_threshold).mul_(alpha).sigmoid_()
-        grad_h = torch.sub(1.0, g).mul_(g).mul_(alpha).mul_(grad_spikes)
-        kept = 1.0 if kind == "if" else 1.0 - 1.0 / tau if kind == "lif" else 1.0 - charges[1]
-        for t in range(len(h) - 2, -1, -1):  # step t+1 saw v[t] = h[t], unless step t fired
-            grad_v = grad_h[t + 1] * kept
-            grad_h[t].add_(grad_v.masked_fill_(h[t] >= v_threshold, 0.0))
-        if kind != "plif":
-            grad_x = grad_h if kind == "if" else grad_h.div_(tau)
-            return grad_x.to(ctx.dtype), None, None, None, None, None
-        x, rate = charges
-        v = h.masked_fill(h >= v_threshold, 0.0).roll(1, 0)  # v[t-1]
-        v[0] = 0.0
-        grad_rate = v.neg_().add_(x).mul_(grad_h).sum(dtype=torch.float64).to(rate.dtype)
-        return grad_h.mul_(rate).to(ctx.dtype), grad_rate, None, None, None, None
-
-
-def membrane_type(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def rate_of(x, w):
-    """sigmoid(w) of a PLIF neuron in the membrane's type; None of the others."""
-    return None if w is None else w.to(membrane_type(x)).sigmoid()
-
-
-def torch_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
-    return TorchLIF.apply(x, rate_of(x, w), tau, v_threshold, alpha, kind)
+# torch: on any device -----------------------------------------------------------------------------
 
 
 def traced_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
@@ -299,3 +226,44 @@ def cupy_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
 
 
 IMPLEMENTATIONS = {"torch": torch_lif, "spikingjelly": spikingjelly_lif, "cupy": cupy_lif}
+
+
+# fused: one pass over memory on a CPU, without a layer around it ----------------------------------
+
+
+def fused_neuron(x, lif, bytes_too):
+    """(spikes, the same as bytes or empty) of x [T, B, C, H, W], which the backward pass needs."""
+    T, x = len(x), x[:1] if x.stride(0) == 0 else x
+    rates = ops.rates_of(lif, x, x.shape[2])
+    return FusedNeuron.apply(x, rates, T, ops.constants_of(lif), bytes_too)
+
+
+class FusedNeuron(torch.autograd.Function):
+    """(x of T steps or one that stands for all, PLIF's rates or None, T, constants, whether the
+    spikes are wanted as bytes too) -> spikes of T steps, the same as bytes or empty.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rates, T, constants, bytes_too):
+        ctx.save_for_backward(x, rates)
+        ctx.constants = constants
+        spikes, small = ops.fire(x, T, identity(x), rates, *constants[:3], bytes_too)
+        ctx.mark_non_differentiable(small)
+        return spikes, small
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_spikes, *_):
+        x, rates = ctx.saved_tensors
+        x = ops.rows_of_channels(x)
+        grad, affine = torch.empty_like(x), identity(x)
+        args = (grad_spikes, x, grad, affine[1], affine, rates)
+        partial = ops.fire_backward(*args, *ctx.constants)
+        return grad, None if rates is None else partial[:, 2].sum(0), None, None, None
+
+
+def identity(x):
+    """Scale 1 and shift 0: a BatchNorm that is not there."""
+    affine = x.new_zeros(2, x.shape[2], dtype=ops.real(x))
+    affine[0].fill_(1)
+    return affine

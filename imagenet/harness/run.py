@@ -110,7 +110,10 @@ class Run:
         if start.resumed:
             check_classes(start.checkpoint, start.path, self.classes)
         weights = start.checkpoint, start.path
-        self.model, self.cross_sample_lif = load_model(
+        shape = " x ".join(map(str, data.input_shape(cfg)))
+        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} test {self.samples}"
+        logger.info(f"data: {cfg.dataset}, {sizes} of {len(self.classes)} classes, {shape}")
+        self.model, self.cross_sample_lif, self.semantics = load_model(
             cfg, options, data, ranks, num_classes, *weights, new_head=not start.resumed
         )
         if getattr(cfg, "sync_bn", False) and ranks.world_size > 1 and ranks.device.type == "cuda":
@@ -135,11 +138,8 @@ class Run:
         self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if self.steps == 0:
-            batch = f"batch_size {cfg.batch_size}"
-            batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
-            batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
             more = f"more than the {len(self.train_set)} training samples"
-            raise UserError(f"{batch} is {more}; make batch_size smaller")
+            raise UserError(f"{self.batch()} is {more}; make batch_size smaller")
 
     def prepare(self):
         """Say what the run is, and go on where the checkpoint was written."""
@@ -156,23 +156,23 @@ class Run:
         if self.scheduler and (self.start.resumed or self.epoch):
             self.scheduler.step(self.epoch)
 
+    def batch(self):
+        """What a step's images are made of, in words."""
+        cfg, ranks = self.cfg, self.ranks.world_size
+        text = f"batch_size {cfg.batch_size}"
+        text += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
+        return text + (f" x {ranks} ranks" if ranks > 1 else "")
+
     def say(self):
         """The first lines of a run, for a person."""
         cfg, ranks = self.cfg, self.ranks
-        shape = " x ".join(map(str, self.data.input_shape(cfg)))
-        batch = f"batch_size {cfg.batch_size}"
-        batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
-        batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-        for line in (
-            f"data: {cfg.dataset}, {len(self.train_set):,} training and {len(self.test_set):,} "
-            f"test {self.samples} of {len(self.classes)} classes, {shape}",
-            f"network: {cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters, on "
-            f"{ranks.device}",
-            f"training: {self.num_epochs} epochs of {self.steps} steps, {self.global_batch} "
-            f"{self.samples} a step ({batch}), learning rate {self.course()}",
-            f"writing to {typed(self.folder)}",
-        ):
-            logger.info(line)
+        network = f"network: {cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
+        logger.info(f"{network}, on {ranks.device}")
+        logger.info(self.semantics)
+        epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
+        step = f"{self.global_batch} {self.samples} a step ({self.batch()})"
+        logger.info(f"training: {epochs}, {step}, learning rate {self.course()}")
+        logger.info(f"writing to {typed(self.folder)}")
         if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
             bfloat16 = "amp_dtype: bfloat16 works on a CPU"
             logger.info(f"amp: float16 needs a GPU; this run is in float32 ({bfloat16})")
@@ -368,7 +368,7 @@ class Run:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
 
         def open_files():
-            write_args(self.folder, vars(cfg), self.classes)
+            write_args(self.folder, {**vars(cfg), "resume": None}, self.classes)
             self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
 
         ranks.from_main(open_files)

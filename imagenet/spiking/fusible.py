@@ -2,14 +2,11 @@
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
-from torch.overrides import _get_current_function_mode
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import compiler
-from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF, say
-from .spikes import traced
+from .compiler import say
+from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
+from .ops import charge_of, observed
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -24,12 +21,12 @@ METHODS = {
 }
 KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
 
-PLAIN = {}  # {why layers run module by module: the first of them}
+reasons = {}  # {why layers run module by module: the first of them}
 
 
 @torch.compiler.assume_constant_result
 def say_plain(layer, reason):
-    if reason and PLAIN.setdefault(reason, layer) == layer:
+    if reason and reasons.setdefault(reason, layer) == layer:
         say(f"{layer} and layers like it run module by module: {reason}")
 
 
@@ -48,21 +45,22 @@ def can_fuse(x, convs, bns, lifs):
             return False
     if x.dim() != 5 or not x.numel() or len(x) > compiler.MAX_T:
         return False
-    kinds = {settings(*layer) for layer in zip(convs, bns, lifs, strict=True)}
-    if len(kinds) > 1 or None in kinds:
+    common, *others = [settings(*layer) for layer in zip(convs, bns, lifs, strict=True)]
+    if common is None or any(theirs != common for theirs in others):
         return False
     if bns[0].training and isinstance(bns[0], nn.SyncBatchNorm):
-        say_once("SyncBatchNorm: layers run unfused")
+        say_once("layers with SyncBatchNorm run module by module in training")
         return False
     if not bns[0].training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
         return False
-    dtype = autocast(x[:0]).dtype
+    dtype = autocast_type(x)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     for conv, bn in zip(convs, bns, strict=True):  # kernels read rows in the type they compute in
-        rows = bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.bias
-        if not all(r is None or (r.dtype == real and r.is_contiguous()) for r in rows):
-            return False
-    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x))
+        for row in (bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.bias):
+            if row is not None and not (row.dtype == real and row.is_contiguous()):
+                return False
+    charge = charge_of(lifs[0])[0]
+    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x), charge)
 
 
 def changed(module):
@@ -70,37 +68,15 @@ def changed(module):
     kind, own = type(module), module.__dict__
     if kind not in KNOWN:
         return f"it has a {kind.__name__}, which is called as it is"
-    if any(name in own or getattr(kind, name) is not known for name, known in KNOWN[kind].items()):
-        return f"its {kind.__name__} has a forward of its own"
+    for name, known in KNOWN[kind].items():
+        if name in own or getattr(kind, name) is not known:
+            return f"its {kind.__name__} has a forward of its own"
     if module._forward_pre_hooks:
         return f"its {kind.__name__} has hooks that run before it"
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return ""  # such as a monitor's; no line each time
     if isinstance(module, MultiStep) and not module.is_usual():
         return f"its {kind.__name__} has attributes that no kernel knows"
-    return None
-
-
-def observed():
-    """Why all modules must be called, since something watches operations; None: nothing does."""
-    if traced():
-        return ""
-    if torch.compiler.is_compiling():
-        return None
-    if (
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-    ):
-        return "hooks on all modules are set"
-    for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
-        # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
-        if (
-            mode is not None
-            and not isinstance(mode, DeviceContext)
-            and not getattr(mode, "counts_kernels", False)
-        ):
-            return f"{type(mode).__name__} looks at each operation"
     return None
 
 
@@ -113,17 +89,12 @@ def settings(conv, bn, lif):
     """What layers joined into one must have in common; None for a layer that can't run fused."""
     if bn.momentum is None or bn.running_mean is None or bn.weight is None:
         return None
-    if set(conv.dilation) != {1} or conv.groups != 1 or conv.padding_mode != "zeros":
+    if conv.dilation not in ((1,), (1, 1)) or conv.groups != 1 or conv.padding_mode != "zeros":
         return None
-    if isinstance(conv.padding, str) or isinstance(conv, nn.Conv1d) != isinstance(
-        bn, nn.BatchNorm1d
-    ):
+    tokens = isinstance(conv, nn.Conv1d)
+    if isinstance(conv.padding, str) or tokens != isinstance(bn, nn.BatchNorm1d):
         return None
-    if isinstance(conv, nn.Conv1d) and (*conv.kernel_size, *conv.stride, *conv.padding) != (
-        1,
-        1,
-        0,
-    ):
+    if tokens and (*conv.kernel_size, *conv.stride, *conv.padding) != (1, 1, 0):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
     tau = lif.tau if lif.kind == "lif" else None  # PLIF's differ, and are tensors
@@ -131,7 +102,11 @@ def settings(conv, bn, lif):
     return *shape, bn.training, bn.eps, *neuron
 
 
-def autocast(x):
-    """x in autocast's type, where that is on; it leaves float64 alone."""
+def autocast_type(x):
+    """x's type, or autocast's where that is on; it leaves float64 alone."""
     on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if on else x
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+def autocast(x):
+    return x.to(autocast_type(x))

@@ -1,22 +1,38 @@
 """BatchNorm's affine map and the neuron in one pass over memory, forward and backward.
 
 Tensors are [T, B, C, H, W] or [N, C, H, W] in channels_last: memory holds rows of C channels. The
-formulas are those of neuron.py and of BatchNorm; the kernels are in fused.cu. The backward pass
+formulas are those of plain.py and of BatchNorm; the kernels are in fused.cu. The backward pass
 computes the membranes again.
 
 `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard deviation, and `affine`, the
-scale and shift with which it maps y to scale * y + shift. A neuron is given by `charge`, the name
-in fused.cu of how it integrates, its `rate`, and `rates` [C] where PLIF learns them, else None.
+scale and shift with which it maps y to scale * y + shift. A neuron is given by its Constants, and
+by `rates` [C] where PLIF learns them, else None.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
+from torch.nn.modules import module as hooks
+from torch.overrides import _get_current_function_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .compiler import launch, parts
 from .cupy_lif import NAMESPACE
+from .plain import rate_of
+
+
+class Constants(NamedTuple):
+    """Of a neuron, for kernels: `charge`, the name in fused.cu of how it integrates, its `rate`,
+    and alpha, the slope of the surrogate gradient.
+    """
+
+    charge: str
+    rate: float
+    v_threshold: float
+    alpha: float
 
 
 def charge_of(lif):
@@ -27,6 +43,15 @@ def charge_of(lif):
     tau = float(lif.tau)
     exact = math.frexp(tau)[0] == 0.5
     return ("MULTIPLY", 1 / tau) if exact else ("DIVIDE", tau)
+
+
+def constants_of(lif):
+    return Constants(*charge_of(lif), float(lif.v_threshold), float(lif.alpha))
+
+
+def rates_of(lif, x, channels):
+    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
+    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
 def rows_of_channels(x):
@@ -50,7 +75,38 @@ def rows_and_step(y, T):
     return size // y.shape[2], size if len(y) == T else 0
 
 
-def whole():
+# Who looks on -------------------------------------------------------------------------------------
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
+
+
+def traced():
+    """Whether torch.export or torch.jit.trace wants a graph of PyTorch's own operators."""
+    # Within torch.compile is_exporting is always true.
+    exporting = is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing() or exporting
+
+
+def observed():
+    """Why modules and PyTorch's own operators must be called, since something watches them; ""
+    where that needs no line. None: nothing does.
+    """
+    if traced():
+        return ""
+    if torch.compiler.is_compiling():
+        return None
+    before = hooks._global_forward_pre_hooks
+    if before or hooks._global_forward_hooks or hooks._global_backward_hooks:
+        return "hooks on all modules are set"
+    for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
+        # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
+        known = mode is None or isinstance(mode, DeviceContext)
+        if not known and not getattr(mode, "counts_kernels", False):
+            return f"{type(mode).__name__} looks at each operation"
+    return None
+
+
+def is_called_as_operator():
     """Whether a kernel is called as an operator of torch, which torch.compile keeps whole and a
     dispatch mode sees. It takes longer than a launch, so else the function itself is called.
     """
@@ -66,7 +122,7 @@ def operator(mutates=()):
 
         @functools.wraps(function)
         def call(*args):
-            return of_torch(*args) if whole() else function(*args)
+            return of_torch(*args) if is_called_as_operator() else function(*args)
 
         call.of_torch, call.register_fake = of_torch, of_torch.register_fake
         return call
