@@ -107,6 +107,9 @@ class Trainer(Run):
             self.save("last.pth")
             self.saved = time.monotonic()
 
+    def start_again(self):
+        return False  # start_epoch is of a run that starts from the weights of finetune
+
     def epoch_done(self):
         self.saved = time.monotonic()
 
@@ -129,11 +132,11 @@ def main(argv=None):
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
         measure_released(settings, enter(settings), Path(path))
         return 0
-    if settings.start_epoch and not (settings.finetune or settings.resume):
-        without = "but neither finetune nor resume names weights to go on from"
-        raise UserError(f"start_epoch is {settings.start_epoch}, {without}")
     start = begin(settings, options)
     cfg = start.cfg
+    if cfg.start_epoch and not start.path:
+        without = "but neither finetune nor resume names weights to go on from"
+        raise UserError(f"start_epoch is {cfg.start_epoch}, {without}")
     data.check(cfg)
     random_seed(cfg.seed, start.ranks.rank)
     torch.backends.cudnn.benchmark = not cfg.deterministic

@@ -230,7 +230,9 @@ def compiler():
     return str(path)
 
 
-if "CXX" not in os.environ:  # which the workers of xdist, and what they start, inherit
+if "CXX" not in os.environ and shutil.which(
+    "g++"
+):  # which the workers of xdist, and what they start, inherit
     os.environ["CXX"] = compiler()
 
 

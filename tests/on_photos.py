@@ -20,7 +20,6 @@ CPU = imagenet.process.Ranks("cpu")
 UserError = imagenet.config.UserError
 NARROW = {  # HST-5-64 at 32 x 32
     "base": str(ROOT / "imagenet" / "imagenet.yml"),
-    "nb_classes": 2,
     "input_size": 32,
     "layer": 5,
     "dim": 64,
@@ -38,6 +37,19 @@ NARROW = {  # HST-5-64 at 32 x 32
 
 def resolve(*argv):
     return resolve_in(imagenet, *argv)
+
+
+def build(cfg, cross_sample_lif=False, classes=2):
+    """The configuration's model."""
+    args = cfg, imagenet.options, imagenet.data, cross_sample_lif, classes, CPU
+    return imagenet.build.build_model(*args)
+
+
+def load_weights(cfg, path, classes=2, **how):
+    """build.load_model of a file: (model, cross_sample_lif)."""
+    checkpoint = imagenet.checkpoint.load_checkpoint(path)
+    args = cfg, imagenet.options, imagenet.data, CPU, classes, checkpoint, path
+    return imagenet.build.load_model(*args, **how)
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +88,11 @@ def trained_narrow(tmp_path_factory, narrow):
 
 
 def slurm(*args):
-    """Two tasks as srun starts them; their outputs."""
+    """Two tasks as srun starts them; the output of the first."""
     processes = []
-    for rank in range(2):
-        env = {
-            "SLURM_PROCID": rank,
-            "SLURM_LOCALID": rank,
-            "SLURM_STEP_NUM_TASKS": 2,
-            "SLURM_JOB_ID": os.getpid(),
-        }
-        env = {name: str(value) for name, value in env.items()} | {
-            "SLURM_STEP_NODELIST": "localhost"
-        }
+    for rank in ("0", "1"):
+        env = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
+        env |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
         processes.append(start("imagenet", *args, env=env))
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -118,15 +123,8 @@ def release_file(path, model, optimizer=None):
     optimizer = (optimizer or imagenet.optim.build_optimizer(resolve(), model)).state_dict()
     kept = "lr betas eps weight_decay amsgrad foreach maximize capturable lr_scale params".split()
     groups = [{name: group[name] for name in kept} for group in optimizer["param_groups"]]
-    args = argparse.Namespace(
-        model="QKFormer_10_384", batch_size=32, device="cuda", lr=None, distributed=True
-    )
-    content = {
-        "model": model.state_dict(),
-        "optimizer": {"state": optimizer["state"], "param_groups": groups},
-        "epoch": 199,
-        "scaler": {},
-        "args": args,
-    }
+    args = argparse.Namespace(model="QKFormer_10_384", batch_size=32, device="cuda", lr=None)
+    content = {"model": model.state_dict(), "epoch": 199, "scaler": {}, "args": args}
+    content["optimizer"] = {"state": optimizer["state"], "param_groups": groups}
     torch.save(content, path)
     return path

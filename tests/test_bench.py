@@ -2,48 +2,31 @@
 function.
 """
 
-import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from conftest import ROOT, Golden, load
+import bench
+from conftest import Golden, load
 
-spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+
+def run(monkeypatch, capsys, *argv):
+    """What bench.py prints of a command line for the CPU."""
+    monkeypatch.setattr(sys, "argv", [*map(str, ("bench.py", "--device", "cpu", *argv))])
+    bench.main()
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("model", "size", "paths"),
-    [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
+    [("QKFormer_10_384", 32, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
 )
-def test_table(tmp_path, model, size, paths):
-    args = [
-        "--model",
-        model,
-        "--size",
-        size,
-        "--rounds",
-        2,
-        "--T",
-        2,
-        "--json",
-        tmp_path / "b.json",
-    ]
-    command = [
-        sys.executable,
-        ROOT / "tools" / "bench.py",
-        "--device",
-        "cpu",
-        *args,
-        "--profile",
-        tmp_path / "t.json",
-    ]
-    text = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+def test_table(tmp_path, model, size, paths, monkeypatch, capsys):
+    args = ["--model", model, "--size", size, "--rounds", 2, "--T", 2, "--batch", 1]
+    files = ["--json", tmp_path / "b.json", "--profile", tmp_path / "t.json"]
+    text = run(monkeypatch, capsys, *args, *files)
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert len(rows) == 2 * paths and all(row["images_per_second"] > 0 for row in rows)
     assert {row["path"] for row in rows} == set(bench.PATHS[:paths]) and "spread" in text
@@ -53,14 +36,13 @@ def test_table(tmp_path, model, size, paths):
 
 
 @pytest.mark.parametrize(
-    ("name", "models"),
-    [("QKFormer_10_384", load("imagenet").model), ("MSQKFormer", load("cifar10").ms)],
+    ("name", "folder"), [("QKFormer_10_384", "imagenet"), ("MSQKFormer", "cifar10")]
 )
-def test_paths_compute_the_same(name, models):
+def test_paths_compute_the_same(name, folder):
     x = torch.randn(2, 3, 32, 32).double()
     logits = []
     for path in ("fast", "plain", "release-like"):
-        model = bench.build(name, path, 2, models).eval()
+        model = bench.build(name, path, 2, load(folder)).eval()
         Golden.fill(model)
         with torch.no_grad():
             logits.append(model(x))
@@ -70,22 +52,12 @@ def test_paths_compute_the_same(name, models):
 
 
 @pytest.mark.long
-def test_bytes(tmp_path):
+def test_bytes(tmp_path, monkeypatch, capsys):
     """The counted table of the parts of two models: less is saved everywhere, and less moved where
     images come in.
     """
-    args = [
-        "--bytes",
-        "--model",
-        "QKFormer_10_384",
-        "cifar10-dvs",
-        "--size",
-        "64",
-        "--json",
-        tmp_path / "b.json",
-    ]
-    command = [sys.executable, ROOT / "tools" / "bench.py", "--device", "cpu", *args]
-    text = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+    args = ["--bytes", "--model", "QKFormer_10_384", "cifar10-dvs", "--size", 64]
+    text = run(monkeypatch, capsys, *args, "--json", tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     kinds = {row["kind"] for row in rows if row["model"] == "QKFormer_10_384"}
     assert kinds == {f"SPEDS-{i}" for i in (1, 2, 3)} | {

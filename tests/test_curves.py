@@ -45,11 +45,11 @@ CIFAR = {
 KNOWN = {  # what an args.yaml has, and the run it belongs to
     "cifar10": CIFAR,
     "cifar100": CIFAR | {"dataset": "torch/cifar100", "num_classes": 100},
-    "cifar10-dvs": {"model": "QKFormer", "T": 16, "num_classes": 10, "split_seed": None},
+    "cifar10-dvs": {"model": "QKFormer", "time_step": 16, "num_classes": 10, "split_seed": None},
     "dvs128-gesture": {"model": "QKFormer", "T": 16, "num_classes": 11},
     "hst_10_384": {"model": "QKFormer_10_384", "input_size": 224, "start_epoch": 0},
     "hst_10_768": {"model": "QKFormer_10_768", "input_size": 384, "start_epoch": 0},
-    "finetune_384": {"model": "QKFormer_10_768", "input_size": 384, "start_epoch": 201},
+    "finetune_384": {"model": "QKFormer_10_768", "img_size": 384, "start_epoch": 201},
 }
 
 
@@ -57,14 +57,14 @@ def test_what_differs_from_the_published_run(tmp_path):
     run = curves.Run(
         "run",
         {},
-        {"model": "MSQKFormer_10_512", "dataset": "photos", "dim": 64, "lr": None, "T": 4},
+        {"model": "MSQKFormer_10_512", "dataset": "photos", "dim": 64, "lr": None, "T": 2},
     )
     assert curves.recognise(run) == "hst_10_512"
     want = [
         "dataset photos (imagenet)",
         "model MSQKFormer_10_512 (QKFormer_10_512)",
         "dim 64",
-        "T 4",
+        "time_step 2 (4)",
     ]
     assert curves.differences(run, curves.PUBLISHED["hst_10_512"]) == want
     published = yaml.safe_load((ROOT / "cifar10" / "cifar10.yml").read_text()) | {

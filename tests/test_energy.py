@@ -4,7 +4,6 @@ counters.
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import op_counter
 from torch import nn
 
-from conftest import load, on_cpu
+import energy
+from conftest import ROOT, Golden, load
 
 cifar10, imagenet, gesture = load("cifar10"), load("imagenet"), load("dvs128-gesture")
-ALONE = SimpleNamespace(gather=lambda value: [value], main=True)
 
 
 def tiny(modules=cifar10, ms=False, **kwargs):
@@ -40,15 +39,15 @@ def sample(model, batch=3):
 
 
 @torch.inference_mode()
-def counted(modules, model, *batches):
-    with modules.firing.Counter(model) as counter:
+def counted(model, *batches):
+    with energy.Counter(model) as counter:
         for batch in batches:
             model(batch)
-    return counter.gather(ALONE)
+    return counter
 
 
-def table(modules, counter):
-    return {row.layer: row for row in modules.energy.count(counter)}
+def table(counter):
+    return {row.layer: row for row in energy.count(counter)}
 
 
 def test_rates_set_by_hand():
@@ -64,7 +63,7 @@ def test_rates_set_by_hand():
             torch.nn.init.constant_(
                 module.bias, -1.0 if "stage1" in name and "q_bn" in name else 1.5
             )
-    rows = table(cifar10, counted(cifar10, model, torch.randn(2, 3, 8, 12)))
+    rows = table(counted(model, torch.randn(2, 3, 8, 12)))
     rate = {name: row.rate for name, row in rows.items() if name != "patch_embed1.proj_conv"}
     assert rate["patch_embed1.proj1_conv"] == 0.5
     assert rate["stage1.0.tssa.q_conv"] == 1.0  # the shortcut's spikes on top
@@ -82,7 +81,7 @@ def test_rates_set_by_hand():
         0.9 * 4 * (1.0 * 4 * 4 * 2 + 0.5 * 4) * n
     )  # q, k; mask * k; nothing reaches the last convolution
     mlp = 0.9 * 4 * (1.5 * 4 * 8 + 0.5 * 8 * 4) * n
-    sums = cifar10.energy.add_up(rows.values())
+    sums = energy.add_up(rows.values())
     assert math.isclose(
         sums["stage1"].energy, 1e-9 * (first + embed + attention + mlp), rel_tol=1e-12
     )
@@ -96,8 +95,8 @@ def test_rates_set_by_hand():
 
 def test_hst_10_384_has_the_published_size():
     model = imagenet.model.QKFormer_10_384(T=1).eval()
-    counter = counted(imagenet, model, torch.randn(1, 3, 224, 224))
-    layers = [row for row in imagenet.energy.count(counter) if "_conv" in row.layer]
+    counter = counted(model, torch.randn(1, 3, 224, 224))
+    layers = [row for row in energy.count(counter) if "_conv" in row.layer]
     assert round(4 * sum(row.macs for row in layers) / 1e9, 1) == 23.3
     assert round(4 * sum(tally.values for tally in counter.neurons.values()) / 1e6, 1) == 49.2
     outputs = [
@@ -139,7 +138,7 @@ def test_counts_are_those_of_spikingjelly_and_of_shapes(modules, sizes):
     theirs = {
         scope.split(".", 1)[-1]: sum(ops.values()) for scope, ops in counter.get_counts().items()
     }
-    rows = table(modules, counted(modules, model, images))
+    rows = table(counted(model, images))
     compared = 0
     for name, module in layers.items():
         (x, output), row = seen[name], rows[name]
@@ -181,37 +180,33 @@ def test_counts_are_those_of_spikingjelly_and_of_shapes(modules, sizes):
     assert compared >= 8
 
 
-def test_ranks_give_what_one_gives():
-    model = tiny(depths=3, cross_sample_lif=True)
-    batches = sample(model, 7).split(3)
-    alone = counted(cifar10, model, *batches)
-    shares = []
-    for share in (batches[0::4], batches[1::4], batches[2::4], batches[3::4]):
-        with torch.inference_mode(), cifar10.firing.Counter(model) as counter:
-            for batch in share:
-                model(batch)
-        shares.append((counter.images, counter.T, counter.static, counter.layers, counter.neurons))
-    together = cifar10.firing.Counter(model).gather(SimpleNamespace(gather=lambda mine: shares))
-    assert shares[3][0] == 0  # this rank had no batch
-    assert cifar10.energy.count(together) == cifar10.energy.count(alone)
-    assert cifar10.energy.block_rates(together) == cifar10.energy.block_rates(alone)
-
-
-def test_report(tmp_path, caplog):
+def test_batches_add_up_and_nothing_is_changed():
     model = tiny(depths=3)
-    with caplog.at_level("INFO", "qkformer"):
-        result = cifar10.energy.report(
-            counted(cifar10, model, sample(model)), ALONE, tmp_path / "best.pth"
-        )
-    assert json.loads((tmp_path / "energy-best.json").read_text()) == json.loads(json.dumps(result))
+    images, state = sample(model, 7), {k: v.clone() for k, v in model.state_dict().items()}
+    parts, whole = counted(model, *images.split(3)), counted(model, images)
+    assert energy.count(parts) == energy.count(whole) and parts.images == 7
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_report_names_silent_neurons(tmp_path, capsys):
+    model = tiny(depths=3)
+    nn.init.constant_(model.stage2[0].tssa.q_bn.bias, -9.0)
+    counter = counted(model, sample(model))
+    energy.report(counter, tmp_path / "best.pth")
+    text = capsys.readouterr().out
+    result = json.loads((tmp_path / "energy-best.json").read_text())
     lines = (tmp_path / "energy-best.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(result["layers"]) and lines[0].startswith(
-        "layer,stage,rate,nonzero,steps"
-    )
-    assert math.isclose(
-        sum(stage["energy"] for stage in result["stages"].values()), result["energy"], rel_tol=1e-12
-    )
-    assert result["images"] == 3 and "stage3" in caplog.text and "paper" not in caplog.text
+    assert len(lines) == 1 + len(result["layers"])
+    assert lines[0].startswith("layer,stage,rate,nonzero,steps")
+    stages = sum(stage["energy"] for stage in result["stages"].values())
+    assert math.isclose(stages, result["energy"], rel_tol=1e-12)
+    assert result["images"] == 3 and "stage3" in text and "paper" not in text
+    silent = [name for name, rate in result["neurons"].items() if rate == 0]
+    assert silent[:2] == ["stage2.0.tssa.q_lif", "stage2.0.tssa.attn_lif"]
+    assert f"silent: {len(silent)} of {len(counter.neurons)} neurons, {silent[0]}, " in text
+    with pytest.raises(SystemExit, match=r"energy-best.csv can't be written"):
+        energy.report(counter, tmp_path / "gone" / "best.pth")
 
 
 def test_the_papers_rates_stand_beside_those_of_hst_10_768_alone():
@@ -220,55 +215,35 @@ def test_the_papers_rates_stand_beside_those_of_hst_10_768_alone():
         (("channel", "token", "ssa"), 768, False),
     ]:
         model = imagenet.model.HST(embed_dims=16, num_heads=2, attention=kinds)
-        assert not imagenet.energy.is_published(model)
+        assert not energy.is_published(model)
         model.head = torch.nn.Linear(width, 1)
-        assert imagenet.energy.is_published(model) == published
+        assert energy.is_published(model) == published
 
 
-def test_peeking_changes_nothing_and_names_silent_neurons(caplog):
-    model = tiny(depths=3)
-    nn.init.constant_(model.stage2[0].tssa.q_bn.bias, -9.0)
-    batches = [(images, None) for images in sample(model, 24).split(12)]
-    peek = cifar10.firing.Peek(batches)
-    assert [*peek] == batches and len(peek) == 2
-    state, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    with caplog.at_level("INFO", "qkformer"):
-        rates = [peek.rates(model, torch.no_grad) for _ in range(2)]
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(rng, torch.get_rng_state()) and rates[0] == rates[1]
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    counter = counted(cifar10, model, batches[0][0][:8])
-    stage = [
-        tally for name, tally in counter.neurons.items() if "stage1" in name or "embed1" in name
-    ]
-    want = sum(tally.sums[0].item() for tally in stage) / sum(tally.values for tally in stage)
-    assert rates[0]["stage1"] == want and [*rates[0]] == ["stage1", "stage2", "stage3"]
-    said = [record.message for record in caplog.records if "no spike" in record.message]
-    assert len(said) == 1 and "stage2.0.tssa.q_lif, stage2.0.tssa.attn_lif" in said[0]
-
-
-def test_test_py_counts_and_draws(trained_on_digits, tmp_path, capsys):
-    """--energy tells the same accuracy as without, --attend draws; training has logged its firing
-    rates.
-    """
-    run, _ = trained_on_digits
-    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-    assert all([*line["firing_rate"]] == ["stage1", "stage2", "stage3"] for line in lines)
-    path = tmp_path / "best.pth"
-    path.symlink_to(run / "best.pth")
-    args = ["--checkpoint", str(path), "--workers", "0", "--fused", "false"]
-    results = []
-    for flags in ([], ["--energy"]):
-        assert cifar10.test.main(on_cpu([*args, *flags])) == 0
-        results.append(json.loads((tmp_path / "test-best.json").read_text()))
-        results[-1].pop("images_per_second")
-    assert results[0] == results[1]
-    energy = json.loads((tmp_path / "energy-best.json").read_text())
-    assert energy["images"] == 360 and energy["T"] == 2 and energy["energy"] > 0
-    assert cifar10.test.main(on_cpu([*args, "--attend", "5"])) == 0
-    assert (tmp_path / "attention" / "test-5.png").stat().st_size > 10_000
-    with pytest.raises(
-        cifar10.config.UserError, match="attend is 360; the test set ends with sample 359"
+def test_a_checkpoint_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """Its folder is the one above output/, or named; flags of the folder come behind --."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "cifar10" / "output" / "run" / "best.pth"
+    path.parent.mkdir(parents=True)
+    model = cifar10.model.QKFormer(embed_dims=16, num_heads=2, num_classes=10, depths=3)
+    torch.save(Golden.fill(model).float().state_dict(), path)
+    flags = "--device cpu --dataset digits --img_size 16 --workers 0 --num_heads 2 --time_step 3"
+    assert energy.main([path, "--", *flags.split()]) == 0
+    assert "cross_sample_lif: true" in capsys.readouterr().out
+    result = json.loads(path.with_name("energy-best.json").read_text())
+    assert (result["images"], result["T"]) == (360, 3)  # digits for testing
+    first = model.patch_embed1.proj_conv.weight
+    (row,) = [row for row in result["layers"] if row["layer"] == "patch_embed1.proj_conv"]
+    assert row["energy"] == pytest.approx(4.6e-9 * first.numel() * 16 * 16)
+    alone = tmp_path / "alone.pth"
+    alone.write_bytes(b"")
+    for argv, words in (
+        ([alone], "alone.pth: no data set's folder is above it; name one: --folder cifar10"),
+        ([alone, "--folder", "cifar10"], "not a checkpoint, or not whole"),
+        ([path, "--folder", "imagenet"], "another architecture than this folder's"),
+        ([path, "--", "--dimm", "3"], "unknown flag --dimm; is dim meant?"),
     ):
-        cifar10.test.main(on_cpu([*args, "--attend", "360"]))
-    capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            energy.main(argv)
+        assert words in end.value.code and end.value.code.startswith("error: "), end.value.code
+        assert "\n" not in end.value.code

@@ -3,7 +3,9 @@
 import csv
 import gc
 import sys
+from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -20,8 +22,8 @@ SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
 @pytest.mark.parametrize(
     ("size", "semantics", "fused", "losses"),
     [
-        *((384, *case) for case in GOLDEN),
-        *((size, "per_sample", True, False) for size in (512, 768)),
+        *((384, semantics, fused, False) for semantics, fused, _ in GOLDEN),
+        (512, "per_sample", True, False),
         *(pytest.param(n, *case.values, marks=case.marks) for n in SIZES for case in GOLDEN_LONG),
     ],
 )
@@ -218,32 +220,21 @@ def test_parameter_groups():
 
 def test_fine_tuning_recipes():
     cfg = resolve("-c", "finetune_288.yml")
-    assert (cfg.model, cfg.input_size) == ("QKFormer_10_768", 288)
+    assert (cfg.model, cfg.img_size) == ("QKFormer_10_768", 288)
     assert "ours" in (ROOT / "imagenet" / "finetune_288.yml").read_text()
     cfg = resolve("-c", "finetune_384.yml")
-    assert (cfg.input_size, cfg.epochs, cfg.min_lr, cfg.accum_iter) == (384, 210, 5e-7, 4)
+    assert (cfg.img_size, cfg.epochs, cfg.min_lr, cfg.accum_iter) == (384, 210, 5e-7, 4)
 
 
 def test_release_flags():
     flags = "--batch_size 24 --accum_iter 3 --model QKFormer_10_768 --data_path /d --finetune a --resume b --eval"
-    cfg, notes, _ = imagenet.config.load_config(
-        imagenet.options.KEYS,
-        imagenet.options.NO_EFFECT,
-        imagenet.options.DEFAULT_CONFIG,
-        [
-            *flags.split(),
-            "--dist_eval",
-            "--dist_url",
-            "env://",
-            "--world_size",
-            "8",
-            "--log_dir",
-            "x",
-        ],
-    )
+    others = "--dist_eval --dist_url env:// --world_size 8 --log_dir x"
+    settings = imagenet.config.read_settings(imagenet.options, f"{flags} {others}".split())
+    cfg, notes = settings.resolve(), settings.notes
     assert (cfg.batch_size, cfg.accum_iter, cfg.model, cfg.eval) == (24, 3, "QKFormer_10_768", True)
     assert len(notes) == 4 and any("each image counted once" in note for note in notes)
-    known = {*imagenet.options.KEYS, *imagenet.options.NO_EFFECT}
+    keys = imagenet.options.KEYS
+    known = {*keys, *imagenet.options.NO_EFFECT, *chain(*(key.aliases for key in keys.values()))}
     assert known >= set(
         "batch_size epochs accum_iter finetune data_path model time_step input_size drop_path "
         "clip_grad weight_decay "
@@ -263,59 +254,53 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
     """
     cfg = resolve(*narrow, "--warmup_epochs", 0, "--clip_grad", 0.5, *flags)
     torch.manual_seed(0)
-    model = imagenet.model.QKFormer_10_384(**SMALL | {"num_classes": 2}).double()
+    model = imagenet.model.QKFormer_10_384(T=2, **SMALL | {"num_classes": 2}).double()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-    trainer = imagenet.train.Trainer(
-        cfg, imagenet.config.Given("", False, {}, {}), CPU, tmp_path, model, False
-    )
+    with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False)):
+        start = imagenet.run.Start(cfg, {}, CPU, tmp_path, None, None, False)
+        trainer = imagenet.train.Trainer(start)
     trainer.train_set.read = imagenet.images.read_image
     trainer.train_set.transform = imagenet.data.build_transform(cfg, train=False)
     model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
     trainer.micro_steps = len(trainer.train_set) // trainer.micro_batch
     trainer.steps = len(trainer.train_set) // trainer.global_batch
+    trainer.stop = False
     before(trainer)
     trainer.train_epoch()
     return trainer.meter.mean, trainer
 
 
+def vector(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
 def test_accumulation_equals_one_step(narrow, tmp_path):
     """Up to BatchNorm's statistics, which are held here: same losses, same weights, leftover
-    micro-steps dropped.
+    micro-steps dropped; on two ranks too, which meet once a step.
     """
     runs = {}
-    for batch, accum in ((16, 1), (8, 2), (4, 4)):
-        runs[accum] = frozen_trainer(narrow, tmp_path, "--batch_size", batch, "--accum_iter", accum)
-    assert all(
-        trainer.meter.steps == 2 and trainer.micro_steps == 2 * accum
-        for accum, (_, trainer) in runs.items()
-    )
-    dropped = imagenet.data.train_loader(
-        resolve(*narrow, "--batch_size", 4, "--accum_iter", 3), range(35), 0, 0, CPU
-    )
+    for batch, accum in ((16, 1), (4, 4)):
+        flags = ("--batch_size", batch, "--accum_iter", accum)
+        runs[accum] = loss, trainer = frozen_trainer(narrow, tmp_path, *flags)
+        assert trainer.meter.steps == 2 and trainer.micro_steps == 2 * accum
+        assert all(state["step"] == 2 for state in trainer.optimizer.state.values())
+    cfg = resolve(*narrow, "--batch_size", 4, "--accum_iter", 3)
+    dropped = imagenet.data.train_loader(cfg, trainer.train_set, 0, 0, CPU, 0)
     assert len(dropped) == 6  # of 8 micro-steps
-    start = torch.nn.utils.parameters_to_vector(
-        frozen_trainer(narrow, tmp_path, "--lr", 1e-10)[1].model.parameters()
-    )
-    whole = torch.nn.utils.parameters_to_vector(runs[1][1].model.parameters())
-    assert (whole - start).abs().max() > 1e-3
-    for accum in (2, 4):
-        loss, trainer = runs[accum]
-        assert loss == pytest.approx(runs[1][0], rel=1e-7)  # the meter is in float32
-        for one, many in zip(
-            runs[1][1].optimizer.state.values(), trainer.optimizer.state.values(), strict=True
-        ):
-            assert one["step"] == many["step"] == 2
-        parts = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
-        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+    still = frozen_trainer(narrow, tmp_path, "--lr", 1e-10)[1].model
+    whole = vector(runs[1][1].model)
+    assert (whole - vector(still)).abs().max() > 1e-3
+    assert loss == pytest.approx(runs[1][0], rel=1e-7)  # the meter is in float32
+    torch.testing.assert_close(vector(trainer.model), whole, rtol=1e-6, atol=1e-7)
 
-    # two ranks with two micro-steps each: the same again, and the ranks meet once a step
-    two_ranks = "import sys; sys.path.insert(0, sys.argv[1]); import test_imagenet; test_imagenet.on_two_ranks()"
-    (tmp_path / "two_ranks.py").write_text(two_ranks)
-    done = script("imagenet", tmp_path / "two_ranks", ROOT / "tests", tmp_path, *narrow, ranks=2)
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_imagenet as test; "
+    (tmp_path / "two_ranks.py").write_text(f"{code}test.on_two_ranks()")
+    paths = (ROOT / "tests", ROOT / "tools", tmp_path)
+    done = script("imagenet", tmp_path / "two_ranks", *paths, *narrow, ranks=2)
     result = torch.load(tmp_path / "two_ranks.pth", weights_only=True)
     assert result["calls"] == ["gradients", "sum"] * 2, done.stdout
     assert result["loss"] == pytest.approx(runs[1][0], rel=1e-7)
@@ -326,7 +311,7 @@ def on_two_ranks():
     """Run on both ranks of test_accumulation_equals_one_step, where CPU is one of two."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    folder, *flags = sys.argv[2:]
+    folder, *flags = sys.argv[3:]
     calls = []
 
     def hook(state, bucket):
@@ -341,12 +326,9 @@ def on_two_ranks():
     flags = [*flags, "--batch_size", 4, "--accum_iter", 2]
     loss, trainer = frozen_trainer(flags, Path(folder), before=before)
     if CPU.main:
-        weights = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach()
-        torch.save(
-            {"calls": calls, "loss": loss, "weights": weights}, Path(folder) / "two_ranks.pth"
-        )
-    del (
-        trainer
-    )  # DDP before its group, whose threads the hook may otherwise keep waiting for Python's lock
+        result = {"calls": calls, "loss": loss, "weights": vector(trainer.model)}
+        torch.save(result, Path(folder) / "two_ranks.pth")
+    # DDP before its group, whose threads the hook may otherwise keep waiting for Python's lock
+    del trainer
     gc.collect()
     torch.distributed.destroy_process_group()

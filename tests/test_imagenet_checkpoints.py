@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,120 +10,97 @@ import torch
 from PIL import Image
 
 from conftest import Golden, log_of, same, script
-from on_photos import CPU, UserError, imagenet, photos, release_file, resolve
+from on_photos import UserError, build, imagenet, load_weights, photos, release_file, resolve
+
+checkpoints, released = imagenet.checkpoint, imagenet.released
 
 
-def test_released_checkpoint(tmp_path, photo_data):
-    """One of full size, with 1,000 classes: taken for the release's, and its head is kept where it
-    fits.
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def golden_file(path, narrow, classes=2):
+    """One of the release's, of a narrow network whose neurons fire."""
+    model = Golden.fill(build(resolve(*narrow), True, classes)).float()
+    return release_file(path, model), model.eval()
+
+
+@torch.no_grad()
+def probabilities(model, paths):
+    """By hand, of all images in one batch."""
+    transform = imagenet.data.input_transform(resolve("--input_size", 32))
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    return model(images).double().softmax(1)
+
+
+def test_predictions_of_a_released_file(tmp_path, narrow, photo_data, lines):
+    """Of 1,000 classes, with the release's semantics; names are of a label file, here one with a
+    byte-order mark, or ImageNet's.
     """
-    torch.manual_seed(0)
-    model = imagenet.model.QKFormer_10_384()
-    path = release_file(tmp_path / "released.pth", model)
+    path, model = golden_file(tmp_path / "released.pth", narrow, 1000)
     labels = tmp_path / "labels.txt"
-    labels.write_text("".join(f"n{number:08d} word, other word\n" for number in range(1000)))
+    text = "".join(f"n{number:08d} word, other word\n" for number in range(1000))
+    labels.write_bytes(text.encode("utf-8-sig"))
+    photographs = sorted((photo_data / "val").rglob("*.JPEG"))[:3]
     some = tmp_path / "some" / "below"
     some.mkdir(parents=True)
-    for number, photo in enumerate(sorted((photo_data / "val").rglob("*.JPEG"))[:3]):
+    for number, photo in enumerate(photographs):
         (some / f"{number}.jpg").write_bytes(photo.read_bytes())
-    args = (
-        "--checkpoint",
-        path,
-        "--predict",
-        some.parent,
-        "--labels",
-        labels,
-        "--input_size",
-        32,
-        "--num_workers",
-        0,
-    )
-    args += ("--predictions", tmp_path / "predict.csv")
-    done = script("imagenet", "test", *args)
-    assert "warning" in done.stdout and "cross_sample_lif: true" in done.stdout
-    with open(tmp_path / "predict.csv") as file:
-        rows = list(csv.DictReader(file))
+    args = ["--checkpoint", path, "--predict", some.parent, "--input_size", 32, "--num_heads", 2]
+    args += ["--num_workers", 0, "--predictions", tmp_path / "predict.csv"]
+    text = lines(imagenet.test.main, *args, "--labels", labels)
+    assert "warning" in text and "cross_sample_lif: true" in text
+    rows = rows_of(tmp_path / "predict.csv")
     assert [row["file"] for row in rows] == [f"below/{number}.jpg" for number in range(3)]
-    model.eval()
-    for stage in (model.stage1, model.stage2, model.stage3):
-        for block in stage:
-            if hasattr(block, "attn"):
-                block.attn.cross_sample_lif = True
-    transform = imagenet.data.input_transform(resolve("--input_size", 32))
-    with torch.no_grad():
-        images = torch.stack([transform(Image.open(some / f"{number}.jpg")) for number in range(3)])
-        probabilities = model(images).double().softmax(1)
-    for row, want in zip(rows, probabilities, strict=True):
+    for row, want in zip(rows, probabilities(model, photographs), strict=True):
         assert [int(row[f"class{k}"]) for k in range(1, 6)] == want.topk(5).indices.tolist()
         assert float(row["probability1"]) == pytest.approx(want.max().item(), abs=1e-6)
-        assert row["wnid2"] == f"n{int(row['class2']):08d}"
+        assert all(row[f"wnid{k}"] == f"n{int(row[f'class{k}']):08d}" for k in range(1, 6))
     (tmp_path / "predict.csv").unlink()
-    script("imagenet", "test", *args[:4], *args[6:])  # without the labels
-    with open(tmp_path / "predict.csv") as file:
-        named = [row[f"name{k}"] for row in csv.DictReader(file) for k in range(1, 6)]
-    known = {name.split()[0] for name in named}
-    assert all(len(name.split()) > 1 and name[0] == "n" for name in named) and len(known) <= 1000
-    assert (
-        imagenet.data.class_names()[0] == "n01440764 tench, Tinca tinca"
-        and len(imagenet.data.class_names()) == 1000
-    )
+    lines(imagenet.test.main, *args)
+    names = imagenet.data.class_names()
+    for row in rows_of(tmp_path / "predict.csv"):
+        assert all(row[f"name{k}"] == names[int(row[f"class{k}"])] for k in range(1, 6))
 
 
 def test_finetune(tmp_path, narrow, lines):
-    narrow_model = imagenet.build.build_model(resolve(*narrow), False, CPU)
-    path = release_file(tmp_path / "released.pth", narrow_model)
-    args = (
-        *narrow,
-        "--finetune",
-        path,
-        "--epochs",
-        203,
-        "--start_epoch",
-        201,
-        "--lr",
-        1e-10,
-        "--min_lr",
-        0,
-    )
-    done = script("imagenet", "train", *args, "--output_dir", tmp_path)
-    assert "its head fits and is kept" in done.stdout and "cross_sample_lif: true" in done.stdout
+    """Without a learning rate the weights stay; a head of other classes is made new."""
+    path, model = golden_file(tmp_path / "released.pth", narrow)
+    args = [*narrow, "--finetune", path, "--epochs", 202, "--start_epoch", 201, "--lr", 1e-10]
+    args += ["--min_lr", 0, "--batch_size", 64, "--time_step", 1, "--output_dir", tmp_path]
+    text = lines(imagenet.train.main, *args)
+    assert "its head fits and is kept" in text and "cross_sample_lif: true" in text
     checkpoint = torch.load(tmp_path / "narrow" / "last.pth", weights_only=True)
-    assert checkpoint["cross_sample_lif"] is True and checkpoint["epoch"] == 202
-    for name, parameter in narrow_model.named_parameters():
-        torch.testing.assert_close(
-            checkpoint["model"][name], parameter.data, rtol=0, atol=1e-7, msg=name
-        )
-    assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [201, 202]
+    assert checkpoint["cross_sample_lif"] is True and checkpoint["epoch"] == 201
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(checkpoint["model"][name], parameter, rtol=0, atol=1e-7)
+    assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [201]
 
-    loaded = imagenet.checkpoint.load_checkpoint(path)
-    cfg = resolve(*narrow, "--nb_classes", 7)
-    model, cross = imagenet.build.load_model(cfg, CPU, loaded, path, new_head=True)
-    assert cross is True and model.head.weight.shape == (7, 64)
-    assert torch.equal(
-        model.stage3[1].attn.q_conv.weight, narrow_model.stage3[1].attn.q_conv.weight
-    )
+    other, cross = load_weights(resolve(*narrow), path, 7, new_head=True)
+    assert cross is True and other.head.weight.shape == (7, 64)
+    assert torch.equal(other.stage3[1].attn.q_conv.weight, model.stage3[1].attn.q_conv.weight)
     with pytest.raises(UserError, match=r"head.weight \[2, 64\] instead of \[7, 64\]"):
-        imagenet.build.load_model(cfg, CPU, loaded, path)
-    with pytest.raises(
-        UserError, match=r"patch_embed1.*instead of"
-    ):  # its head is of 2 classes, so not what is wrong
-        imagenet.build.load_model(resolve(*narrow, "--dim", 32), CPU, loaded, path, new_head=True)
+        load_weights(resolve(*narrow), path, 7)
+    with pytest.raises(UserError, match=r"patch_embed1.*instead of"):  # its head is not wrong
+        load_weights(resolve(*narrow, "--dim", 32), path, new_head=True)
 
     # --eval measures the file that is named, without the need of a train/ folder
     text = lines(imagenet.train.main, *narrow, "--eval", "--finetune", path, "--resume", "auto")
-    measured = next(line for line in text.splitlines() if "top-1" in line)
+    (measured,) = (line for line in text.splitlines() if "top-1" in line)
     tested = lines(imagenet.test.main, *narrow, "--checkpoint", path)
     assert measured.split(" images/s")[0].rsplit(",", 1)[0] in tested
     assert "eval needs the path" in lines(imagenet.train.main, *narrow, "--eval")
 
 
 def test_moments_of_a_released_optimizer(tmp_path, narrow):
-    """Loaded from a file, they take the very next step that the optimizer takes which
-    wrote them.
+    """Loaded from a file, they take the very next step that the optimizer takes which wrote them;
+    the settings of the groups stay this run's.
     """
     torch.manual_seed(0)
-    model = imagenet.build.build_model(resolve(*narrow), False, CPU)
-    optimizer = imagenet.optim.build_optimizer(resolve(*narrow), model)
+    cfg, scaler = resolve(*narrow), torch.amp.GradScaler("cpu", enabled=False)
+    model = build(cfg)
+    optimizer = imagenet.optim.build_optimizer(cfg, model)
 
     def step(model, optimizer, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -136,131 +112,93 @@ def test_moments_of_a_released_optimizer(tmp_path, narrow):
 
     step(model, optimizer, 1)
     path = release_file(tmp_path / "released.pth", model, optimizer)
-    checkpoint = imagenet.checkpoint.load_checkpoint(path)
-    other, _ = imagenet.build.load_model(resolve(*narrow), CPU, checkpoint, path)
-    loaded = imagenet.optim.build_optimizer(resolve(*narrow), other)
-    imagenet.optim.load_optimizer(loaded, checkpoint["optimizer"])
+    checkpoint = checkpoints.load_checkpoint(path)
+    other, _ = load_weights(cfg, path)
+    loaded = imagenet.optim.build_optimizer(cfg, other)
+    checkpoints.load_optimizer(loaded, scaler, checkpoint, path, "adamw")
     for one, two in zip(optimizer.state.values(), loaded.state.values(), strict=True):
         assert same(one, two) and one["step"] == 1 and one["exp_avg"].abs().max() > 0
     assert torch.equal(step(model, optimizer, 2), step(other, loaded, 2))
 
+    decayed = imagenet.optim.build_optimizer(resolve(*narrow, "--layer_decay", 0.5), other)
+    checkpoint["optimizer"]["param_groups"][0] |= {"lr_scale": 9, "weight_decay": 9}
+    checkpoints.load_optimizer(decayed, scaler, checkpoint, path, "adamw")
+    group = decayed.param_groups[0]
+    assert (group["lr_scale"], group["weight_decay"]) == (0.5**3, 0.05)
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(UserError, match="another shape"):
+        checkpoints.load_optimizer(decayed, scaler, checkpoint, path, "adamw")
 
-def test_released_optimizer_is_resumed(tmp_path, narrow, lines):
+
+def test_released_run_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
-    model = imagenet.build.build_model(resolve(*narrow), False, CPU)
-    path = release_file(tmp_path / "released.pth", model)
-    done = script(
-        "imagenet", "train", *narrow, "--resume", path, "--epochs", 201, "--output_dir", tmp_path
-    )
-    assert "at epoch 200, step 0" in done.stdout and [
-        line["epoch"] for line in log_of(tmp_path / "narrow")
-    ] == [200]
-    for name, value in {"optimizer": None, "epoch": "199", "step": 1.5, "best": [1]}.items():
-        torch.save({**torch.load(path, weights_only=False), name: value}, tmp_path / "wrong.pth")
-        flags = (*narrow, "--resume", tmp_path / "wrong.pth", "--output_dir", tmp_path)
-        last = lines(imagenet.train.main, *flags).splitlines()[-1]
-        assert (
-            last.startswith(f"error: {tmp_path / 'wrong.pth'}: ")
-            and name in last
-            and "finetune" in last
-        )
-    optimizer = imagenet.optim.build_optimizer(resolve("--layer_decay", 0.5), model)
-    state = optimizer.state_dict()
-    state["param_groups"][0]["lr_scale"], state["param_groups"][0]["weight_decay"] = 9, 9
-    imagenet.optim.load_optimizer(optimizer, state)
-    assert (optimizer.param_groups[0]["lr_scale"], optimizer.param_groups[0]["weight_decay"]) == (
-        0.5**3,
-        0.05,
-    )
-    state["state"] = {
-        0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
-    }
-    with pytest.raises(ValueError, match="other shapes"):
-        imagenet.optim.load_optimizer(optimizer, state)
+    path, _ = golden_file(tmp_path / "released.pth", narrow)
+    args = (*narrow, "--epochs", 201, "--batch_size", 64, "--time_step", 1)
+    args += ("--start_epoch", 5, "--output_dir", tmp_path, "--resume")  # which is finetune's
+    assert "at epoch 200, step 0" in lines(imagenet.train.main, *args, path)
+    assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]
+    wrong = tmp_path / "wrong.pth"
+    for name, value in {"optimizer": None, "epoch": "199"}.items():
+        torch.save({**torch.load(path, weights_only=False), name: value}, wrong)
+        last = lines(imagenet.train.main, *args, wrong).splitlines()[-1]
+        assert last.startswith(f"error: {wrong}: ") and name in last and "finetune" in last
 
 
 def test_golden_weights_from_a_released_file(tmp_path):
     golden = Golden("imagenet-384")
     path = release_file(tmp_path / "golden.pth", golden.fill(imagenet.model.QKFormer_10_384()))
-    checkpoint = imagenet.checkpoint.load_checkpoint(path)
     cfg = resolve("--input_size", 64, "--time_step", golden.meta["T"])
-    cross, line = imagenet.checkpoint.resolve_semantics("auto", checkpoint, path)
-    assert cross is True and line.startswith("warning")
-    model = imagenet.build.build_model(cfg, cross, CPU).double()
-    imagenet.checkpoint.load_weights(model, checkpoint, path)
+    model, cross = load_weights(cfg, path, 1000)
+    assert cross is True
+    model = golden.fill(model)  # the file's, in float64 as the numbers
     with torch.no_grad():
         logits = model.eval()(golden.input()).numpy()
     want = golden.arrays["release/eval_logits"]
-    assert np.abs(logits - want).max() <= 1e-9 * np.abs(want).max()
-    assert (
-        np.abs(logits - golden.arrays["per_sample/eval_logits"]).max() > 1e-3 * np.abs(want).max()
-    )
+    scale = np.abs(want).max()
+    assert np.abs(logits - want).max() <= 1e-9 * scale
+    assert np.abs(logits - golden.arrays["per_sample/eval_logits"]).max() > 1e-3 * scale
 
 
-def test_known_by_md5(tmp_path, narrow, monkeypatch, lines, photo_data):
-    """A released file sets model, input size and semantics, and its published figure stands beside
-    the measured one.
+def test_known_by_md5(tmp_path, narrow, monkeypatch, lines):
+    """A file of the release is tested at its size, in its batch and with its semantics, and its
+    published figure stands beside the measured one.
     """
-    build = imagenet.build
-    path = release_file(tmp_path / "released.pth", imagenet.model.QKFormer_10_512())
-    assert build.md5(path) == subprocess.check_output(["md5sum", path], text=True).split()[0]
-    monkeypatch.setitem(
-        build.RELEASED, build.md5(path), build.Released("QKFormer_10_512", 32, 82.04, 32)
+    path, model = golden_file(tmp_path / "released.pth", narrow)
+    md5 = subprocess.check_output(["md5sum", path], text=True).split()[0]
+    known = released.Released("QKFormer_10_384", 32, 78.80, 24)
+    monkeypatch.setitem(released.RELEASED, md5, known)
+    data, batches = narrow[3], []
+    test_batches = imagenet.data.test_batches
+    monkeypatch.setattr(
+        imagenet.data,
+        "test_batches",
+        lambda *args: batches.append(args[1]) or test_batches(*args),
     )
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "photo.jpg").write_bytes(
-        next((photo_data / "val").rglob("*.JPEG")).read_bytes()
-    )
-    flags = (
-        "--checkpoint",
-        path,
-        "--predict",
-        tmp_path / "one",
-        "--predictions",
-        tmp_path / "predict.csv",
-    )
-    text = lines(imagenet.test.main, *flags, "--num_workers", 0)
-    assert (
-        "the release's QKFormer_10_512 at 32, 82.04 % in the paper" in text
-        and "warning" not in text
-    )
-    assert len(list(csv.DictReader((tmp_path / "predict.csv").read_text().splitlines()))) == 1
-
-    # the narrow yml's input size is not the default, so it stays
-    path = release_file(tmp_path / "narrow.pth", build.build_model(resolve(*narrow), False, CPU))
-    monkeypatch.setitem(
-        build.RELEASED, build.md5(path), build.Released("QKFormer_10_384", 32, 78.80, 24)
-    )
-    text = lines(imagenet.test.main, *narrow, "--checkpoint", path)
-    result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
+    args = ["--checkpoint", path, "--num_heads", 2, "--data_path", data, "--num_workers", 0]
+    text = lines(imagenet.test.main, *args)  # neither flag nor yml says size or batch
+    result = json.loads((tmp_path / "test-released.json").read_text())
     figures = f"measured {result['top1']:.2f} %, published 78.80 %"
-    assert figures in text and "warning" not in text
-    assert (result["input_size"], result["cross_sample_lif"], result["published_top1"]) == (
-        32,
-        True,
-        78.80,
-    )
-    assert figures in lines(imagenet.train.main, *narrow, "--eval", "--finetune", path)
-    text = lines(
-        imagenet.test.main,
-        *narrow,
-        "--checkpoint",
-        path,
-        "--input_size=48",
-        "--cross_sample_lif",
-        "false",
-    )
-    result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
-    assert (result["input_size"], result["cross_sample_lif"]) == (48, False)
-    assert (
-        "tested at 48, since input_size says so" in text
-        and "warning: cross_sample_lif: false" in text
-    )
-    assert "published_top1" not in result and "measured" not in text
+    assert figures in text and "warning" not in text and batches == [24]
+    assert "the release's QKFormer_10_384 at 32, 78.80 % in the paper" in text
+    assert (result["input"], result["cross_sample_lif"]) == ([3, 32, 32], True)
+    assert result["published_top1"] == 78.80
+    paths = [sorted((data / "val" / name).iterdir()) for name in photos.CLASSES]
+    want = torch.cat([probabilities(model, of) for of in paths])  # 24 of each
+    right = want.argmax(1) == torch.arange(2).repeat_interleave(24)
+    assert result["top1"] == 100 * right.double().mean().item()
+    assert figures in lines(imagenet.train.main, "--eval", "--finetune", *args[1:])
+
+    flags = ("--input_size=48", "--cross_sample_lif", "false")
+    text = lines(imagenet.test.main, *args, *flags)
+    assert "input_size is 48" in text.replace("img_size", "input_size")
+    assert "warning: cross_sample_lif: false" in text and "measured" not in text
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("test-released*.json")]
+    (result,) = (result for result in results if result["input"] == [3, 48, 48])
+    assert result["cross_sample_lif"] is False and "published_top1" not in result
 
 
 def test_released_files():
-    assert {md5: tuple(entry) for md5, entry in imagenet.build.RELEASED.items()} == {
+    assert {md5: tuple(entry) for md5, entry in released.RELEASED.items()} == {
         "60df416983ae326bb14bdb4566444320": ("QKFormer_10_384", 224, 78.80, 32),
         "85dd1f94c87ba5ec908fed5d0a3f7f69": ("QKFormer_10_512", 224, 82.04, 32),
         "dc1595408ed1bd40346be2bdaf5015d5": ("QKFormer_10_768", 224, 84.22, 24),
@@ -269,91 +207,81 @@ def test_released_files():
     }
 
 
+@pytest.mark.long
 def test_101_images_on_two_ranks(tmp_path, narrow):
     """Each image once and in its batch: one rank and two give the same figures, under both
     semantics.
     """
     data = photos.make(tmp_path / "data", train=0, val=51, size=48)
     next((data / "val" / photos.CLASSES[1]).iterdir()).unlink()
-    model = Golden.fill(imagenet.build.build_model(resolve(*narrow), False, CPU)).float()
-    path = release_file(tmp_path / "weights.pth", model)
-    args = (
-        *narrow[:2],
-        "--data_path",
-        data,
-        "--checkpoint",
-        path,
-        "--val_batch_size",
-        8,
-        "--dist_eval",
-    )
+    path, _ = golden_file(tmp_path / "weights.pth", narrow)
+    args = (*narrow[:2], "--data_path", data, "--checkpoint", path, "--val_batch_size", 8)
     results = {}
     for cross in ("false", "true"):
         for number in (1, 2):
             script("imagenet", "test", *args, "--cross_sample_lif", cross, ranks=number)
-            result = json.loads((tmp_path / f"test-{path.stem}.json").read_text())
+            files = sorted(tmp_path.glob("test-*.json"), key=lambda file: file.stat().st_mtime)
+            result = json.loads(files[-1].read_text())
             results[cross, number] = [result[name] for name in ("loss", "top1", "top5")]
             right = result["top1"] * 101 / 100
             assert right == pytest.approx(round(right), abs=1e-9)
-    assert results["false", 1] == results["false", 2] and results["true", 1] == results["true", 2]
-    assert results["false", 1] != results["true", 1]
+    assert results["false", 1] == results["false", 2] != results["true", 1] == results["true", 2]
 
 
-def test_predictions_of_two_ranks(tmp_path, narrow, trained_narrow, photo_data):
-    args = (
-        *narrow,
-        "--checkpoint",
-        tmp_path / "best.pth",
-        "--predict",
-        photo_data / "val",
-        "--val_batch_size",
-        5,
-    )
-    (tmp_path / "best.pth").write_bytes((trained_narrow[0] / "best.pth").read_bytes())
-    texts = []
-    for number in (1, 2):
-        script("imagenet", "test", *args, "--predictions", tmp_path / f"{number}.csv", ranks=number)
-        texts.append((tmp_path / f"{number}.csv").read_text())
-    assert texts[0] == texts[1]
-    rows = list(csv.DictReader(texts[0].splitlines()))
-    assert all(
-        row[f"name{k}"] == photos.CLASSES[int(row[f"class{k}"])] for row in rows for k in (1, 2)
-    )
-    right = [row["class1"] == str(photos.CLASSES.index(Path(row["file"]).parts[0])) for row in rows]
-    assert len(rows) == 48 and 100 * sum(right) / 48 == max(
-        line["test_acc1"] for line in log_of(trained_narrow[0])
-    )
+def test_predictions_of_two_ranks(tmp_path, narrow, photo_data):
+    """Those of one process by hand; names are of the checkpoint's classes."""
+    _, model = golden_file(tmp_path / "released.pth", narrow)
+    path = tmp_path / "best.pth"
+    content = {"model": model.state_dict(), "classes": [*photos.CLASSES], "config": {}}
+    torch.save({**content, "cross_sample_lif": True}, path)
+    args = [*narrow, "--checkpoint", path, "--predict", photo_data / "val", "--val_batch_size", 5]
+    script("imagenet", "test", *args, "--predictions", tmp_path / "2.csv", ranks=2)
+    rows, names = rows_of(tmp_path / "2.csv"), imagenet.data.class_names(photos.CLASSES)
+    paths = [photo_data / "val" / row["file"] for row in rows]
+    assert paths == sorted((photo_data / "val").rglob("*.JPEG")) and len(paths) == 48
+    want = [probabilities(model, paths[at : at + 5]) for at in range(0, 48, 5)]
+    for row, values in zip(rows, torch.cat(want), strict=True):
+        assert int(row["class1"]) == values.argmax()
+        assert float(row["probability1"]) == pytest.approx(values.max().item(), abs=1e-6)
+        assert row["name1"] == names[int(row["class1"])]
 
 
-def test_nothing_to_predict(tmp_path, narrow, lines, trained_narrow):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    (folder / "a.JPEG").write_bytes(b"")
-    flags = ("--checkpoint", trained_narrow[0] / "best.pth", "--on_bad_image", "skip")
-    paths = ("--predict", folder, "--predictions", tmp_path / "a.csv")
-    said = lines(imagenet.test.main, *narrow, *flags, *paths).splitlines()[-1]
-    assert said == f"error: predict: no image in {folder} can be read"
-    assert not (tmp_path / "a.csv").exists()
-
-
-def test_test_errors(tmp_path, narrow, lines, trained_narrow):
+def test_test_errors(tmp_path, narrow, lines):
     def last(*args):
-        return lines(imagenet.test.main, *narrow, *args).splitlines()[-1]
+        return lines(imagenet.test.main, *narrow, "--checkpoint", best, *args).splitlines()[-1]
 
-    assert "no best.pth" in last("--output_dir", tmp_path)
-    best = trained_narrow[0] / "best.pth"
-    assert "best.pth is of dim 64" in last("--checkpoint", best, "--dim", 32)
-    free = ("--predictions", tmp_path / "predict.csv")
-    assert "not a folder" in last("--checkpoint", best, "--predict", tmp_path / "none", *free)
-    assert "holds no images" in last("--checkpoint", best, "--predict", tmp_path, *free)
+    best, _ = golden_file(tmp_path / "best.pth", narrow)
+    folder, free = tmp_path / "photos", tmp_path / "predict.csv"
+    folder.mkdir()
+    assert "best.pth is of dim 64" in last("--dim", 32)
+    into = ("--predictions", free)
+    assert "not a folder" in last("--predict", tmp_path / "none", *into)
+    assert "holds no images" in last("--predict", folder, *into)
     gone = tmp_path / "gone" / "predict.csv"
-    assert f"{gone} can't be written" in last(
-        "--checkpoint", best, "--predict", tmp_path, "--predictions", gone
-    )
-    free[1].write_text("of before")
-    assert "is there already" in last("--checkpoint", best, "--predict", tmp_path, *free)
-    assert free[1].read_text() == "of before"
+    assert f"{gone} can't be written" in last("--predict", folder, "--predictions", gone)
+    (folder / "a.JPEG").write_bytes(b"")
+    said = last("--predict", folder, *into, "--on_bad_image", "skip")
+    assert said == f"error: predict: no image in {folder} can be read" and not free.exists()
+    free.write_text("of before")
+    assert "is there already" in last("--predict", folder, *into)
+    assert free.read_text() == "of before"
+    free.unlink()
     (tmp_path / "labels.txt").write_text("n1\n")
-    assert "1 lines" in last(
-        "--checkpoint", best, "--predict", tmp_path, "--labels", tmp_path / "labels.txt"
-    )
+    assert "1 lines" in last("--predict", folder, *into, "--labels", tmp_path / "labels.txt")
+
+
+def test_names_of_keys(tmp_path):
+    """The release's, today's, and a yml that mixes them."""
+    for names in ("nb_classes input_size num_workers", "num_classes img_size workers"):
+        yml = tmp_path / f"{len(names)}.yml"
+        values = dict(zip(names.split(), (7, 48, 3), strict=True))
+        yml.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+        flags = [word for name, value in values.items() for word in (f"--{name}", value)]
+        for argv in (("-c", yml), flags):
+            cfg = resolve(*argv)
+            assert (cfg.num_classes, cfg.img_size, cfg.workers) == (7, 48, 3)
+    cfg = resolve("-c", yml, "--input_size", 64)
+    assert (cfg.num_classes, cfg.img_size) == (7, 64) and not hasattr(cfg, "input_size")
+    assert resolve().num_classes is None  # as many as the data has
+    with pytest.raises(UserError, match="img_size and input_size are one key"):
+        resolve("--img_size", 48, "--input_size", 64)

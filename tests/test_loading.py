@@ -34,8 +34,8 @@ def test_loaders_are_of_one_recipe(few, tmp_path):
     torch.manual_seed(0)
     assert loading.make_photographs(tmp_path, 90) > 10_000
     (tmp_path / "val").symlink_to("train")
-    cfg = resolve("--data_path", tmp_path, "--nb_classes", 2, "--num_workers", 1)
-    cfg.batch_size, cfg.reprob = 16, 1.0
+    flags = ("--data_path", tmp_path, "--workers", 1, "--batch_size", 16, "--reprob", 1)
+    cfg = resolve(*flags)
     noise = []
     for name, make in loading.loaders_of(cfg, tmp_path, 64):
         batches = [batch for batch, _ in make(0)]

@@ -133,19 +133,19 @@ def test_erased_share_and_noise():
 def test_batches_are_normalised_then_erased_then_mixed(narrow):
     plain = resolve(*narrow, "--num_workers", 0)
     dataset = imagenet.data.build_dataset(plain, True, CPU)
-    (images, labels), *_ = imagenet.data.train_loader(plain, dataset, 0, 0, CPU)
-    loader = imagenet.data.train_loader(plain, dataset, 0, 0, CPU).loader
+    (images, labels), *_ = imagenet.data.train_loader(plain, dataset, 0, 0, CPU, 0)
+    loader = imagenet.data.train_loader(plain, dataset, 0, 0, CPU, 0).loader
     raw, same_labels = next(iter(loader))
     assert raw.dtype == torch.uint8 and torch.equal(labels, same_labels)
     torch.testing.assert_close(images, (raw / 255 - MEAN) / STD, rtol=1e-5, atol=1e-5)
 
     erased = resolve(*narrow, "--reprob", 1, "--remode", "const")
-    (changed, _), *_ = imagenet.data.train_loader(erased, dataset, 0, 0, CPU)
+    (changed, _), *_ = imagenet.data.train_loader(erased, dataset, 0, 0, CPU, 0)
     gone = changed != images
     assert gone.any((1, 2, 3)).all() and (changed[gone] == 0).all()
 
     both = resolve(*narrow, "--reprob", 1, "--remode", "const", "--mixup", 1.0)
-    (mixed, targets), *_ = imagenet.data.train_loader(both, dataset, 0, 0, CPU)
+    (mixed, targets), *_ = imagenet.data.train_loader(both, dataset, 0, 0, CPU, 0)
     part = (mixed - changed.flip(0)).flatten(1)[0]
     whole = (changed - changed.flip(0)).flatten(1)[0]
     rate = (part @ whole) / (whole @ whole)

@@ -2,7 +2,6 @@
 pictures from the command line of the event folders.
 """
 
-import csv
 import json
 from types import SimpleNamespace
 
@@ -12,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import attend
+import energy
 import sweep
-from conftest import ROOT, Golden, load, on_cpu
+from conftest import ROOT, Golden, load, on_cpu, resolve_in
 from on_events import CLASSES, FOLDERS
 
-STEPS = [1, 2, 4, 8, 16]
+STEPS = [1, 4, 16]
 FEW = {"dvs128-gesture": {"train": 1, "test": 1, "trials": 1}, "cifar10-dvs": {"samples": 10}}
 TESTED = {"dvs128-gesture": "test/*/*.npz", "cifar10-dvs": "*/*_9.npz"}  # of ten, the last
 
@@ -57,14 +58,13 @@ def images(tmp_path_factory):
     size = {"embed_dims": 16, "num_heads": 2, "num_classes": 2, "depths": 3}
     torch.save(Golden.fill(modules.model.QKFormer(**size)).float().state_dict(), place / "one.pth")
     flags = ["--dataset", "folder", "--data_dir", place / "data", "--num_heads", 2, "--workers", 0]
-    return SimpleNamespace(place=place, flags=[*map(str, flags)], size=size, **vars(modules))
+    flags = [*map(str, flags)]
+    return SimpleNamespace(place=place, flags=flags, size=size, **vars(modules))
 
 
 def image_loss(images, path, T, size):
     """(top-1, loss) of the weights at `path` on the test images, at T steps and size x size."""
-    options, ranks = images.options, images.process.Ranks("cpu")
-    argv = [*images.flags, "--img_size", str(size), "--num_classes", "2"]
-    cfg, *_ = images.config.load_config(options.KEYS, {}, options.DEFAULT_CONFIG, argv)
+    ranks, cfg = images.process.Ranks("cpu"), resolve_in(images, *images.flags, "--img_size", size)
     [(batch, labels)] = images.data.test_loader(
         cfg, images.data.build_dataset(cfg, False, ranks), ranks
     )
@@ -89,7 +89,7 @@ def test_sweep_of_T_and_size(images, capsys, monkeypatch):
         assert [int(line[0]), int(line[1]), float(line[2])] == [T, size, round(row["top1"], 2)]
         first = 4.6e-9 * images_macs(images, size)
         assert row["energy"] == pytest.approx(first + 0.9e-9 * row["sops"])
-    assert rows[9]["ann"] == pytest.approx(rows[0]["ann"] * (12 / 8) ** 2, rel=0.01)
+    assert rows[-1]["ann"] == pytest.approx(rows[0]["ann"] * (12 / 8) ** 2, rel=0.01)
     with Image.open(images.place / "sweep-one.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 20
     assert not (images.place / "test-one.json").exists()  # that one is of the trained T
@@ -178,53 +178,46 @@ def test_events_at_each_T(events):
     assert np.diff(sorted(losses)).min() > 1e-3  # or the same T was tested twice
 
 
+@pytest.mark.parametrize("events", ["dvs128-gesture", LONG], indirect=True)
 @torch.no_grad()
-def test_energy_and_pictures_of_events(events):
-    """Both from one command; a picture of a file of frames; what is no such file."""
-    flags = [*events.flags, "--T", 2]
-    result = run_test(events, events.place, *flags)
-    assert run_test(events, events.place, *flags, "--energy", "--attend", 3)["loss"] == (
-        pytest.approx(result["loss"], rel=1e-4)
-    )
+def test_energy_and_pictures_of_events(events, monkeypatch):
+    """By the tools; a picture of a file of frames; what is no such file."""
+    monkeypatch.chdir(ROOT)
+    path = events.place / "one.pth"
+    flags = ["--folder", events.name, "--", *on_cpu(events.flags), "--T", 2, "--workers", 0]
+    assert energy.main([path, *flags]) == 0
     paths, samples = files(events, 2)
-    energy = json.loads((events.place / "energy-one.json").read_text())
-    assert (energy["images"], energy["T"]) == (len(samples), 2)
-    with open(events.place / "energy-one.csv") as file:
-        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    result = json.loads((events.place / "energy-one.json").read_text())
+    assert (result["images"], result["T"]) == (len(samples), 2)
+    rows = {row["layer"]: row for row in result["layers"]}
     model = events.model.QKFormer(**events.size, T=2, backend="torch", fused=False)
-    model.load_state_dict(torch.load(events.place / "one.pth"))
+    model.load_state_dict(torch.load(path))
     spikes = []
     model.patch_embed1.proj1_conv.register_forward_hook(lambda _, args, out: spikes.append(*args))
     model.double().eval()(torch.stack(samples))
-    assert float(rows["patch_embed1.proj1_conv"]["rate"]) == pytest.approx(
-        spikes[0].mean().item(), rel=1e-3
-    )
+    want = spikes[0].mean().item()
+    assert rows["patch_embed1.proj1_conv"]["rate"] == pytest.approx(want, rel=1e-3)
     macs = model.patch_embed1.proj_conv.weight.numel() * 128 * 128  # a frame
-    assert float(rows["patch_embed1.proj_conv"]["energy"]) == pytest.approx(4.6e-9 * 2 * macs)
+    assert rows["patch_embed1.proj_conv"]["energy"] == pytest.approx(4.6e-9 * 2 * macs)
 
-    run_test(events, events.place, *flags, "--attend", paths[0])
-    for name in ("test-3", paths[0].stem):
-        with Image.open(events.place / "attention" / f"{name}.png") as picture:
-            assert picture.width > 1000 and np.asarray(picture.convert("L")).std() > 20
+    drawn = []
+    monkeypatch.setattr(attend, "draw", lambda *args: drawn.append(args))
+    for what in (3, paths[3]):
+        assert attend.main([path, what, *flags]) == 0
+    folder = events.place / "attention"
+    assert [one[0] for one in drawn] == [folder / "test-3.png", folder / f"{paths[3].stem}.png"]
+    assert all(torch.equal(one[1], samples[3]) for one in drawn) and "label 3" in drawn[0][3]
     recording = next((events.place / "data" / "shapes" / "events_np").rglob("*.npz"))
-    with pytest.raises(events.config.UserError, match=r"attend takes .* \[2, 2, 128, 128\]$"):
-        run_test(events, events.place, *flags, "--attend", recording)
+    with pytest.raises(SystemExit, match=r"^error: .*attend takes .* \[2, 2, 128, 128\]$"):
+        attend.main([path, recording, *flags])
 
 
 @pytest.mark.parametrize("events", ["dvs128-gesture", LONG], indirect=True)
 @pytest.mark.parametrize("T", [1, 16])
 def test_training_on_events_at_another_T(events, tmp_path, T):
     args = ["--finetune", events.place / "one.pth", "--output-dir", tmp_path, "--T", T]
-    args += [
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--cooldown-epochs",
-        0,
-        "--cross-sample-lif",
-        False,
-    ]
+    args += ["--epochs", 1, "--warmup-epochs", 0, "--cooldown-epochs", 0]
+    args += ["--cross-sample-lif", False]
     args += ["--experiment", "on", "--batch-size", 4, "--workers", 0]
     assert events.train.main(on_cpu([*args, *events.flags])) == 0
     [line] = map(json.loads, (tmp_path / "on" / "log.txt").read_text().splitlines())

@@ -1,24 +1,29 @@
 """Pictures of attention: what the masks of Q-K attention let pass, what a token of SSA looks at.
 
-One PNG for each sample. For each stage it shows the last block: the masks of all heads over the
+Usage, from anywhere:
+    python tools/attend.py cifar10/output/quickstart/best.pth 8           # test sample 8
+    python tools/attend.py best.pth photos/ --folder imagenet
+
+WHAT is the number of a test sample, an image, of event data a file .npz with `frames`, or a folder
+of such files. Each gives attention/NAME.png beside the checkpoint. For each stage it
+shows the last block: the masks of all heads over the
 time steps, and the spikes of q, of k and of what is left of k, for the head that has most of these.
 SSA has no mask: there it shows the weights q k^T of one token, by which q (k^T v) adds up the v of
 all tokens, and the spikes of q, k and v.
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness.engine import make_autocast, progress
-from harness.runs import shown
-from harness.runtime import logger
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import data
-from harness.config import UserError
-from harness.firing import stage_of
+import models
 
+stage_of = models.load("cifar10").firing.stage_of
 TILE = 72  # pixels of a tile's longer side, at least
 COLUMNS = 600  # of a raster, at most
 ON, OFF, MARK = (1.0, 0.55, 0.1), (0.8, 0.8, 0.8), (0.1, 0.9, 1.0)
@@ -26,57 +31,31 @@ BLUE, GREEN, PURPLE, ORANGE = (0.1, 0.4, 0.7), (0.1, 0.55, 0.3), (0.5, 0.25, 0.6
 COLORS = {"q": BLUE, "k": GREEN, "v": PURPLE, "masked k": ORANGE}
 
 
-class Files(Dataset):
-    """(sample, -1) of each file; `read` makes a sample of its path."""
-
-    def __init__(self, files, read):
-        self.files, self.read = files, read
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return self.read(self.files[index]), -1
-
-
-class Numbered(Dataset):
-    """Samples with their numbers in place of labels.
-
-    `names` are those of the pictures; `label` is the sample's own where there is one, else -1.
-    """
-
-    def __init__(self, dataset, names, label=-1):
-        self.dataset, self.names, self.label = dataset, names, label
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        item = self.dataset[index]
-        if item is None:
-            raise UserError(f"attend: {self.names[index]} can't be read")
-        return item[0], index
-
-
-def find(attend, open_test_set, read, suffixes):
-    """What `attend` names, Numbered: a test sample's number, a file, or the files of a folder."""
-    if attend.isdecimal():
-        dataset = open_test_set()
-        if int(attend) >= len(dataset):
-            raise UserError(f"attend is {attend}; the test set ends with sample {len(dataset) - 1}")
-        sample = dataset[int(attend)]
-        if sample is None:
-            raise UserError(f"attend: test sample {attend} can't be read")
-        label = int(sample[1])
-        return Numbered(Subset(dataset, [int(attend)]), [f"test-{attend}"], label)
-    path = Path(attend)
+def find(modules, tested, what):
+    """(name, sample, label or None) of each that `what` names."""
+    cfg, data, UserError = tested.cfg, modules.data, modules.log.UserError
+    if what.isdecimal():
+        dataset = data.build_dataset(cfg, False, tested.ranks)
+        if int(what) >= len(dataset):
+            raise UserError(f"sample {what}: the test set ends with sample {len(dataset) - 1}")
+        loader, _ = models.test_batches(modules, tested, Subset(dataset, [int(what)]))
+        for samples, labels in loader:
+            yield f"test-{what}", samples[0], labels.item()
+        return
+    shape, to_input, path = data.input_shape(cfg), data.input_transform(cfg), Path(what)
+    if len(shape) == 4:
+        remedy = f"attend takes an .npz with `frames` of shape {list(shape)}"
+        read, suffixes = partial(data.load_frames, T=cfg.time_step, remedy=remedy), (".npz",)
+    else:
+        read, suffixes = modules.images.read_image, IMG_EXTENSIONS
     files = [path] if path.is_file() else []
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
     if not files:
         kinds = f"nor a file or folder of {', '.join(suffixes)}"
-        raise UserError(f"attend is {attend!r}: no number of a test sample, {kinds}")
-    return Numbered(Files(files, read), [file.stem for file in files])
+        raise UserError(f"{what}: no number of a test sample, {kinds}")
+    for file in files:
+        yield file.stem, to_input(read(file)).to(tested.ranks.device), None
 
 
 class Probe:
@@ -111,7 +90,8 @@ class Probe:
         kinds = [kind for kind in ("q", "k", "v") if (stage, kind) in self.seen]
         spikes = {kind: self.seen[stage, kind][:, 0].unflatten(1, (heads, -1)) for kind in kinds}
         if "v" not in spikes:
-            spikes["mask"] = self.seen[stage, "attn"][:, 0]  # of one channel or of one token
+            # [T, H, W, heads, channels], of one channel or of one token
+            spikes["mask"] = self.seen[stage, "attn"][:, 0].movedim((3, 4), (1, 2))
         return {kind: value.numpy() for kind, value in spikes.items()}
 
 
@@ -245,37 +225,40 @@ def rasters(places, spikes):
     places[2].set_xlabel("tokens", fontsize=7)
 
 
-def show(cfg, ranks, model, path, open_test_set):
-    """Draw what `cfg.attend` names, in attention/ beside the checkpoint at `path`."""
-    samples = find(cfg.attend, open_test_set, *data.file_reader(cfg))
-    loader, autocast = (
-        data.test_loader(cfg, samples, ranks),
-        make_autocast(cfg, ranks, cfg.eval_amp),
-    )
-    picture(model, loader, samples, path.parent / "attention", ranks, autocast)
-
-
 @torch.inference_mode()
-def picture(model, loader, samples, folder, ranks, autocast):
-    """Write folder/NAME.png for each of the Numbered samples that the loader brings, seen alone."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("attend needs matplotlib: pip install matplotlib") from None
+def picture(model, samples, folder, autocast):
+    """Write folder/NAME.png for each (name, sample, label or None), seen alone."""
     model.eval()
-    for batch, numbers in progress(loader, "attend", ranks):
-        for sample, number in zip(batch, numbers.tolist(), strict=True):
-            with Probe(model) as probe, autocast():
-                logits = model.forward(sample[None])  # torch.compile's would not call the hooks
-            stages = {stage: probe.of(stage) for stage in probe.blocks}
-            best = logits.double().softmax(1)[0].max(0)
-            path = folder / f"{samples.names[number]}.png"
-            title = f"{path.stem}: class {best.indices}, {best.values:.0%}"
-            if samples.label >= 0:
-                title += f", label {samples.label}"
-            try:
-                folder.mkdir(exist_ok=True)
-                draw(path, sample, stages, title)
-            except OSError as error:
-                raise UserError(f"{path} can't be written: {error.strerror}") from None
-            logger.info(f"written: {shown(path)}")
+    for name, sample, label in samples:
+        with Probe(model) as probe, autocast():
+            logits = model.forward(sample[None])  # torch.compile's would not call the hooks
+        stages = {stage: probe.of(stage) for stage in probe.blocks}
+        best = logits.double().softmax(1)[0].max(0)
+        title = f"{name}: class {best.indices}, {best.values:.0%}"
+        path = folder / f"{name}.png"
+        try:
+            folder.mkdir(exist_ok=True)
+            draw(path, sample, stages, title if label is None else f"{title}, label {label}")
+        except ImportError:
+            raise SystemExit("error: pictures need matplotlib: pip install matplotlib") from None
+        except OSError as error:
+            raise SystemExit(f"error: {path} can't be written: {error.strerror}") from None
+        print(f"written: {path}")
+
+
+def main(argv=None):
+    argv, flags = models.split(argv)
+    parser = models.checkpoint_parser(__doc__)
+    parser.add_argument("what", help="number of a test sample, file, or folder of files")
+    args = parser.parse_args(argv)
+    what = args.what if args.what.isdecimal() else str(Path(args.what).absolute())
+    modules, tested = models.open_checkpoint(args.checkpoint, args.folder, flags)
+    cfg, folder = tested.cfg, tested.path.parent / "attention"
+    autocast = modules.meters.make_autocast(cfg, tested.ranks, cfg.eval_amp)
+    with models.one_line(modules):
+        picture(tested.model, find(modules, tested, what), folder, autocast)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,8 +24,7 @@ from logs import CurveError, Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 DIFFER = (
-    "dataset model dim layer num_heads T time_step img_size input_size epochs batch_size "
-    "accum_iter lr blr"
+    "dataset model dim layer num_heads time_step img_size epochs batch_size accum_iter lr blr"
 ).split()
 COLOURS = ("#c1272d", "#0060ad", "#2b8a3e", "#8e44ad", "#d9730d")
 GREY = "#8a8a8a"
@@ -64,20 +63,26 @@ PUBLISHED = {
 }
 
 
+def named(config):
+    """A configuration by the names of today, without what is none."""
+    names = {"T": "time_step", "input_size": "img_size"}
+    return {names.get(n, n): value for n, value in (config or {}).items() if value is not None}
+
+
 def recognise(run):
     """The name in PUBLISHED of the run that this one is to be compared with, from its args.yaml;
     None if unknown.
     """
-    config = run.config or {}
+    config = named(run.config)
     model, dataset, classes = (config.get(name) for name in ("model", "dataset", "num_classes"))
     if "QKFormer_10_" in str(model):  # of MS-QKFormer too, of which there is no published run
-        if config.get("start_epoch") and config.get("input_size") == 384:
+        if config.get("start_epoch") and config.get("img_size") == 384:
             return "finetune_384"
         return f"hst_10_{model.rpartition('_')[2]}"
     if "img_size" in config:
         return "cifar100" if dataset == "torch/cifar100" or classes == 100 else "cifar10"
-    if "T" in config:
-        return "cifar10-dvs" if "split_seed" in config else "dvs128-gesture"
+    if "time_step" in config:
+        return "cifar10-dvs" if "split_seed" in run.config else "dvs128-gesture"
     return None
 
 
@@ -89,10 +94,10 @@ def differences(run, published):
     while yml:
         values = yaml.safe_load((folder / yml).read_text())
         theirs, yml = values | theirs, values.get("base")
-    theirs = {"dataset": published.folder, "model": "QKFormer"} | theirs
-    found = []
+    theirs = {"dataset": published.folder, "model": "QKFormer"} | named(theirs)
+    mine, found = named(run.config), []
     for key in DIFFER:
-        ours, want = (run.config or {}).get(key), theirs.get(key)
+        ours, want = mine.get(key), theirs.get(key)
         if ours is not None and not same(ours, want):
             found.append(f"{key} {ours}" + (f" ({want})" if want is not None else ""))
     return found

@@ -1,4 +1,10 @@
-"""Operations and theoretical energy of a model, counted over the samples that it is evaluated on.
+"""Operations and theoretical energy of a checkpoint's network, counted over its test set.
+
+Usage, from anywhere:
+    python tools/energy.py cifar10/output/quickstart/best.pth
+    python tools/energy.py best.pth --folder imagenet -- --data_path /data/imagenet --time_step 2
+
+A table is printed, and written to energy-NAME.csv and energy-NAME.json beside NAME.pth.
 
 The energy is the paper's (45 nm CMOS): 4.6 pJ for each multiply-accumulate (MAC) of the first
 convolution + 0.9 pJ for each synaptic operation (SOP) of all other convolutions, of Q-K attention
@@ -19,19 +25,20 @@ and of SSA. SOPs of a layer are the firing rate of its input x T x its MACs in o
 - ANN equivalent: 4.6 pJ for each MAC of the same layers, once for an image, T times for frames.
 """
 
-import contextlib
 import csv
 import json
 import math
 import re
+import sys
 from typing import NamedTuple
 
 import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import nn
 
-from harness.firing import Counter, silent, stage_of
-from harness.runs import shown
-from harness.runtime import logger
+import models
 
+stage_of = models.load("cifar10").firing.stage_of
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
 # The paper's firing rates, of the outputs of neurons: HST-10-768 at 224 x 224 with T = 4, stages 1
 # and 2. It has none for v_lif, which is here for its place in the table.
@@ -68,8 +75,90 @@ class Sums(NamedTuple):
     ann: float
 
 
+class Tally:
+    """What one layer or neuron saw: sums in float64, in which spikes are counted exactly."""
+
+    def __init__(self):
+        self.values = 0  # how many there were
+        self.macs = 0  # multiply-accumulates for them
+        self.passes = 0  # samples x time steps
+        self.real = False  # whether the values are real numbers, not spikes or sums of spikes
+        self.sums = torch.zeros(2, dtype=torch.float64)  # of the values; of those that are not 0
+
+    def add(self, x, macs=0, passes=0):
+        self.values += x.numel()
+        self.macs += macs
+        self.passes += passes
+        sums = torch.stack([x.sum(dtype=torch.float64), x.count_nonzero().double()])
+        self.sums = self.sums.to(x.device) + sums
+
+    @property
+    def rate(self):
+        return self.sums[0].item() / self.values
+
+    @property
+    def nonzero(self):
+        return self.sums[1].item() / self.values
+
+
+class Counter:
+    """Within it, hooks count what passes through a model; layers then run unfused, see layer.py.
+
+    Args:
+        model: any that takes images [B, C, H, W] for `model.T` steps, or frames [B, T, C, H, W],
+            with spikingjelly's neurons between convolutions and linear layers.
+
+    Attributes: `layers` (inputs of convolutions and linear layers) and `neurons` (outputs), a Tally
+    for each name of a module, in the order of the first call; of what was evaluated, `images`
+    (samples), `T` and `static` (images, the same at all steps).
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.layers, self.neurons, self.hooks = {}, {}, []
+        self.images, self.T, self.static = 0, 0, True
+
+    def __enter__(self):
+        self.hooks = [self.model.register_forward_pre_hook(self._input)]
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                self.hooks.append(module.register_forward_hook(self._layer(name)))
+            elif isinstance(module, BaseNode):
+                self.hooks.append(module.register_forward_hook(self._neuron(name)))
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def _input(self, model, args):
+        (x,) = args
+        self.static = x.dim() == 4
+        self.T = model.T if self.static else x.shape[1]
+        self.images += len(x)
+
+    def _layer(self, name):
+        def hook(module, args, output):
+            (x,) = args
+            # The layer that is called first reads the images.
+            image = self.static and name == next(iter(self.layers), name)
+            linear = isinstance(module, nn.Linear)
+            tally = self.layers.setdefault(name, Tally())
+            tally.real = image or (linear and x.dim() == 2)  # [B, D]: a mean over T
+            passes = x.numel() // x.shape[-1] if linear else len(x)
+            tally.add(x, output.numel() * module.weight[0].numel(), passes)
+
+        return hook
+
+    def _neuron(self, name):
+        def hook(module, args, output):
+            self.neurons.setdefault(name, Tally()).add(output)
+
+        return hook
+
+
 def count(counter):
-    """[Row] of a gathered Counter, in the order of computation."""
+    """[Row] of a Counter, in the order of computation."""
     modules = dict(counter.model.named_modules())
     rows = []
     for name, tally in counter.layers.items():
@@ -141,7 +230,7 @@ def is_published(model):
     """Whether this is HST-10-768 with token attention, whose firing rates the paper reports."""
     stages = [getattr(model, f"stage{index}", ()) for index in (1, 2, 3)]
     attention = [getattr(block, "tssa", None) for block in (*stages[0], *stages[1])]
-    token = all(getattr(module, "summed", None) == 5 for module in attention)
+    token = all(type(module).__name__ == "TokenQKAttention" for module in attention)
     return [*map(len, stages)] == [1, 2, 7] and token and model.head.in_features == 768
 
 
@@ -166,7 +255,10 @@ def describe(counter, rows, sums):
             cells += [f"{PAPER[name][0]:17.4f}{PAPER[name][1]:10.4f}"]
         lines.append(f"{name:36}{''.join(cells)}".rstrip())
 
-    lines += [silent(counter), ""] if silent(counter) else [""]
+    silent = [name for name, tally in counter.neurons.items() if tally.rate == 0]
+    more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
+    named = f"silent: {len(silent)} of {len(counter.neurons)} neurons, {', '.join(silent[:5])}"
+    lines += [named + more, ""] if silent else [""]
     total = sums["all"]
     for stage in stages:
         share = sums[stage].energy / total.energy if total.energy else 0
@@ -190,24 +282,19 @@ def number(value):
     return f"{value:.3g}"
 
 
-@contextlib.contextmanager
-def counting(enabled, model, ranks, path):
-    """Where `enabled`, the model's evaluation within it is counted, and reported at its end."""
-    if not enabled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"), Counter(model) as counter:
-        yield
-    report(counter, ranks, path)
+def measure(modules, tested) -> Counter:
+    """A Counter of the test set; `tested` is of a folder's harness/build.py."""
+    loader, autocast = models.test_batches(modules, tested)
+    with torch.compiler.set_stance("force_eager"), Counter(tested.model) as counter:
+        modules.meters.evaluate(tested.model, loader, tested.ranks, autocast)
+    return counter
 
 
-def report(counter, ranks, path):
+def report(counter, path):
     """Print what was counted; write it to energy-NAME.csv and .json beside NAME.pth at `path`."""
-    counter = counter.gather(ranks)
     rows = count(counter)
     sums = add_up(rows)
-    for line in describe(counter, rows, sums):
-        logger.info(line)
+    print("\n".join(describe(counter, rows, sums)))
     result = {
         "checkpoint": str(path),
         "images": counter.images,
@@ -219,13 +306,24 @@ def report(counter, ranks, path):
         "blocks": block_rates(counter),
         "layers": [row._asdict() for row in rows],
     }
-    if ranks.main:
-        table = path.with_name(f"energy-{path.stem}.csv")
-        try:
-            table.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-            with open(table, "w", newline="") as file:
-                csv.writer(file).writerows([Row._fields, *rows])
-            logger.info(f"written: {shown(table)} and .json")
-        except OSError as error:
-            logger.warning(f"warning: {table} can't be written: {error.strerror}")
-    return result
+    table = path.with_name(f"energy-{path.stem}.csv")
+    try:
+        table.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        with open(table, "w", newline="") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
+    except OSError as error:
+        raise SystemExit(f"error: {table} can't be written: {error.strerror}") from None
+    print(f"written: {table} and .json")
+
+
+def main(argv=None):
+    argv, flags = models.split(argv)
+    args = models.checkpoint_parser(__doc__).parse_args(argv)
+    modules, tested = models.open_checkpoint(args.checkpoint, args.folder, flags)
+    with models.one_line(modules):
+        report(measure(modules, tested), tested.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

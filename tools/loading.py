@@ -40,7 +40,7 @@ from models import load
 
 imagenet = load("imagenet")
 ranks = imagenet.process.Ranks("cpu")
-read_image, options = imagenet.images.read_image, imagenet.options
+read_image = imagenet.images.read_image
 FILES = 24  # in each of two classes
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def make_photographs(root, quality):
 def theirs_transform(cfg, on_device=False):
     """As the release calls timm; with `on_device` as timm's own loader does."""
     return create_transform(
-        cfg.input_size,
+        cfg.img_size,
         is_training=True,
         use_prefetcher=on_device,
         color_jitter=cfg.color_jitter,
@@ -141,7 +141,7 @@ def loaders_of(cfg, root, images):
             "timm",
             lambda epoch: create_loader(
                 timm,
-                cfg.input_size,
+                cfg.img_size,
                 cfg.batch_size,
                 is_training=True,
                 color_jitter=cfg.color_jitter,
@@ -155,7 +155,7 @@ def loaders_of(cfg, root, images):
                 persistent_workers=False,
             ),
         ),
-        ("ours", lambda epoch: imagenet.data.train_loader(cfg, ours, epoch, 0, ranks)),
+        ("ours", lambda epoch: imagenet.data.train_loader(cfg, ours, epoch, 0, ranks, 0)),
     ]
 
 
@@ -193,11 +193,9 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         size = make_photographs(root, args.quality)
-        flags = ["--data_path", folder, "--nb_classes", "2", "--num_workers", "1"]
+        flags = ["--data_path", folder, "--workers", "1"]
         (root / "val").symlink_to("train")
-        cfg, *_ = imagenet.config.load_config(
-            options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, flags
-        )
+        cfg = imagenet.config.read_settings(imagenet.options, flags).resolve()
         paths = sorted(map(str, (root / "train").rglob("*.JPEG")))
         print(
             f"{len(paths)} JPEGs of 500 x 375, {size / 1000:.0f} kB each; medians of {args.rounds}"

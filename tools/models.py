@@ -1,7 +1,11 @@
-"""The models that the tools measure: those of the data set folders, several in one process."""
+"""What the tools work on: the folders' modules, several in one process, models and checkpoints."""
 
+import argparse
+import contextlib
 import functools
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +17,7 @@ IMAGENET = tuple(
 )
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs")  # MSQKFormer is that of cifar10/
 EVENT = ("dvs128-gesture", "cifar10-dvs")
+DATA_SETS = (*FOLDERS, "imagenet")
 
 
 def import_file(path):
@@ -51,3 +56,65 @@ def make_input(name, batch, T, size, device):
     shape = (batch, T, 2, size, size) if name in EVENT else (batch, 3, size, size)
     x = torch.poisson(torch.full(shape, 0.3)) if name in EVENT else torch.randn(shape)
     return x.to(device)
+
+
+def split(argv):
+    """(a tool's own words, those for the folder's settings, which come behind --)."""
+    argv = [*map(str, sys.argv[1:] if argv is None else argv)]
+    end = argv.index("--") if "--" in argv else len(argv)
+    return argv[:end], argv[end + 1 :]
+
+
+def checkpoint_parser(text):
+    """Parser of a tool that takes a checkpoint; `text` is its docstring."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "--folder", choices=DATA_SETS, help="of the checkpoint; default: the one above output/"
+    )
+    parser.epilog = "Flags of the folder's test.py come behind --."
+    return parser
+
+
+def open_checkpoint(path, folder, flags, say=True):
+    """(modules of the checkpoint's folder, its Tested); from here on the working directory is that
+    folder, so that paths mean what they mean there. SystemExit for what a user can mend.
+
+    say: whether the lines of the log are printed.
+    """
+    path = Path(path).absolute()
+    above = [one.parent.name for one in path.parents if one.name == "output"]
+    folder = folder or next((name for name in above if name in DATA_SETS), None)
+    if folder is None:
+        known = f"no data set's folder is above it; name one: --folder {' | '.join(DATA_SETS)}"
+        raise SystemExit(f"error: {path}: {known}")
+    os.chdir(ROOT / folder)
+    modules = load(folder)
+    with one_line(modules):
+        settings = modules.config.read_settings(modules.options, flags, "test")
+        ranks = modules.process.Ranks(settings.device, alone=True)
+        if say:
+            modules.log.set_up_log(ranks)
+        if folder == "imagenet":
+            return modules, modules.released.load_released(settings, ranks, path)[0]
+        args = settings, modules.options, modules.data, ranks, path
+        return modules, modules.build.load_tested(*args)
+
+
+@contextlib.contextmanager
+def one_line(modules):
+    """A UserError within ends the tool with one line."""
+    try:
+        yield
+    except modules.log.UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def test_batches(modules, tested, dataset=None):
+    """(loader of the test set, or of another data set, autocast), as testing has them."""
+    cfg, ranks = tested.cfg, tested.ranks
+    dataset = dataset or modules.data.build_dataset(cfg, False, ranks)
+    loader = modules.data.test_loader(cfg, dataset, ranks)
+    return loader, modules.meters.make_autocast(cfg, ranks, cfg.eval_amp)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from timing import conftest
+import models
 
 ROWS = {
     401_408: (96, 192, 384),
@@ -20,7 +20,7 @@ ROWS = {
 
 
 def step(run):
-    LossMeter = conftest().load("imagenet").engine.LossMeter
+    LossMeter = models.load("imagenet").meters.LossMeter
     rows = []
     for path in ("fast", "release-like"):
         for choose in (False, True):
@@ -78,7 +78,7 @@ def profiled(run, candidate, path):
 
 def kernels(run):
     candidate = run.candidate()
-    fused, rows, seen = run.modules().fused, [], set()
+    fused, rows, seen = run.modules().ops, [], set()
     launch = fused.launch
 
     def timed(name, y, *args, **build):
@@ -145,7 +145,7 @@ def products(run):
 
 def graphs(run):
     """Inference and training steps by graphs (graph.py) and without, in time and to the bit."""
-    Graph = conftest().load("imagenet").graph.Graph
+    Graph = models.load("imagenet").graph.Graph
     torch.backends.cudnn.deterministic = True
     rows = []
     for kind in (infer, train):

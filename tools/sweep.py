@@ -6,45 +6,35 @@ Usage, from anywhere:
     python tools/sweep.py imagenet --checkpoint best.pth --T 1 2 4 6 -- --data_path /data/imagenet
     python tools/sweep.py dvs128-gesture --T 4 8 16 -- --data_path /data/gesture
 
-Each T and size is tested by the folder's test.py: --rounds times for accuracy and time, of which
-the fastest counts, and once with --energy, which counts layer by layer and takes longer. What comes
-behind `--` goes to test.py. The table goes to sweep-NAME.json and sweep-NAME.png beside the
-checkpoint NAME.pth. Weights and statistics of BatchNorm stay those that were trained.
+Each T and size is tested as test.py does: --rounds times for accuracy and time, of which the
+fastest counts, and once more to count the energy, see energy.py. What comes behind `--` are flags
+of test.py. The table goes to sweep-NAME.json and sweep-NAME.png beside the checkpoint NAME.pth.
+Weights and statistics of BatchNorm stay those that were trained.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
-import models
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {  # {folder: the flags of T and, where there are several, of the size}
-    "cifar10": ("--time_step", "--img_size"),
-    "cifar100": ("--time_step", "--img_size"),
-    "dvs128-gesture": ("--T", None),
-    "cifar10-dvs": ("--T", None),
-    "imagenet": ("--time_step", "--input_size"),
-}
+import energy
+import models
+from models import EVENT, ROOT
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", choices=FOLDERS)
+    parser.add_argument("folder", choices=models.DATA_SETS)
     parser.add_argument("--checkpoint", type=Path, help="default: the folder's newest best.pth")
     parser.add_argument("--T", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--size", type=int, nargs="+", help="default: that of the checkpoint")
     parser.add_argument("--rounds", type=int, default=1, help="timed runs, default 1")
     parser.epilog = "Flags of test.py come behind --."
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    args.rest = argv[end + 1 :]
+    argv, rest = models.split(argv)
+    args = parser.parse_args(argv)
+    args.rest = rest
     if args.checkpoint is None:
         found = (ROOT / args.folder / "output").glob("*/best.pth")
         args.checkpoint = max(found, key=lambda path: path.stat().st_mtime, default=None)
@@ -54,45 +44,43 @@ def parse(argv):
         parser.error(f"no such checkpoint: {args.checkpoint}")
     if min(args.T) < 1 or args.rounds < 1:
         parser.error("T and rounds are at least 1")
-    if args.size and FOLDERS[args.folder][1] is None:
+    if args.size and args.folder in EVENT:
         parser.error(f"size: the recordings of {args.folder} have one size")
-    args.checkpoint = args.checkpoint.resolve()
+    args.checkpoint = args.checkpoint.absolute()
     return args
 
 
-def run_test(main, args, place, T, size, *flags):
-    """What the folder's test.py writes beside the checkpoint, which is in `place` by a link."""
-    link = place / args.checkpoint.name
-    steps, pixels = FOLDERS[args.folder]
-    flags = ["--checkpoint", link, steps, T, *([pixels, size] if size else []), *flags]
-    with contextlib.redirect_stdout(io.StringIO()):
-        main([*args.rest, *map(str, flags)])
-    kind = "energy" if "--energy" in flags else "test"
-    return json.loads(link.with_name(f"{kind}-{link.stem}.json").read_text())
+def measure(args, T, size):
+    """{T, size, top1, loss, images_per_second, energy, ann, sops}."""
+    flags = [*args.rest, "--time_step", str(T), *(["--img_size", str(size)] if size else [])]
+    modules, tested = models.open_checkpoint(args.checkpoint, args.folder, flags, say=False)
+    with models.one_line(modules):
+        model = modules.graph.graphed(tested.model, tested.cfg, tested.ranks).eval()
+        loader, autocast = models.test_batches(modules, tested)
+        with autocast(), torch.inference_mode():
+            model(next(iter(loader))[0])  # compiles, chooses algorithms
+        evaluate = modules.meters.evaluate
+        found = [evaluate(model, loader, tested.ranks, autocast) for _ in range(args.rounds)]
+        sums = energy.add_up(energy.count(energy.measure(modules, tested)))["all"]
+    row = {"T": T, "size": size, "top1": found[0].top1, "loss": found[0].loss}
+    row["images_per_second"] = max(metrics.images_per_second for metrics in found)
+    return row | {name: getattr(sums, name) for name in ("energy", "ann", "sops")}
 
 
-def sweep(main, args):
-    """[{T, size, top1, loss, energy, ann, sops, images_per_second}], each printed as it comes."""
+def sweep(args):
+    """The rows of `measure`, each printed as it comes."""
     print("  T  size  top-1 %        mJ   ANN, mJ   SOPs, M  images/s", flush=True)
     rows = []
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        (place / args.checkpoint.name).symlink_to(args.checkpoint)
-        for size in args.size or [None]:
-            run_test(main, args, place, args.T[0], size)  # this one compiles, and is not timed
-            for T in args.T:
-                results = [run_test(main, args, place, T, size) for _ in range(args.rounds)]
-                counted = run_test(main, args, place, T, size, "--energy")
-                row = {"T": T, "size": size, **{n: results[0][n] for n in ("top1", "loss")}}
-                row["images_per_second"] = max(result["images_per_second"] for result in results)
-                row.update({name: counted[name] for name in ("energy", "ann", "sops")})
-                rows.append(row)
-                print(
-                    f"{T:>3} {size or '':>5} {row['top1']:>8.2f} {row['energy']:>9.4g} "
-                    f"{row['ann']:>9.4g} {row['sops'] / 1e6:>9.4g} "
-                    f"{row['images_per_second']:>9.0f}",
-                    flush=True,
-                )
+    for size in args.size or [None]:
+        for T in args.T:
+            row = measure(args, T, size)
+            rows.append(row)
+            print(
+                f"{T:>3} {size or '':>5} {row['top1']:>8.2f} {row['energy']:>9.4g} "
+                f"{row['ann']:>9.4g} {row['sops'] / 1e6:>9.4g} "
+                f"{row['images_per_second']:>9.0f}",
+                flush=True,
+            )
     return rows
 
 
@@ -127,13 +115,7 @@ def draw(path, rows, title):
 
 def main(argv=None):
     args = parse(argv)
-    os.chdir(ROOT / args.folder)  # as test.py runs, so that relative paths mean the same
-    modules = models.load(args.folder)
-    script, config = modules.test, modules.config
-    try:
-        rows = sweep(script.main, args)
-    except config.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    rows = sweep(args)
     path = args.checkpoint.with_name(f"sweep-{args.checkpoint.stem}.json")
     try:
         path.write_text(json.dumps(rows, indent=1) + "\n")

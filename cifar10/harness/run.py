@@ -395,8 +395,9 @@ class Run:
                 return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
             if ranks.main and firing is None:
-                few = next(iter(self.data.test_loader(cfg, spread(self.test_set), ranks)), None)
-                firing = Firing(few[0]) if few else None
+                loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
+                few = [images for images, _ in loader]
+                firing = Firing(torch.cat(few)) if few else None
             record = {
                 "epoch": self.epoch,
                 **self.own_record(),

@@ -118,11 +118,10 @@ class Key:
         """The number that the text stands for, to the last digit if it is whole, or None."""
         try:
             exact = Decimal(text if NUMBER.fullmatch(text) else "nan")
-            value = float(exact) if kind is float else exact
-            inside = self.low <= value <= self.high and (kind is float or exact == int(exact))
-        except InvalidOperation:  # no number, or an exponent of 19 digits
+        except InvalidOperation:  # an exponent of 19 digits
             return None
-        return kind(exact) if inside else None
+        inside = self.low <= float(exact) <= self.high
+        return kind(exact) if inside and (kind is float or exact == int(exact)) else None
 
     def _text(self, text, kind):
         if not text or NO_TEXT.search(text) or len(text.encode()) > 4000:
