@@ -74,7 +74,7 @@ DATA = {
         fixed=same),
     "split_seed": Key(int, None,
         "seed of a random 9 : 1 split of each class; none: the release's split", null=True,
-        low=0, high=2**31, fixed=same),
+        low=0, high=2**31, fixed=str),
     "batch_size": Key(int, 16, "samples of a training batch, per rank", flags=("-b",),
         low=1, high=65536),
     "val_batch_size": Key(int, None, "samples of a test batch; none: batch_size", flags=("-vb",),

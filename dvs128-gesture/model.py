@@ -76,24 +76,25 @@ class Attention(nn.Module):
         self.proj_lif = lif()
 
     def heads(self, x):
-        """The spikes of Q, K (and V), each [T, B, heads, channels, H, W]."""
+        """The spikes of Q, K (and V), each [T, B, H, W, heads, channels]."""
         parts = ("conv", "bn", "lif")
         layers = ([getattr(self, f"{name}_{part}") for part in parts] for name in self.inputs)
-        return (y.unflatten(2, (self.num_heads, -1)) for y in conv_bn_lif_each(x, *layers))
+        spikes = conv_bn_lif_each(x, *layers)
+        return (y.movedim(2, -1).unflatten(-1, (self.num_heads, -1)) for y in spikes)
 
 
 # Copied from cifar10/model.py
 class TokenQKAttention(Attention):
     """Q-K token attention (paper, section 3.2): a binary mask over tokens, made from Q, on K."""
 
-    summed = 3  # of [T, B, heads, channels, H, W]: one value per token
+    summed = 5  # of [T, B, H, W, heads, channels]: one value per token
 
     def attend(self, x):
-        """K and its mask."""
+        """K [T, B, C, H, W] and its mask [T, B, heads, 1, H, W]."""
         q, k = self.heads(x)
         # in q's type, not autocast's float32: large counts are rounded, but fire the neuron anyway
         mask = self.attn_lif(q.sum(self.summed, keepdim=True, dtype=q.dtype))
-        return k.flatten(2, 3), mask
+        return k.flatten(4).movedim(4, 2), mask.movedim((4, 5), (2, 3))
 
     def forward(self, x):
         k, mask = self.attend(x)
@@ -104,7 +105,7 @@ class TokenQKAttention(Attention):
 class ChannelQKAttention(TokenQKAttention):
     """Q-K channel attention (paper, section 3.2): as above with a mask over channels."""
 
-    summed = (4, 5)  # of [T, B, heads, channels, H, W]: one value per channel
+    summed = (2, 3)  # of [T, B, H, W, heads, channels]: one value per channel
 
 
 # Copied from cifar10/model.py
@@ -127,8 +128,8 @@ class SpikingSelfAttention(Attention):
 
     def attend(self, x):
         H, W = x.shape[3:]
-        q, k, v = (y.flatten(4).transpose(3, 4) for y in self.heads(x))  # [.., tokens, channels]
-        x = matmul(q, matmul(k.transpose(3, 4), v)) * self.scale
+        q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
+        x = q @ matmul(k.transpose(3, 4), v) * self.scale
         x = x.transpose(2, 3).flatten(3).unflatten(2, (H, W))  # [T, B, H, W, C]
         return self.attn_lif(x.movedim(4, 2))
 

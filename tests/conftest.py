@@ -27,7 +27,14 @@ import torch
 
 import models
 
-pytest_plugins = ["on_digits", "on_photos", "on_events", "on_host", "on_graphs"]  # their fixtures
+pytest_plugins = [
+    "on_digits",
+    "on_images",
+    "on_photos",
+    "on_events",
+    "on_host",
+    "on_graphs",
+]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 CLASSES = {  # of the published data sets
@@ -213,18 +220,20 @@ rm $source && cp $kept $made
 """
 
 
-def make_compiler():
-    """For CXX of all processes that test, and of what they start: none compiles the same again."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)
+def compiler():
+    """For CXX, so that no other of the processes here compiles the same kernels."""
+    folder, process = tempfile.mkdtemp(), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder) if os.getpid() == process else None)
     path = Path(folder, "compiler")
     path.write_text(COMPILER)
     path.chmod(0o700)
-    os.environ["CXX"] = str(path)
+    return str(path)
 
 
-if "PYTEST_XDIST_WORKER" not in os.environ and shutil.which("g++"):
-    make_compiler()
+if "CXX" not in os.environ and shutil.which(
+    "g++"
+):  # which the workers of xdist, and what they start, inherit
+    os.environ["CXX"] = compiler()
 
 
 def environment():

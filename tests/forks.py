@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 
+import torch
+
 from on_digits import cifar10
 
 
@@ -48,8 +50,19 @@ def wait_for(condition, seconds=300):
         time.sleep(0.005)
 
 
-def opened(tmp_path, **settings):
-    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    argv = ["--output", str(tmp_path), *([] if "experiment" in settings else ["--experiment", "a"])]
-    found = cifar10.config.read_settings(cifar10.options, [*argv, *map(str, flags)])
-    return cifar10.folder.open_run(found)[0].name
+def opened(output, **settings):
+    """(folder, checkpoint to resume, whether it goes on) of a run called a, or as settings say."""
+    settings = {"output": output, "experiment": "a", **settings}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return cifar10.folder.open_run(cifar10.config.read_settings(cifar10.options, flags))
+
+
+def equal(one, other):
+    """Whether nested contents of checkpoints are the same to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other

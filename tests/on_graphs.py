@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import load
+from conftest import CLASSES, load, resolve_in
 
 # What a capture on a GPU does not allow: a value that the host wants to know, a size that depends on
 # values, a tensor made of Python's numbers.
@@ -132,29 +132,23 @@ def trainer(monkeypatch, tmp_path):
 def make_trainer(monkeypatch, tmp_path, name, words):
     torch.manual_seed(3)
     folder = load(name)
-    options, data = folder.options, folder.data
-    cfg, _, given = folder.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*RECIPES[name].split(), *words]
-    )
-    size, classes = cfg.batch_size, getattr(cfg, "nb_classes", None) or cfg.num_classes
+    data = folder.data
+    cfg = resolve_in(folder, *RECIPES[name].split(), *words)
+    size, classes = cfg.batch_size, cfg.num_classes or CLASSES[name]
     soft = name == "dvs128-gesture" or data.mixes(cfg)
     targets = torch.full((size, classes), 1 / classes) if soft else torch.arange(size) % classes
 
-    class Batches(list):
-        classes, loader = ["one"], SimpleNamespace(fault=None)
+    class Samples(list):
+        classes = range(CLASSES[name])
 
-    monkeypatch.setattr(data, "build_dataset", lambda cfg, *_, **__: Batches(range(4 * size)))
-    batches = Batches((torch.rand(size, *SHAPES[name]), targets) for _ in range(4))
+    monkeypatch.setattr(data, "build_dataset", lambda *_: Samples(range(4 * size)))
+    batches = [(torch.rand(size, *SHAPES[name]), targets) for _ in range(4)]
     monkeypatch.setattr(data, "train_loader", lambda *_: batches)
     scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
     ranks = folder.process.Ranks("cpu")
-    if name == "imagenet":
-        run = folder.train.Trainer(
-            cfg, given, ranks, tmp_path, *folder.build.load_model(cfg, ranks)
-        )
-    else:
-        run = folder.train.Trainer(cfg, given, ranks, tmp_path, None, None, False)
+    run = folder.train.Trainer(folder.run.Start(cfg, {}, ranks, tmp_path, None, None, False))
+    run.stop = False
     run.optimizer._step_supports_amp_scaling = True
     for group in run.optimizer.param_groups:
         group["fused"] = True

@@ -1,18 +1,17 @@
-"""Keys and flags of cifar10/: precedence, types, the release's names, and one clear line for every
-mistake.
-"""
+"""Keys and flags: what goes over what, the release's names, --help, and flags of the other script."""
 
-import argparse
 import re
 
 import pytest
-import torch
 import yaml
+from timm.optim import optimizer_kwargs
+from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from conftest import ROOT, build_model, load
+from conftest import ROOT, load
+from on_digits import call, cifar10, resolve
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
-cifar10 = load("cifar10")
+KEYS, NO_EFFECT = cifar10.options.KEYS, cifar10.options.NO_EFFECT
 UserError = cifar10.config.UserError
 
 # Every name of the release's parser and yml.
@@ -29,328 +28,324 @@ channels_last pin_mem no_prefetcher output experiment eval_metric tta local_rank
 log_wandb
 """.split()
 
-# The published recipe.
-PUBLISHED = """
-epochs: 400
-time_step: 4
-layer: 4
-dim: 384
-num_heads: 8
-patch_size: 4
-mlp_ratio: 4
-dataset: torch/cifar10
-num_classes: 10
-img_size: 32
-mean: [0.4914, 0.4822, 0.4465]
-std: [0.2470, 0.2435, 0.2616]
-crop_pct: 1.0
-scale: [1.0, 1.0]
-ratio: [1.0, 1.0]
-color_jitter: 0.0
-interpolation: bicubic
-train_interpolation: bicubic
-aa: rand-m9-n1-mstd0.4-inc1
-mixup: 0.5
-mixup_prob: 1.0
-mixup_mode: batch
-mixup_switch_prob: 0.5
-cutmix: 0.0
-reprob: 0.25
-remode: const
-amp: true
-batch_size: 64
-val_batch_size: 64
-lr: 1e-3
-min_lr: 1e-5
-sched: cosine
-weight_decay: 6e-2
-cooldown_epochs: 10
-warmup_epochs: 20
-warmup_lr: 1e-5
-opt: adamw
-smoothing: 0.1
-workers: 8
-"""
+# The published recipe, by the release's yml.
+PUBLISHED = """{
+epochs: 400, time_step: 4, layer: 4, dim: 384, num_heads: 8, patch_size: 4, mlp_ratio: 4, dataset:
+torch/cifar10, img_size: 32, mean: [0.4914, 0.4822, 0.4465], std: [0.2470, 0.2435, 0.2616],
+crop_pct: 1.0, scale: [1.0, 1.0], ratio: [1.0, 1.0], color_jitter: 0.0, interpolation: bicubic,
+train_interpolation: bicubic, aa: rand-m9-n1-mstd0.4-inc1, mixup: 0.5, mixup_prob: 1.0,
+mixup_mode: batch, mixup_switch_prob: 0.5, cutmix: 0.0, reprob: 0.25, remode: const, amp: true,
+batch_size: 64, val_batch_size: 64, lr: 1e-3, min_lr: 1e-5, sched: cosine, weight_decay: 6e-2,
+cooldown_epochs: 10, warmup_epochs: 20, warmup_lr: 1e-5, opt: adamw, smoothing: 0.1, workers: 8
+}"""
 
 
-def resolve(*argv):
-    options = cifar10.options
-    return cifar10.config.load_config(
-        options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, [*map(str, argv)]
-    )[:2]
+def read(*argv, folder=cifar10, script=None):
+    return folder.config.read_settings(folder.options, [*map(str, argv)], script)
 
 
-def test_published_recipe():
-    cfg, notes = resolve()
-    defaults = {name: key.default for name, key in cifar10.options.KEYS.items()}
-    assert vars(cfg) == {**defaults, "experiment": "cifar10"} and not notes
+def test_published_recipe(tmp_path):
+    assert vars(resolve()) == {name: key.default for name, key in KEYS.items()}
+    assert not read().notes
     for name, value in yaml.safe_load(PUBLISHED).items():
-        assert getattr(cfg, name) == cifar10.options.KEYS[name].convert(value), name
+        assert getattr(resolve(), name) == KEYS[name].convert(value), name
+    cfg = resolve()
     assert (cfg.seed, cfg.mixup_off_epoch, cfg.drop_path, cfg.hflip) == (42, 0, 0.0, 0.5)
-    assert (cfg.lr, cfg.weight_decay) == (1e-3, 0.06) and cfg.cross_sample_lif == "auto"
+    assert (cfg.lr, cfg.weight_decay, cfg.cross_sample_lif) == (1e-3, 0.06, "auto")
+    # the release's own file
+    more = "data_dir: /somewhere, mixup_off_epoch: 200, depths: 4, num_classes: 10,"
+    (tmp_path / "release.yml").write_text(PUBLISHED.replace("{", "{" + more))
+    settings = read("-c", tmp_path / "release.yml")
+    assert (settings.mixup_off_epoch, settings.data_path) == (200, "/somewhere")
+    assert (settings.num_classes, settings.name) == (10, "release")
+    assert len(settings.notes) == 1 and re.match(r"release.yml, line 1: depths", settings.notes[0])
 
 
-def test_the_release_s_yml(tmp_path):
-    file = tmp_path / "release.yml"
-    file.write_text(PUBLISHED + "data_dir: /somewhere\nmixup_off_epoch: 200\ndepths: 4\n")
-    cfg, notes = resolve("-c", file)
-    assert (
-        cfg.mixup_off_epoch == 200 and cfg.data_dir == "/somewhere" and cfg.experiment == "release"
-    )
-    assert len(notes) == 1 and "depths" in notes[0] and "release.yml" in notes[0]
-
-
-@pytest.mark.parametrize("name", RELEASE)
-def test_every_name_of_the_release(name, tmp_path):
-    keys, no_effect = cifar10.options.KEYS, cifar10.options.NO_EFFECT
-    keys = keys | {alias: key for key in keys.values() for alias in key.aliases}
-    assert (name in keys) != (name in no_effect)
-    value = "1" if name in no_effect else keys[name].default
-    if value is None:
-        return
-    flag = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    for spelling in {f"--{name}", f"--{name.replace('_', '-')}"}:
-        cfg, notes = resolve(spelling, *flag)
-        assert len(notes) == (name in no_effect)
-        assert name in no_effect or getattr(cfg, name) == value
-    (tmp_path / "one.yml").write_text(yaml.safe_dump({name: value}))
-    assert len(resolve("-c", tmp_path / "one.yml")[1]) == (name in no_effect)
+def test_every_name_of_the_release(tmp_path):
+    """As a key and, in both spellings, as a flag: it means what it says, or a line says why not."""
+    names = {spelled: name for name, key in KEYS.items() for spelled in (name, *key.aliases)}
+    assert all((name in names) != (name in NO_EFFECT) for name in RELEASE)
+    values = {name: KEYS[names[name]].default if name in names else "1" for name in RELEASE}
+    values = {name: value for name, value in values.items() if value is not None}
+    (tmp_path / "all.yml").write_text(yaml.safe_dump(values))
+    words = {n: map(str, v if isinstance(v, list) else [v]) for n, v in values.items()}
+    flags = [(f"--{name}", *value) for name, value in words.items()]
+    for argv in (
+        ["-c", tmp_path / "all.yml"],
+        sum(flags, ()),
+        [word for flag, *rest in flags for word in (flag.replace("_", "-"), *rest)],
+    ):
+        settings = read(*argv)
+        silent = [note.split(": ")[1].split(" has no effect")[0] for note in settings.notes]
+        assert sorted(silent) == sorted(NO_EFFECT.keys() & values.keys())
+        for name in values.keys() & names.keys():
+            assert settings.said[names[name]][0] == values[name], name
 
 
 def test_every_key_is_used():
-    """No key that nothing reads: each stands as cfg.NAME in a script, or is one that timm's helpers
-    read.
-    """
-    code = "".join(
-        (ROOT / "cifar10" / f"{name}.py").read_text()
-        for name in ("train", "build", "data", "engine", "graph")
-    )
-    code += "".join((ROOT / "cifar10" / f"{name}.py").read_text() for name in ("test", "runs"))
-    from timm.optim import optimizer_kwargs
-    from timm.scheduler.scheduler_factory import scheduler_kwargs
+    """No key that nothing reads, but for one that the launcher sets."""
+    here = ROOT / "cifar10"
+    files = [*here.glob("*.py"), *(here / "harness").glob("*.py")]
+    code = "".join(file.read_text() for file in files if file.name != "options.py")
+    read_by_timm = set()
 
-    read = set()
-
-    class Spy(argparse.Namespace):
+    class Spy(cifar10.config.Config):
         def __getattribute__(self, name):
-            read.add(name)
+            read_by_timm.add(name)
             return super().__getattribute__(name)
 
-    cfg = Spy(**vars(resolve()[0]))
+    cfg = Spy()
+    vars(cfg).update(vars(resolve()))
     optimizer_kwargs(cfg)
     scheduler_kwargs(cfg)
-    unused = {
-        name for name in cifar10.options.KEYS if not re.search(rf"cfg\.{name}\b", code)
-    } - read
-    assert unused == {"local_rank"}  # the launcher's, which is told by the environment
+    used = {n for n in KEYS if re.search(rf'(cfg|settings)(\.{n}\b|, "{n}")', code)}
+    assert KEYS.keys() - used - read_by_timm - cifar10.build.KEYWORDS.keys() == {"local_rank"}
 
 
-def test_precedence_and_short_forms(tmp_path):
-    file = tmp_path / "mine.yml"
-    file.write_text("batch-size: 32\nlr: 5e-4\ntime_step: '6'\n")
-    cfg, _ = resolve("-c", file, "-b", 16)
+def test_short_forms(tmp_path):
+    (tmp_path / "mine.yml").write_text("batch-size: 32\nlr: 5e-4\ntime_step: '6'\n")
+    cfg = resolve("-c", tmp_path / "mine.yml", "-b", 16)
     assert (cfg.batch_size, cfg.lr, cfg.time_step, cfg.dim) == (16, 5e-4, 6, 384)
-    cfg, _ = resolve(
-        *"-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false --channels-last".split()
-    )
-    assert (cfg.batch_size, cfg.val_batch_size, cfg.time_step, cfg.layer, cfg.workers) == (
-        2,
-        3,
-        5,
-        6,
-        7,
-    )
-    assert (cfg.dataset, cfg.data_dir, cfg.amp, cfg.channels_last) == ("digits", "x", False, True)
-    cfg, _ = resolve("--input-size", "none", "--mean", "0.5,0.4,0.3")
-    assert cfg.input_size is None and cfg.mean == [0.5, 0.4, 0.3]
-    cfg, _ = resolve(
-        "--aa",
-        "none",
-        "--opt-betas",
-        "0.8",
-        "0.9",
-        "--lr-noise",
-        "0.4",
-        "--cross-sample-lif",
-        "true",
-    )
-    assert (cfg.aa, cfg.opt_betas, cfg.lr_noise, cfg.cross_sample_lif) == (
-        None,
-        [0.8, 0.9],
-        [0.4],
-        "true",
-    )
+    flags = "-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false --channels-last"
+    cfg = resolve(*flags.split())
+    assert (cfg.batch_size, cfg.val_batch_size, cfg.time_step) == (2, 3, 5)
+    assert (cfg.layer, cfg.workers, cfg.dataset, cfg.data_path) == (6, 7, "digits", "x")
+    assert cfg.amp is False and cfg.channels_last is True
+    flags = "--input-size none --mean 0.5,0.4,0.3 --aa none --opt-betas 0.8 0.9 --lr-noise 0.4"
+    cfg = resolve(*flags.split(), "--cross-sample-lif", "true")
+    assert (cfg.input_size, cfg.mean, cfg.aa) == (None, [0.5, 0.4, 0.3], None)
+    assert (cfg.opt_betas, cfg.lr_noise, cfg.cross_sample_lif) == ([0.8, 0.9], [0.4], "true")
+
+
+# What goes over what ------------------------------------------------------------------------------
+
+DEFAULT = {"tau": 2.0, "crop_pct": 1.0, "lr": 1e-3}  # of the network, the data, the run
+RECORDED = {"tau": 3.0, "crop_pct": 0.5, "lr": 0.3}
+YML = {"tau": 4.0, "crop_pct": 0.6, "lr": 0.4}
+
+
+def values(cfg):
+    return {name: getattr(cfg, name) for name in DEFAULT}
+
+
+@pytest.mark.parametrize(
+    ("purpose", "back"),
+    [
+        ("train", []),
+        ("finetune", ["tau"]),
+        ("test", ["tau", "crop_pct"]),
+        ("resume", ["tau", "crop_pct", "lr"]),
+    ],
+)
+def test_defaults_checkpoint_yml_flags(purpose, back, tmp_path, caplog):
+    """Each goes over the one before; a line says what goes over a checkpoint."""
+    caplog.set_level("INFO", logger="qkformer")
+    file = tmp_path / "mine.yml"
+    file.write_text(yaml.safe_dump(YML))
+
+    def check(argv, want, origin):
+        caplog.clear()
+        assert values(read(*argv).resolve(purpose, RECORDED, "a.pth")) == want
+        assert sorted(caplog.messages) == sorted(
+            f"{origin[name]}: {name} is {want[name]}, but a.pth was trained with {RECORDED[name]}; "
+            f"{want[name]} is used"
+            for name in {*back} & {*origin}
+        )
+
+    check([], {**DEFAULT, **{name: RECORDED[name] for name in back}}, {})
+    check(["-c", file], YML, dict.fromkeys(YML, "mine.yml"))
+    for name, value in {"tau": 5.0, "crop_pct": 0.7, "lr": 0.7}.items():
+        origin = {**dict.fromkeys(YML, "mine.yml"), name: "command line"}
+        check(["-c", file, f"--{name}", value], {**YML, name: value}, origin)
+
+
+def test_what_a_yml_said_at_training_too_is_nothing_new(tmp_path, caplog):
+    """Of a file that was edited since, only the edit is new."""
+    caplog.set_level("INFO", logger="qkformer")
+    file, then = tmp_path / "mine.yml", {"file": "mine.yml", "yml": YML}
+    file.write_text(yaml.safe_dump(YML))
+    assert values(read("-c", file).resolve("resume", RECORDED, "a.pth", then)) == RECORDED
+    assert not caplog.messages
+    file.write_text(yaml.safe_dump({**YML, "tau": 5}))
+    cfg = read("-c", file).resolve("resume", RECORDED, "a.pth", then)
+    assert values(cfg) == {**RECORDED, "tau": 5.0} and len(caplog.messages) == 1
+    # a flag is always meant; and so is a file of another name
+    cfg = read("-c", file, "--lr", YML["lr"]).resolve("resume", RECORDED, "a.pth", then)
+    assert cfg.lr == YML["lr"]
+    file.rename(tmp_path / "other.yml")
+    cfg = read("-c", tmp_path / "other.yml").resolve("resume", RECORDED, "a.pth", then)
+    assert values(cfg) == {**YML, "tau": 5.0}
+
+
+@pytest.mark.parametrize("purpose", ["finetune", "test", "resume"])
+def test_a_default_yml_that_was_edited_since(purpose, caplog):
+    """It does not go over the checkpoint; where a run goes on, a line says so."""
+    caplog.set_level("INFO", logger="qkformer")
+    then = {"file": "cifar10.yml", "yml": {"lr": 0.3}}
+    cfg = read().resolve(purpose, RECORDED, "a.pth", then)
+    assert cfg.lr == (0.3 if purpose == "resume" else 1e-3)
+    lines = ["cifar10.yml: lr is 0.001, but a.pth has 0.3, which is used"]
+    cut = [message.partition(" (")[0] for message in caplog.messages]
+    assert cut == (lines if purpose == "resume" else [])
+
+
+def test_what_must_not_differ_from_the_checkpoint():
+    for name, value in {"dim": 32, "layer": 4, "num_classes": 7, "mlp_ratio": 2.5}.items():
+        settings = read(f"--{name}", value)
+        line = f"command line: {name} is {value}, but a.pth is of {name} 16; leave it out"
+        with pytest.raises(UserError, match=line):
+            settings.resolve("resume", {name: 16}, "a.pth")
+        assert getattr(settings.resolve("resume", {name: value}, "a.pth"), name) == value
+
+
+def test_a_configuration_never_changes():
+    cfg = resolve()
+    for name in ("lr", "no_such_key"):
+        with pytest.raises(AttributeError, match=f"{name}: a configuration never changes"):
+            setattr(cfg, name, 1.0)
+    assert cfg.lr == 1e-3 and not hasattr(cfg, "no_such_key")
+
+
+def test_which_yml(tmp_path, monkeypatch):
+    """A file where you are goes over the one beside the script, but never by itself."""
+    monkeypatch.chdir(tmp_path)
+    assert read("-c", "quickstart.yml").dataset == "digits"  # beside the script
+    (tmp_path / "quickstart.yml").write_text("dim: 64\n")
+    (tmp_path / "cifar10.yml").write_text("dim: 32\n")
+    settings = read("-c", "quickstart.yml")
+    assert (settings.dataset, settings.dim) == ("torch/cifar10", 64)
+    assert read("-c", "cifar10.yml").dim == 32
+    assert (read().dim, read().name) == (384, None)
+
+
+def test_base(tmp_path):
+    (tmp_path / "a.yml").write_text("dim: 64\nlr: 2e-3\n")
+    (tmp_path / "b.yml").write_text("base: a.yml\nlr: 3e-3\n")
+    settings = read("-c", tmp_path / "b.yml")
+    assert (settings.dim, settings.lr, settings.name) == (64, 3e-3, "b")
+    (tmp_path / "a.yml").write_text("base: b.yml\n")
+    with pytest.raises(UserError, match=r"a.yml, line 1: base is b.yml; it must be another yml"):
+        read("-c", tmp_path / "b.yml")
+
+
+# The scripts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("script", ["train", "test"])
 def test_help(folder, script, monkeypatch, capsys):
     """Groups in the table's order; each key of this script once, in one spelling, with its kind."""
-    options, config = load(folder).options, load(folder).config
-    monkeypatch.setattr("sys.argv", [f"/some/where/{script}.py"])
+    options = load(folder).options
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
-        config.load_config(options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG, ["--help"])
+        read("--help", folder=load(folder), script=script)
     text = capsys.readouterr().out
     shown = [name for name, key in options.KEYS.items() if script in key.scripts]
-    assert end.value.code == 0 and max(map(len, text.splitlines())) <= 100 and text.isascii()
-    assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == list(
-        dict.fromkeys(options.KEYS[name].group for name in shown)
-    )
-    flags = re.findall(r"^  (?:-\w+, )*--([\w-]+)(?: (.+?))?(?:  .*)?$", text, re.MULTILINE)
-    assert [name.replace("-", "_") for name, _ in flags] == ["help", "config", *shown]
-    for (_, kind), name in zip(flags[2:], shown, strict=True):
+    assert end.value.code == 0 and text.isascii() and "-c FILE, --config FILE" in text
+    groups = dict.fromkeys(options.KEYS[name].group for name in shown)
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == list(groups)
+    flags = re.findall(r"^  (?:-[\w-]+ .+, )?--(\w+)(?: (.+?))?(?:  .*)?$", text, re.MULTILINE)
+    assert [name for name, _ in flags] == ["config", *shown]
+    for (_, kind), name in zip(flags[1:], shown, strict=True):
         key = options.KEYS[name]
         if key.choices and not isinstance(key.kind, list):
             assert kind == "{" + ",".join(filter(None, key.choices)) + "}"
-        assert kind.startswith("{") or set(kind.split()) <= {"N", "X", "WORD", "PATH", "..."}
         assert " ".join(key.help.split()) in " ".join(text.split())
-    assert "likewise" not in text and "VALUE ..." in text and text.count("VALUE") == 1
     assert script == "train" or {"lr", "epochs", "aa", "resume"}.isdisjoint(shown)
 
 
-def test_test_py_uses_what_its_help_shows(tmp_path, monkeypatch):
-    small = "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --device cpu".split()
-    model = build_model(cifar10, resolve(*small)[0])
-    torch.save({"model": model.state_dict()}, tmp_path / "best.pth")
-    read = set()
+def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys):
+    used = set()
 
-    class Spy(argparse.Namespace):
-        def __getattribute__(self, name):
-            read.add(name)
-            return super().__getattribute__(name)
+    def spy(kind, method):
+        had = getattr(kind, method)
 
-    def load_config(*args):
-        cfg, *rest = cifar10.config.load_config(*args)
-        return Spy(**vars(cfg)), *rest
+        def get(self, name):
+            used.add(name)
+            return had(self, name)
 
-    monkeypatch.setattr(cifar10.test, "load_config", load_config)
-    assert cifar10.test.main([*small, "--checkpoint", str(tmp_path / "best.pth")]) == 0
-    used = read & cifar10.options.KEYS.keys()
-    shown = {name for name, key in cifar10.options.KEYS.items() if "test" in key.scripts}
-    assert shown - used == {"data_dir"}  # the digits come without a folder
+        monkeypatch.setattr(kind, method, get)
+
+    spy(cifar10.config.Config, "__getattribute__")
+    spy(cifar10.config.Settings, "__getattr__")
+    flags = "--output", trained_on_images.parent, "--experiment", "tiny", "--fused", "false"
+    assert "top-1" in call(cifar10.test.main, capsys, *flags)
+    shown = {name for name, key in KEYS.items() if "test" in key.scripts}
+    used &= KEYS.keys()
+    assert shown - used == set()
     # What the functions that build model and transforms are handed, and use in training.
     train = {"drop_path", "checkpoint_stages", "surrogate_alpha", "byte_spikes"}
     assert used - shown <= {*train, *cifar10.options.AUGMENTATION}
 
 
-def test_cross_sample_lif_as_a_truth_value(tmp_path):
-    (tmp_path / "a.yml").write_text("cross_sample_lif: false\n")
-    assert resolve("-c", tmp_path / "a.yml")[0].cross_sample_lif == "false"
-
-
-def test_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve("-c", "quickstart.yml")[0].dataset == "digits"  # beside the script
-    (tmp_path / "quickstart.yml").write_text("dim: 64\n")
-    assert (
-        resolve("-c", "quickstart.yml")[0].dataset == "torch/cifar10"
-    )  # where you are comes first
-
-
-def test_base(tmp_path):
-    (tmp_path / "a.yml").write_text("dim: 64\nlr: 2e-3\n")
-    (tmp_path / "b.yml").write_text("base: a.yml\nlr: 3e-3\n")
-    cfg, _ = resolve("-c", tmp_path / "b.yml")
-    assert (cfg.dim, cfg.lr, cfg.experiment) == (64, 3e-3, "b")
-    (tmp_path / "a.yml").write_text("base: b.yml\n")
-    with pytest.raises(UserError, match="base"):
-        resolve("-c", tmp_path / "b.yml")
-
-
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("folder", "script", "flag", "line"),
     [
-        ("batchsize: 3", ["mine.yml", "batchsize", "batch_size"]),
-        ("epochs: many", ["mine.yml", "epochs", "'many'", "whole number"]),
-        ("epochs: 1.5", ["epochs", "1.5"]),
-        ("epochs: true", ["epochs", "whole number"]),
-        ("lr: [1, 2]", ["lr", "a number"]),
-        ("lr: .nan", ["lr", "a number"]),
-        ("amp: 3", ["amp", "true or false"]),
-        ("batch_size: 0", ["batch_size is 0", "from 1 to 65536"]),
-        ("mean: [0.5, 0.5]", ["mean", "3 numbers", "colour channel"]),
-        ("sched: cosin", ["sched", "cosine"]),
-        ("cross_sample_lif: maybe", ["cross_sample_lif", "auto, true, false"]),
-        ("dim: null", ["dim"]),
-        ("- a list", ["mine.yml", "key: value"]),
-        ("a: [1", ["mine.yml", "not a yml"]),
-        ("base: none.yml", ["mine.yml", "base", "none.yml"]),
+        ("cifar10", "train", "--checkpoint", "train.py; --finetune or --resume is meant"),
+        ("imagenet", "train", "--predict", "train.py$"),
+        ("cifar10", "test", "--epochs", "test.py$"),
+        ("imagenet", "test", "--blr", "test.py$"),
+        ("cifar10-dvs", "test", "--surrogate-alpha", "test.py$"),
     ],
 )
-def test_wrong_yml(tmp_path, text, words):
-    (tmp_path / "mine.yml").write_text(text + "\n")
-    with pytest.raises(UserError) as error:
-        resolve("-c", tmp_path / "mine.yml")
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(
-        error.value
-    )
+def test_a_flag_of_the_other_script(folder, script, flag, line, tmp_path):
+    """An error: else a run would begin without the weights that its user named. A yml is for both
+    scripts.
+    """
+    folder, name = load(folder), flag.lstrip("-").replace("-", "_")
+    with pytest.raises(folder.config.UserError, match=f"--{name} is not read by {line}"):
+        read(flag, "1", folder=folder, script=script)
+    (tmp_path / "both.yml").write_text(f"{name}: 1\n")
+    assert name in read("-c", tmp_path / "both.yml", folder=folder, script=script).said
+    assert name in read(flag, "1", folder=folder).said
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_flags_of_train_py_that_test_py_understands(name, tmp_path):
+    """As the release's scripts have them; in a yml they are what they are."""
+    folder = load(name)
+    plain, meant = read(folder=folder), {"batch_size": "val_batch_size", "model_ema": "use_ema"}
+    meant |= {"finetune": "checkpoint", "resume": "checkpoint", "initial_checkpoint": "checkpoint"}
+    for flag, key in meant.items():
+        value = {"batch_size": 7, "model_ema": True}.get(flag, "x.pth")
+        settings = read(f"--{flag}", value, folder=folder, script="test")
+        assert {name: said for name, (said, _) in settings.said.items()} == {key: value}
+        assert getattr(settings, key) == value != getattr(plain, key)
+    (tmp_path / "a.yml").write_text("batch_size: 7\n")
+    settings = read("-c", tmp_path / "a.yml", folder=folder, script="test")
+    assert (settings.batch_size, settings.val_batch_size) == (7, plain.val_batch_size)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--learning-rate", "1"], ["--learning-rate", "is lr meant"]),
-        (["--batchsize=3"], ["--batchsize", "batch_size"]),
-        (["3"], ["no flag stands before 3"]),
-        (["--mean", "0.5"], ["mean is [0.5]", "one per colour channel"]),
-        (["--aa", "m9"], ["aa is 'm9'", "a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"]),
-        (["--epochs", "x"], ["command line", "epochs", "'x'"]),
-        (["--epochs"], ["epochs", "argument"]),
-        (["-c", "none.yml"], ["none.yml", "quickstart.yml"]),
+        (["--learning-rat", "1"], "unknown flag --learning_rat"),
+        (["--batchsize=3"], "unknown flag --batchsize=3; is batch_size meant?"),
+        (["3"], "no flag stands before 3"),
+        (["--mean", "0.5"], "mean is [0.5]; it must be 3 numbers from 0 to 1"),
+        (["--aa", "m9"], "aa is m9; it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
+        (["--epochs", "x"], "command line: epochs is x; it must be a whole number"),
+        (["--epochs"], "epochs: expected one argument"),
+        (["--batch-size", "3", "--val-batch-size", "4"], "are one key, but their values differ"),
+        (
+            ["-c", "none.yml"],
+            "-c none.yml: no such file (beside the script: cifar10.yml, ms.yml, q",
+        ),
     ],
 )
 def test_wrong_flags(flags, words):
     with pytest.raises(UserError) as error:
-        resolve(*flags)
-    assert all(word in str(error.value) for word in words), str(error.value)
+        read(*flags, script="test" if "--val-batch-size" in flags else None)
+    assert words in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "version"),
-    [
-        ("spikingjelly", "0.0.0.0.14"),
-        ("torch", "1.12.1+cu113"),
-        ("timm", "0.6.12"),
-        ("timm", "1.0.9"),
-    ],
-)
-def test_old_libraries_are_named(name, version, monkeypatch):
-    have = cifar10.config.importlib.metadata.version
-    monkeypatch.setattr(
-        cifar10.config.importlib.metadata, "version", lambda n: version if n == name else have(n)
-    )
-    with pytest.raises(
-        cifar10.config.UserError,
-        match=rf"{name} {re.escape(version)} is too old, .* requirements.txt",
-    ):
-        resolve()
-    monkeypatch.undo()
-    resolve()
-
-
-@pytest.mark.parametrize(
-    ("folder", "script", "flag", "read"),
-    [
-        ("cifar10", "train", "checkpoint", "--finetune"),
-        ("imagenet", "train", "predict", "--finetune"),
-        ("cifar100", "test", "finetune", "--checkpoint"),
-        ("cifar10-dvs", "test", "resume", "--checkpoint"),
-        ("dvs128-gesture", "train", "checkpoint", "--resume"),
-    ],
-)
-def test_a_file_that_the_script_does_not_read(folder, script, flag, read, monkeypatch):
-    """Else a run would begin without the weights that its user named."""
-    options, config = load(folder).options, load(folder).config
-
-    def resolved(*argv):
-        table = options.KEYS, options.NO_EFFECT, options.DEFAULT_CONFIG
-        return vars(config.load_config(*table, list(argv))[0])
-
-    monkeypatch.setattr("sys.argv", [f"{script}.py"])
-    with pytest.raises(config.UserError, match=f"--{flag} is not read here; {script}.py .*{read}"):
-        resolved(f"--{flag}", "x.pth")
-    if folder == "dvs128-gesture":  # where train.py can test, too
-        assert resolved(f"--{flag}", "x.pth", "--test_only")[flag] == "x.pth"
-    monkeypatch.setattr("sys.argv", [{"train": "test.py", "test": "train.py"}[script]])
-    assert resolved(f"--{flag}", "x.pth")[flag] == "x.pth"
+def test_old_libraries_are_named(monkeypatch):
+    have, metadata = cifar10.config.importlib.metadata.version, cifar10.config.importlib.metadata
+    for old in ("spikingjelly", "0.0.0.0.14"), ("torch", "1.12.1+cu113"), ("timm", "1.0.9"):
+        monkeypatch.setattr(
+            metadata, "version", lambda name, old=old: old[1] if name == old[0] else have(name)
+        )
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value).startswith(f"{old[0]} {old[1]} is too old, ")
+        assert str(error.value).endswith("pip install -r requirements.txt")

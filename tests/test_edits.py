@@ -19,7 +19,7 @@ CLASS = "class DropPath(timm.layers.DropPath):"  # new classes go in front of it
 BRANCH = "x = add(x, self.drop_path(getattr(self, self.attn)(x)))"
 MLP = "        self.mlp2_lif = lif()\n"  # the end of its __init__
 LIF = "neuron_maker(**neurons)"
-MASK = "return k.flatten(2, 3), mask"
+MASK = "return k.flatten(4).movedim(4, 2), mask.movedim((4, 5), (2, 3))"
 
 # {edit: (word of the line that says what runs module by module, or None, [(old, new), ...])}
 EDITS = {
@@ -135,8 +135,8 @@ EDITS = {
         ],
     ),
     "residual by AND": (None, [(BRANCH, "x = x * (1 - getattr(self, self.attn)(x))")]),
-    "analog mask": (None, [(MASK, MASK.replace(", mask", ", 0.3 * mask"))]),
-    "counts as mask": (None, [(MASK, MASK.replace(", mask", ", q.mean(3, keepdim=True)"))]),
+    "analog mask": (None, [(MASK, MASK.replace("mask.", "(0.3 * mask)."))]),
+    "counts as mask": (None, [(MASK, MASK.replace("mask.", "q.mean(5, keepdim=True)."))]),
     "attention": (
         None,
         [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from on_events import CLASSES, cpu, resolve
+from on_events import CLASSES, ONCE, cpu, resolve
 
 
 def chi_square(counts, shares):
@@ -19,6 +19,7 @@ def chi_square(counts, shares):
     return (statistic - degrees) / math.sqrt(2 * degrees)
 
 
+@ONCE
 def test_flip_and_operations_have_their_shares(folder, monkeypatch):
     augment, chosen = folder.augment, []
     names = [operation.__name__ for operation in augment.OPERATIONS]
@@ -44,6 +45,7 @@ def move_by(frames, right, down):
     return moved
 
 
+@ONCE
 def test_shifts_are_those_of_the_release(folder):
     """Of its 62 values (31 magnitudes, two signs) 14 shift by 0 and 4 by 2 either way; and float32,
     step by step.
@@ -61,13 +63,14 @@ def test_shifts_are_those_of_the_release(folder):
     assert len(shifts) == folder.augment.STEPS
 
 
+@ONCE
 @pytest.mark.parametrize("axis", ["x", "y"])
 def test_translation(folder, axis):
     torch.manual_seed(1)
     frames = torch.rand(3, 2, 16, 24)
     shifts = [(s, 0) if axis == "x" else (0, s) for s in range(-5, 6)]
     wanted, counts = [move_by(frames, *shift) for shift in shifts], [0] * 11
-    for _ in range(1500):
+    for _ in range(800):
         moved = getattr(folder.augment, f"translate_{axis}")(frames)
         [which] = [index for index, want in enumerate(wanted) if torch.equal(moved, want)]
         counts[which] += 1
@@ -92,6 +95,7 @@ def largest_agreement(moved, candidates):
     return int(np.argmax(shares)), max(shares)
 
 
+@ONCE
 @pytest.mark.parametrize("operation", ["shear_x", "rotate"])
 def test_shear_and_rotation(folder, operation):
     """Angles: 31 values, equally spaced and equally often, about the centre. (Ties of rounding may
@@ -108,17 +112,18 @@ def test_shear_and_rotation(folder, operation):
             np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in angles
         ]
     candidates, counts = [warp(frames, matrix) for matrix in matrices], [0] * 31
-    for _ in range(700):
+    for _ in range(310):
         which, share = largest_agreement(getattr(folder.augment, operation)(frames), candidates)
         assert share > 0.97
         counts[which] += 1
     assert min(counts) > 0 and chi_square(counts, [1 / 31] * 31) < 5
 
 
+@ONCE
 def test_cutout(folder):
     torch.manual_seed(3)
     frames, areas, centres = torch.ones(2, 2, 128, 128), [], []
-    for _ in range(2000):
+    for _ in range(1000):
         cut = folder.augment.cutout(frames)
         rows, columns = (cut[0, 0] == 0).nonzero(as_tuple=True)
         top, left, side = rows.min(), columns.min(), rows.max() - rows.min() + 1
@@ -132,7 +137,7 @@ def test_cutout(folder):
     assert frames.all()
     # the share of areas below each tenth of 0.1 % .. 11 %; a side is rounded to whole pixels
     tenths = np.searchsorted(np.linspace(0.001, 0.11, 11), areas, side="right").clip(1, 10) - 1
-    assert np.abs(np.bincount(tenths, minlength=10) / 2000 - 0.1).max() < 0.05
+    assert np.abs(np.bincount(tenths, minlength=10) / 1000 - 0.1).max() < 0.05
     assert (
         np.mean(areas) == pytest.approx(0.0555, abs=0.003)
         and min(areas) < 0.002
@@ -143,6 +148,7 @@ def test_cutout(folder):
     )
 
 
+@ONCE
 def test_all_frames_alike_and_by_the_seed(folder):
     frames = torch.rand(2, 32, 32).expand(5, 2, 32, 32).contiguous()
     before = frames.clone()
@@ -165,9 +171,10 @@ def collate(folder, *argv, epoch=0, batch=4, T=8):
         ((100 * i + code)[:, :, None, None].expand(T, 2, 4, 4).contiguous(), i)
         for i in range(batch)
     ]
-    return folder.data.Collate(cfg, True, epoch)(samples)
+    return folder.data.Collate(cfg, True, CLASSES[folder.name], epoch)(samples)
 
 
+@ONCE
 def test_T_train_is_drawn_once_for_a_batch_and_after_mixup(folder):
     np.random.seed(0)
     torch.manual_seed(0)
@@ -193,6 +200,7 @@ def test_T_train_is_drawn_once_for_a_batch_and_after_mixup(folder):
     assert len(draws) > 10 and 8 < mixed < 32
 
 
+@ONCE
 def test_mixup_sees_all_frames(folder, monkeypatch):
     calls, (mixup, randperm) = [], (folder.data.Mixup.__call__, torch.randperm)
     monkeypatch.setattr(
@@ -203,6 +211,7 @@ def test_mixup_sees_all_frames(folder, monkeypatch):
     assert calls == [(4, 2 * 8, 4, 4), 8]
 
 
+@ONCE
 def test_cutmix_cuts_the_same_place_from_all_frames(folder):
     np.random.seed(1)
     frames, targets = collate(
@@ -214,6 +223,7 @@ def test_cutmix_cuts_the_same_place_from_all_frames(folder):
     )
 
 
+@ONCE
 @pytest.mark.parametrize("batch", [3, 4])
 def test_without_mixup_targets_are_smoothed_all_the_same(folder, batch):
     frames, targets = collate(folder, "--mixup", 0, batch=batch)
@@ -224,6 +234,8 @@ def test_without_mixup_targets_are_smoothed_all_the_same(folder, batch):
 
 
 class Ones(torch.utils.data.Dataset):
+    classes = range(10)
+
     def __len__(self):
         return 32
 
@@ -231,6 +243,7 @@ class Ones(torch.utils.data.Dataset):
         return torch.ones(2, 2, 4, 4), index % 10
 
 
+@ONCE
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mixup_ends_at_its_epoch_in_the_workers_too(folder, workers):
     cfg = resolve(folder, "--mixup-prob", 1, "-b", 8, "-j", workers)

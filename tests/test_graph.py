@@ -168,15 +168,8 @@ def test_a_model_that_has_no_memory(cuda, call):
 
 def test_lines_where_there_is_no_graph(caplog):
     def chosen(training, device="cuda", world_size=1, **keys):
-        cfg = SimpleNamespace(
-            **{
-                "cuda_graph": True,
-                "compile": False,
-                "checkpoint_stages": [],
-                "energy": False,
-                **keys,
-            }
-        )
+        known = {"cuda_graph": True, "compile": False, "checkpoint_stages": []}
+        cfg = SimpleNamespace(**{**known, **keys})
         ranks = SimpleNamespace(device=torch.device(device), world_size=world_size)
         graph.say.cache_clear()
         caplog.clear()
@@ -192,9 +185,8 @@ def test_lines_where_there_is_no_graph(caplog):
         assert all(chosen(on, compile=True).startswith("with compile") for on in (True, False))
         assert chosen(True, world_size=2).startswith("in training on several ranks")
         assert chosen(True, checkpoint_stages=[1]) == "in training with checkpoint_stages"
-        assert chosen(False, energy=True).startswith("with energy: true")
         both = {"world_size": 2, "checkpoint_stages": [1]}
-        assert chosen(False, **both) == chosen(True, energy=True) == ""
+        assert chosen(False, **both) == ""
 
 
 def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):

@@ -142,7 +142,7 @@ def test_only_rank_0_makes_them(quick, tmp_path):
     cfg = resolve(quick, "-c", "quickstart.yml", "--data-path", tmp_path)
     with pytest.raises(quick.config.UserError):
         quick.data.build_dataset(
-            cfg, True, SimpleNamespace(from_main=lambda *_: tmp_path / "nowhere")
+            cfg, True, SimpleNamespace(from_main=lambda *_, **__: tmp_path / "nowhere")
         )
     assert not any(tmp_path.iterdir())
 
@@ -157,7 +157,7 @@ def quick_start(name, place, *args):
     """
     folder = copy_folder(name, place)
     done = script(folder, "train", "-c", "quickstart.yml", *args, cwd=folder, timeout=3600)
-    script(folder, "test", "-c", "quickstart.yml", *args, cwd=folder, timeout=600)
+    script(folder, "test", cwd=folder, timeout=600)
     run = folder / "output" / "quickstart"
     log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     return log, done.stdout, json.loads((run / "test-best.json").read_text())

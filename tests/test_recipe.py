@@ -67,7 +67,7 @@ def make_cifar(folder, monkeypatch, train=40, test=10):
 
 def test_cifar_batches(tmp_path, monkeypatch):
     make_cifar(tmp_path, monkeypatch)
-    cfg = resolve("--data-dir", tmp_path, "-b", 8, "-j", 0)
+    cfg = resolve("--data-path", tmp_path, "-b", 8, "-j", 0)
     train_set, test_set = (cifar10.data.build_dataset(cfg, train, CPU) for train in (True, False))
     names = [type(step).__name__ for step in train_set.transform.transforms]
     names.remove("RandomResizedCropAndInterpolation")  # of the whole image, to its own size
@@ -75,7 +75,7 @@ def test_cifar_batches(tmp_path, monkeypatch):
     assert (
         torch.as_tensor(train_set[0][0]).dtype == torch.uint8
     )  # not yet normalised: mixup comes first
-    batches = list(cifar10.data.train_loader(cfg, train_set, 0, 0, CPU))
+    batches = list(cifar10.data.train_loader(cfg, train_set, 0, 0, CPU, 7))
     assert len(batches) == 5 and batches[0][0].shape == (8, 3, 32, 32)
     assert all(torch.allclose(targets.sum(1), torch.ones(8)) for _, targets in batches)
 
@@ -100,33 +100,31 @@ def test_posterize(bits):
     )
 
 
+def few_digits(cfg, count):
+    dataset = cifar10.data.build_dataset(cfg, True, CPU)
+    dataset.images, dataset.labels = dataset.images[:count], dataset.labels[:count]
+    return dataset
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mixup_off_epoch_reaches_the_workers(workers):
-    cfg = resolve(
-        "-c",
-        "quickstart.yml",
-        "--mixup",
-        0.5,
-        "--mixup-off-epoch",
-        2,
-        "--smoothing",
-        0.1,
-        "-j",
-        workers,
-    )
-    dataset = cifar10.data.build_dataset(cfg, True, CPU)
+    flags = "-c quickstart.yml --mixup 0.5 --mixup-off-epoch 2 --smoothing 0.1 -j".split()
+    cfg = resolve(*flags, workers)
+    dataset = few_digits(cfg, 128)
+
+    def targets_of(cfg, epoch):
+        return torch.cat([t for _, t in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU, 7)])
+
+    def share_of_two_classes(targets):
+        return ((targets > 0.011).sum(1) == 2).float().mean()
+
     for epoch in range(4):
-        targets = torch.cat(
-            [targets for _, targets in cifar10.data.train_loader(cfg, dataset, epoch, 0, CPU)]
-        )
-        two_classes = ((targets > 0.011).sum(1) == 2).float().mean()
+        targets = targets_of(cfg, epoch)
+        two_classes = share_of_two_classes(targets)
         assert two_classes > 0.5 if epoch < 2 else two_classes == 0
         assert targets.min().item() == pytest.approx(0.01)  # smoothed in either case
-    cfg.mixup_off_epoch = 0
-    targets = torch.cat(
-        [targets for _, targets in cifar10.data.train_loader(cfg, dataset, 399, 0, CPU)]
-    )
-    assert ((targets > 0.011).sum(1) == 2).float().mean() > 0.5
+    cfg = resolve(*flags, workers, "--mixup-off-epoch", 0)
+    assert share_of_two_classes(targets_of(cfg, 399)) > 0.5
 
 
 def test_shares_of_the_ranks():
@@ -149,19 +147,17 @@ def test_shares_of_the_ranks():
 
 
 def test_batches_do_not_depend_on_what_came_before():
-    cfg = resolve(
-        "-c", "quickstart.yml", "--mixup", 0.5, "--hflip", 0.5, "--aa", "rand-m9-n1-mstd0.4-inc1"
-    )
-    dataset = cifar10.data.build_dataset(cfg, True, CPU)
+    flags = "-c quickstart.yml --mixup 0.5 --hflip 0.5 --aa rand-m9-n1-mstd0.4-inc1 -j".split()
+    dataset = few_digits(resolve(*flags, 0), 256)
     state = torch.get_rng_state()
     runs = []
-    for workers, first in ((0, 0), (2, 0), (1, 40)):
-        cfg.workers = workers
-        runs.append(list(cifar10.data.train_loader(cfg, dataset, 1, first, CPU)))
+    for workers, first in ((0, 0), (2, 0), (1, 5)):
+        loader = cifar10.data.train_loader(resolve(*flags, workers), dataset, 1, first, CPU, 7)
+        runs.append(list(loader))
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(runs[0], runs[1], strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    for one, other in zip(runs[0][40:], runs[2], strict=True):
+    for one, other in zip(runs[0][5:], runs[2], strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
@@ -181,7 +177,7 @@ def test_batches_do_not_depend_on_what_came_before():
     ],
 )
 def test_tasks_of_slurm(env, want):
-    assert cifar10.ranks.started_by_srun(env) == (want is not None)
+    assert cifar10.process.started_by_srun(env) == (want is not None)
     if want:
-        ranks = cifar10.ranks.slurm_ranks(env)
+        ranks = cifar10.process.slurm_ranks(env)
         assert (ranks["RANK"], ranks["WORLD_SIZE"], ranks["MASTER_ADDR"]) == want

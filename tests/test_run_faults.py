@@ -1,23 +1,27 @@
 """Faults of a run's files and numbers: full disks, any clock, odd checkpoints."""
 
 import copy
-import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import ROOT, load
+from conftest import ROOT
 from forks import ended, forked, opened
-from on_digits import CPU, SMALL, cifar10, resolve
+from on_digits import CPU, cifar10, resolve
 
 UserError = cifar10.config.UserError
 runs, runtime, engine = cifar10.folder, cifar10.process, cifar10.meters
+read_settings = cifar10.config.read_settings
+NARROW = (
+    "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --img-size 8 --batch-size 512 "
+    "--device cpu"
+).split()
 
 
 # Folders, logs and curves
@@ -26,36 +30,58 @@ runs, runtime, engine = cifar10.folder, cifar10.process, cifar10.meters
 def test_folder_of_a_run_that_did_not_come_to_be(tmp_path):
     def main():
         opened(tmp_path / "runs")
-        runs.leave()
+        runs.remove_unused()
 
     assert ended(forked(main)) == 0 and not list((tmp_path / "runs").iterdir())
 
 
+def make(folder, age, **content):
+    """A run's folder with two checkpoints that were written `age` seconds before another's."""
+    folder.mkdir()
+    (folder / "args.yaml").write_text(f"experiment: {content.pop('experiment', 'a')}\n")
+    for name in ("best.pth", "last.pth"):
+        torch.save({"model": {"w": torch.ones(3)}, **content}, folder / name)
+        os.utime(folder / name, (10**9 - age, 10**9 - age))
+
+
 def test_tested_is_the_run_written_last(tmp_path):
-    """Also beside a longer one that is older; and none but what is asked for."""
-    for age, (name, epoch) in enumerate((("short", 2), ("long", 9))):
-        (tmp_path / name).mkdir()
-        torch.save({"epoch": epoch, "model": {}}, tmp_path / name / "best.pth")
-        os.utime(tmp_path / name / "best.pth", (100 - age, 100 - age))
-    cfg = SimpleNamespace(checkpoint=None)
-    assert runs.find_checkpoint(cfg, tmp_path) == tmp_path / "short" / "best.pth"
-    cfg.checkpoint = tmp_path / "long" / "best.pth"
-    assert runs.find_checkpoint(cfg, tmp_path) == cfg.checkpoint
-    with pytest.raises(cifar10.config.UserError, match=f"no best.pth under {tmp_path / 'long'}"):
-        runs.find_checkpoint(SimpleNamespace(checkpoint=None), tmp_path / "long")
+    """Also beside a longer one that is older; or the one that is named in one of three ways."""
+
+    def found(*flags):
+        settings = read_settings(cifar10.options, [*map(str, flags)], "test")
+        return runs.find_checkpoint(settings).relative_to(tmp_path)
+
+    make(tmp_path / "short", 0, epoch=2)
+    make(tmp_path / "long", 1, epoch=9, experiment="of-a-name")
+    output, long = ("--output", tmp_path), tmp_path / "long"
+    assert str(found(*output)) == "short/best.pth"
+    for flags in (["--checkpoint", long / "best.pth"], ["-c", long / "args.yaml"]):
+        assert str(found(*output, *flags)) == "long/best.pth"
+    assert str(found(*output, "--experiment", "of-a-name")) == "long/best.pth"
+    with pytest.raises(UserError, match=f"no best.pth under {long}"):
+        found("--output", long)
+    with pytest.raises(UserError, match=r"no best\.pth of b under"):
+        found(*output, "--experiment", "b")
 
 
 def test_newest_by_what_files_say(tmp_path):
-    """Epoch and step count, not the clock; of equal ones, the one written last."""
-    places = {"a": (3, 0), "b": (2, 9), "c": (3, 1), "d": (3, 1)}
-    for age, (name, (epoch, step)) in enumerate(places.items()):
-        torch.save({"epoch": epoch, "step": step, "model": {"w": torch.ones(3)}}, tmp_path / name)
-        os.utime(tmp_path / name, (100 - age, 100 - age))
-    paths = [tmp_path / name for name in places]
-    assert runs.newest(paths) == tmp_path / "c" and runs.newest(paths[:2]) == tmp_path / "a"
-    assert runs.newest([]) is None
-    (tmp_path / "b").write_bytes(b"damaged")
-    assert runs.newest(paths) == tmp_path / "b"  # so that an error names it
+    """Of one experiment epoch and step count, not the clock; of equal ones, and of all where none
+    is named, the one written last.
+    """
+    for age, (name, (epoch, step)) in enumerate({"a": (3, 0), "b": (2, 9), "c": (3, 1)}.items()):
+        make(tmp_path / name, age, epoch=epoch, step=step)
+    make(tmp_path / "d", 9, epoch=3, step=1)
+    make(tmp_path / "e", -1, epoch=0, step=0, experiment="e")
+
+    def found(**settings):
+        return opened(tmp_path, resume="auto", **settings)[1].parent.name
+
+    assert found() == "c"
+    shutil.rmtree(tmp_path / "c")
+    shutil.rmtree(tmp_path / "d")
+    assert found() == "a" and found(experiment="none") == "e"
+    (tmp_path / "b" / "last.pth").write_bytes(b"damaged")
+    assert found() == "b"  # so that an error names it
 
 
 def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
@@ -93,10 +119,10 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
 def test_full_disk(tmp_path, full, monkeypatch):
     """At any file that a run writes, a line that names its folder."""
 
-    def opened(path, *args, **kwargs):
-        return open("/dev/full" if path.name == full else path, *args, **kwargs)
+    def opening(path, mode, **kwargs):
+        return open("/dev/full" if path.name == full else path, mode.replace("x", "w"), **kwargs)
 
-    monkeypatch.setattr(runs, "open", opened, raising=False)
+    monkeypatch.setattr(runs, "open", opening, raising=False)
     with pytest.raises(UserError, match=f"{tmp_path}: can't be written: No space left"):
         runs.RunLog(tmp_path, 0, 0).epoch({"epoch": 0, "lr": 0.1})
 
@@ -105,19 +131,18 @@ def test_names_of_any_bytes(tmp_path, capfd):
     """A folder and a class whose names are no UTF-8."""
     folder = tmp_path / os.fsdecode(b"run-\xff")
     folder.mkdir()
-    cfg = resolve()
-    cfg.output = str(folder)
-    runs.make_folder(folder, cfg, (os.fsdecode(b"\xe4rger"), "b"))
+    config = {**vars(resolve()), "output": str(folder)}
+    runs.write_args(folder, config, (os.fsdecode(b"\xe4rger"), "b"))
+    assert runs.read_args(folder) == config
     assert (folder / "classes.txt").read_bytes() == b"\xe4rger\nb\n"
-    cifar10.checkpoint.save_checkpoint(
-        {"model": {"w": torch.ones(1)}, "config": vars(cfg)}, folder / "last.pth"
-    )
+    state = {"model": {"w": torch.ones(1)}, "config": config}
+    cifar10.checkpoint.save_checkpoint(state, folder / "last.pth")
     read = cifar10.checkpoint.load_checkpoint(folder / "last.pth")
     assert str(read["config"]["output"]) == str(folder)
 
     def main():
-        runtime.set_up_log(CPU)
-        runtime.logger.info(f"writing to {folder}")
+        cifar10.log.set_up_log(CPU)
+        cifar10.log.logger.info(f"writing to {folder}")
 
     assert ended(forked(main, tmp_path / "out")) == 0
     assert (tmp_path / "out").read_text() == f"writing to {tmp_path}/run-\\udcff\n"
@@ -147,7 +172,7 @@ def test_faults_of_the_machine_are_a_line():
 RANK = """
 import os, threading, time
 import torch, torch.distributed
-from runtime import run
+from harness.process import run
 
 def sort():
     numbers = torch.rand(100_000)
@@ -179,13 +204,8 @@ def test_a_rank_ends_though_threads_of_torch_do_not():
 def trained(tmp_path_factory):
     """A checkpoint in the middle of an epoch."""
     output = tmp_path_factory.mktemp("trained")
-    args = [
-        *map(
-            str,
-            [*SMALL, "--batch-size", 512, "--model-ema", "--dist-bn", "reduce"],
-        ),
-        *map(str, ["--output", output, "--experiment", "run"]),
-    ]
+    words = "--model-ema --dist-bn reduce --experiment run --output"
+    args = [*NARROW, *words.split(), str(output)]
     assert cifar10.train.main([*args, "--epochs", "1"]) == 0
     content = torch.load(output / "run" / "last.pth", weights_only=True)
     content.update(epoch=0, step=1, loss_total=2.0)
@@ -217,7 +237,6 @@ ODD = {
     "statistics": lambda c: c.update(statistics=[{}]),
     "statistics ": lambda c: c.update(statistics=3),
     "given": lambda c: c.update(given={"yml": 3}),
-    "optimizer state ": lambda c: c.update(config=[1]),
     "cross_sample_lif": lambda c: c.update(cross_sample_lif="true"),
     "missing": lambda c: c["model_ema"].pop("head.bias"),
 }
@@ -282,23 +301,10 @@ def test_scale_of_mixed_precision_finds_its_way_down(bad):
     assert weight.item() == pytest.approx(0.7) and scaler.get_scale() == 2.0**20
 
 
-def test_a_test_without_a_batch_has_no_rates():
-    """As of rank 0, where none of its images can be read."""
-    peek = cifar10.firing.Peek([])
-    assert not list(peek) and peek.rates(torch.nn.Identity(), None) == {}
-
-
-def test_an_epoch_without_a_step():
-    batches = cifar10.batches.train_batches
-    with pytest.raises(
-        UserError, match=r"^batch_size 16 is more than the 15 training samples; mak"
-    ):
-        batches(15, 16, 0, 0, CPU)
-    two = copy.copy(CPU)
-    two.world_size = 2
-    with pytest.raises(UserError, match=r"^batch_size 8 x 2 ranks is more than the 15 training"):
-        batches(15, 8, 0, 0, two)
-    assert len(batches(15, 5, 0, 0, CPU)) == 3
+def test_an_epoch_without_a_step(tmp_path):
+    args = [*NARROW, "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"^batch_size 1438 is more than the 1437 training samples"):
+        cifar10.train.main([*args, "--batch-size", "1438"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "lookahead_adamw", "adafactor", "sgd", "novograd"])
@@ -319,10 +325,10 @@ def test_deterministic(tmp_path, monkeypatch):
     CPU.
     """
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # to be put back
-    args = [*SMALL, "--batch-size", 512, "--epochs", 1, "--deterministic", "--output", tmp_path]
+    args = [*NARROW, "--epochs", "1", "--deterministic", "--output", str(tmp_path)]
     try:
         for name in ("a", "b"):
-            assert cifar10.train.main([*map(str, args), "--experiment", name]) == 0
+            assert cifar10.train.main([*args, "--experiment", name]) == 0
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
@@ -333,14 +339,7 @@ def test_deterministic(tmp_path, monkeypatch):
 def test_peak_memory_is_in_megabytes(monkeypatch):
     """The system counts KB, macOS bytes."""
     usage = type("Usage", (), {"ru_maxrss": 3 * 2**20})()
-    monkeypatch.setattr(runtime.resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(engine.resource, "getrusage", lambda who: usage)
     for platform, want in (("linux", 3 * 2**10), ("darwin", 3)):
         monkeypatch.setattr(sys, "platform", platform)
-        assert runtime.peak_memory_mb(torch.device("cpu")) == want
-
-
-def test_every_folder_has_the_keys():
-    for folder in ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet"):
-        keys = load(folder).options.KEYS
-        assert keys["timeout_minutes"].default == 10 and keys["deterministic"].default is False
-        assert json.dumps(keys["deterministic"].help)
+        assert engine.peak_memory_mb(torch.device("cpu")) == want

@@ -32,7 +32,7 @@ def run(limit, flags, output):
          f"cp {output}/*/last.pth {output}-last.pth; exit $code"]
         if "mount" in limit
         else ["sh", "-c", f"{limit} && exec {shlex.join(on_cpu(words))}"],
-        cwd=cifar10.config.HERE,
+        cwd=cifar10.log.HERE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,200 +1,330 @@
 """Training with cifar10/'s scripts, as a user runs them, on the embedded digits."""
 
-import copy
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, log_of, on_cpu, one_line, same, script, start, weights_of
-from on_digits import CPU, RANDOM, SMALL, cifar10, resolve
+from conftest import ROOT, log_of, on_cpu, script, start
+from forks import equal, opened
+from on_digits import cifar10
+
+UserError = cifar10.config.UserError
+NARROW = "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --img-size 8 --warmup-epochs 0"
+# randomness in every place: mixup and flips in a worker, random erasing and drop path
+RANDOM = [*NARROW.split(), *"--mixup 0.5 --hflip 0.5 --reprob 0.5 --drop-path 0.2".split()]
+ARGS = [*RANDOM, *"--batch-size 128 --epochs 2 --cooldown-epochs 1".split()]
+FEW = [*RANDOM, *"--batch-size 358 --epochs 2".split()]  # of 4 steps
+ONE = [*NARROW.split(), *"--batch-size 1024 --epochs 1".split()]  # of one step
 
 
-def ranks(rank, world_size):
-    place = copy.copy(CPU)
-    place.rank, place.world_size = rank, world_size
-    return place
+def train(*argv, main=cifar10.train.main):
+    """(exit code, what it said) of a run in this process, with its error as the script has it."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            code = main(on_cpu(argv))
+        except UserError as error:
+            code = print(f"error: {error}") or 1
+    return code, text.getvalue()
 
 
-def test_run_and_its_folder(trained_on_digits):
-    folder, text = trained_on_digits
-    assert "cross_sample_lif: false" in text and "torch backend" in text and "parameters" in text
+def content(path):
+    """A checkpoint but for the configuration, which names the run's folder."""
+    return {**torch.load(path, weights_only=True), "config": 0, "given": 0}
+
+
+def is_same(one, other):
+    """To the bit: log, weights, optimizer and random states of two runs, last and best."""
+    assert log_of(one) == log_of(other)
+    for name in ("last.pth", "best.pth"):
+        assert equal(content(one / name), content(other / name)), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of ARGS that nothing interrupts."""
+    output = tmp_path_factory.mktemp("output")
+    code, text = train(*ARGS, "--output", output, "--experiment", "whole")
+    assert code == 0
+    return output / "whole", text
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of FEW that nothing interrupts."""
+    output = tmp_path_factory.mktemp("output")
+    assert train(*FEW, "--output", output)[0] == 0
+    return output / "quickstart"
+
+
+@pytest.fixture
+def stop_when(monkeypatch):
+    """Gives runs a signal as soon as function(run) is true."""
+
+    class Stop:
+        number = signal.SIGTERM
+
+        def __bool__(self):
+            return self.function(self.run)
+
+    def fit(run):
+        run.stop = stop
+        stop.run = run
+        return run._fit(stop)
+
+    def choose(function):
+        stop.function = function
+        monkeypatch.setattr(cifar10.run.Run, "fit", fit)
+
+    stop = Stop()
+    return choose
+
+
+def test_run_and_its_folder(whole):
+    folder, text = whole
+    for words in (
+        "data: digits, 1,437 training and 360 test images of 10 classes, 3 x 8 x 8\n",
+        "network: QKFormer, T = 1, ",
+        "training: 3 epochs of 11 steps, 128 images a step (batch_size 128), learning rate 0.005, "
+        "cosine to 1e-05, 1 epochs of cooldown at min_lr\n",
+        "writing to ",
+        "cross_sample_lif: false",
+    ):
+        assert words in text
     log = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [0, 1]
-    fields = (
-        "epoch lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
-    )
-    assert all(set(fields.split()) <= set(line) for line in log)
-    assert list(folder.glob("events.out.tfevents.*"))
-    lines = [line for line in text.splitlines() if ", step " in line]
-    assert [line.split(":")[0] for line in lines] == [
-        f"epoch {epoch}, step 22/22" for epoch in range(2)
-    ]
-    for line, epoch in zip(
-        lines, log, strict=True
-    ):  # the loss is that of the step itself, not of the one before
-        assert (
-            f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.3g}, " in line and " left, " in line
-        )
-    assert (
-        f"best top-1 {max(line['test_acc1'] for line in log):.2f} %" in text and "best.pth" in text
-    )
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    fields = "lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
+    assert all({*fields.split(), "firing_rate"} <= set(line) for line in log)
+    best = max(log, key=lambda line: line["test_acc1"])
+    assert f"best top-1 {best['test_acc1']:.2f} %" in text
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["dim"] == 16 and args["mixup"] == 0.5 and set(args) == set(cifar10.options.KEYS)
-    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".pth") == [
-        "best.pth",
-        "last.pth",
-    ]
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    assert {"model", "optimizer", "scheduler", "scaler", "epoch", "best", "rng", "config"} <= set(
-        checkpoint
-    )
-    assert checkpoint["cross_sample_lif"] is False and checkpoint["epoch"] == 1
+    names = "model optimizer scheduler scaler epoch best rng config cross_sample_lif"
+    assert set(names.split()) <= set(checkpoint) and checkpoint["epoch"] == 2
 
-    done = script("cifar10", "test", "-c", folder / "args.yaml")
+    # the first and the last step of each epoch, a log being no terminal, with the loss so far
+    lines = re.findall(r"^epoch (\d), step (\d+)/11: loss ([\d.]+), lr .* left", text, re.MULTILINE)
+    assert [tuple(map(int, line[:2])) for line in lines] == [
+        (e, s) for e in range(3) for s in (1, 11)
+    ]
+    board = EventAccumulator(str(folder / "steps")).Reload()
+    losses = [event.value for event in board.Scalars("step/loss")]
+    for (_, _, loss), value, epoch in zip(lines[::2], losses[::11], log, strict=True):
+        assert float(loss) == pytest.approx(value, abs=1e-4)
+        first = 11 * epoch["epoch"]
+        mean = sum(losses[first : first + 11]) / 11
+        assert epoch["train_loss"] == pytest.approx(mean) and 1 < mean < 4  # chance is 2.3
+    assert [float(line[2]) for line in lines[1::2]] == [round(e["train_loss"], 4) for e in log]
+    names = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    assert {"loss/train", "loss/test", "accuracy/top1", "speed/images_per_second"} <= names
+    assert all("/" in name for name in names)  # in groups
+
+    code, text = train("-c", folder / "args.yaml", main=cifar10.test.main)
     result = json.loads((folder / "test-best.json").read_text())
-    best = max(log, key=lambda line: line["test_acc1"])
-    assert result["top1"] == best["test_acc1"] and result["top5"] == best["test_acc5"]
-    assert result["loss"] == best["test_loss"] and f"top-1 {result['top1']:.2f} %" in done.stdout
-    assert Path(result["checkpoint"]).name == "best.pth"
+    assert code == 0 and f"top-1 {best['test_acc1']:.2f} %" in text
+    assert result["checkpoint"] == str(folder / "best.pth")
+    for name, key in (("top1", "test_acc1"), ("top5", "test_acc5"), ("loss", "test_loss")):
+        assert result[name] == best[key]
 
 
-def test_first_step_and_number_of_epochs(tmp_path, monkeypatch, capsys):
-    """The first step's line has its own loss; a line says how many epochs there are, and why."""
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    flags = (
-        *SMALL,
-        "--workers",
-        0,
-        "--output",
-        tmp_path,
-        "--epochs",
-        1,
-        "--cooldown-epochs",
-        1,
-        "--log-interval",
-        1,
+def test_lines_in_time(tmp_path, monkeypatch):
+    """At least every SECONDS, however long the interval."""
+    monkeypatch.setattr(cifar10.meters, "SECONDS", 0)
+    _, text = train(*FEW, "--output", tmp_path, "--epochs", 1)
+    assert re.findall(r"epoch 0, step (\d)/4", text) == ["1", "2", "3", "4"]
+    monkeypatch.setattr(cifar10.meters, "SECONDS", 30)
+    _, text = train(*FEW, "--output", tmp_path, "--epochs", 1, "--log-interval", 3)
+    assert re.findall(r"epoch 0, step (\d)/4", text) == ["1", "3", "4"]
+
+
+def test_firing_rates_are_of_all_classes(few, tmp_path, monkeypatch):
+    """Of test samples from all over the set, which is often in the order of its classes."""
+    classes = [label for label in range(8) for _ in range(50)]
+    assert [*cifar10.firing.spread(classes)] == [*range(8)]
+    assert [*cifar10.firing.spread([1, 2])] == [1, 2]
+    taken = []
+
+    class Firing(cifar10.firing.Firing):
+        def __init__(self, images):
+            taken.append(images)
+            super().__init__(images)
+
+    monkeypatch.setattr(cifar10.run, "Firing", Firing)
+    code, _ = train(*FEW, "--output", tmp_path, "--val-batch-size", 3)
+    tests = cifar10.data.Digits(False, lambda image: image).images
+    assert code == 0 and len(tests) == 360 and log_of(few)[0]["firing_rate"]
+    images = torch.stack([torch.as_tensor(tests[45 * n]) for n in range(8)]) / 255
+    low, high = images.amin((1, 2)), images.amax((1, 2))
+    [found] = taken
+    assert len(found) == 8
+    mean, std = 0.4914, 0.2470  # of the first channel
+    assert torch.allclose(found[:, 0].amin((1, 2)) * std + mean, low, atol=1e-2)
+    assert torch.allclose(found[:, 0].amax((1, 2)) * std + mean, high, atol=1e-2)
+    changed = [line["firing_rate"] for line in log_of(tmp_path / "quickstart")]
+    assert changed == [line["firing_rate"] for line in log_of(few)]
+
+
+# Stopped and resumed ------------------------------------------------------------------------------
+
+
+def test_stopped_in_every_step(few, tmp_path, stop_when):
+    """One step at a time, it is the run that nothing interrupts."""
+    stop_when(lambda run: run.meter.steps < run.steps)
+    args = [*FEW, "--output", tmp_path, "--resume", "auto"]
+    for step in range(8):
+        code, text = train(*args)
+        assert code == 143 and f"stopped in epoch {step // 4} after step {step % 4 + 1};" in text
+    assert train(*args)[0] == 0
+    is_same(tmp_path / "quickstart", few)
+
+
+def test_stopped_while_it_tests(few, tmp_path, stop_when):
+    stop_when(lambda run: not run.model.training and run.epoch == 1)
+    args = [*FEW, "--output", tmp_path, "--resume", "auto"]
+    code, text = train(*args)
+    assert code == 143 and "SIGTERM: stopped in epoch 1 after step 4;" in text
+    stop_when(lambda run: False)
+    assert train(*args)[0] == 0
+    is_same(tmp_path / "quickstart", few)
+
+
+def test_resume_auto_alone(few, tmp_path, monkeypatch, stop_when):
+    """It goes on with the run as it was, under whatever name and recipe; a line names a change."""
+    monkeypatch.setattr(cifar10.folder, "HERE", tmp_path)
+    stop_when(lambda run: run.epoch == 1 and run.meter.steps == 1)
+    code, text = train(*FEW, "--experiment", "mine")
+    assert code == 143 and "in epoch 1 after step 2;" in text
+    shutil.copytree(tmp_path / "output" / "mine", tmp_path / "other" / "mine")
+    stop_when(lambda run: False)
+    code, text = train("--resume", "auto")
+    run = tmp_path / "output" / "mine"
+    assert (
+        code == 0 and "at epoch 1, step 2" in text and [*(tmp_path / "output").iterdir()] == [run]
     )
-    cifar10.train.main(on_cpu(flags))
-    lines = capsys.readouterr().out.splitlines()
-    assert "2 epochs of 22 steps (epochs 1 + 1 of cooldown_epochs at min_lr)" in lines
-    losses = [
-        float(re.search(r"loss ([\d.]+)", line)[1])
-        for line in lines
-        if line.startswith("epoch 0, step ")
-    ]
-    assert len(losses) == 22 and 2 < losses[0] < 3  # chance is 2.3; a mean over the steps so far
-    board = EventAccumulator(str(tmp_path / "quickstart" / "steps")).Reload()
-    points = [event.value for event in board.Scalars("step/loss")]
-    means = [sum(points[: step + 1]) / (step + 1) for step in range(22)]
-    assert losses == pytest.approx(means, abs=1e-4) and len(points) == 44
-    names = EventAccumulator(str(tmp_path / "quickstart")).Reload().Tags()["scalars"]
-    assert {
-        "loss/train",
-        "loss/test",
-        "accuracy/top1",
-        "accuracy/top5",
-        "speed/images_per_second",
-    } <= set(names)
-    assert not any(
-        "/" not in name for name in names
-    )  # all in groups, no curve of the epoch's number
+    assert not re.search(r"^\w+\.yml: |^command line: ", text, re.MULTILINE)
+    is_same(run, few)
+
+    before = {path: path.read_bytes() for path in run.glob("*.pth")}
+    code, text = train("--resume", "auto")
+    assert code == 0 and "nothing to do: all 2 epochs are done" in text
+    assert before == {path: path.read_bytes() for path in run.glob("*.pth")} and len(before) == 2
+    assert log_of(run) == log_of(few)
+
+    new = ["--lr", "1e-4", "--output", tmp_path / "other"]
+    code, text = train("--resume", "auto", *new)
+    changes = [line for line in text.splitlines() if line.startswith("command line: ")]
+    assert (
+        code == 0 and len(changes) == 1 and "lr is 0.0001" in changes[0] and "0.005" in changes[0]
+    )
+    assert log_of(tmp_path / "other" / "mine")[0] == log_of(few)[0]
+    assert log_of(tmp_path / "other" / "mine")[1] != log_of(few)[1]
 
 
-def test_killed_and_resumed(trained_on_digits, tmp_path):
-    """SIGKILL within an epoch: the same command goes on from the last epoch's end, to the same
-    weights.
-    """
-    args = [
-        *RANDOM,
-        "--output",
-        tmp_path,
-        "--experiment",
-        "killed",
-        "--resume",
-        "auto",
-        "--log-interval",
-        1,
-    ]
+def test_start_epoch(tmp_path, stop_when):
+    """It counts once: with auto a run that is started again goes on where it was."""
+    args = [*FEW, "--epochs", 3, "--start-epoch", 1, "--resume", "auto", "--output", tmp_path]
+    stop_when(lambda run: run.epoch == 2)
+    assert train(*args)[0] == 143
+    stop_when(lambda run: False)
+    code, text = train(*args)
+    assert code == 0 and "at epoch 2, step 1" in text
+    log = log_of(tmp_path / "quickstart")
+    assert [line["epoch"] for line in log] == [1, 2] and 1e-5 < log[1]["lr"] < log[0]["lr"] < 4e-3
+    last = tmp_path / "quickstart" / "last.pth"
+    _, text = train(*args[:-4], "--resume", last, "--output", tmp_path)
+    assert "at epoch 1, step 0" in text  # said of a checkpoint, it goes back
+
+
+def test_killed(whole, tmp_path):
+    """SIGKILL within an epoch: the same command goes on from the last epoch's end."""
+    args = [*ARGS, "--output", tmp_path, "--resume", "auto", "--log-interval", 1, "--workers", 1]
     process = start("cifar10", *args)
-    for line in process.stdout:
-        if line.startswith("epoch 1, step 7/"):
-            break
+    next(line for line in process.stdout if line.startswith("epoch 1, step 3/"))
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    folder = tmp_path / "killed"
+    assert process.wait() == -signal.SIGKILL
+    folder = tmp_path / "quickstart"
     assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == 0
-    done = script("cifar10", "train", *args)
-    assert "at epoch 1, step 0" in done.stdout
-    assert log_of(folder) == log_of(trained_on_digits[0])
-    assert same(weights_of(folder / "last.pth"), weights_of(trained_on_digits[0] / "last.pth"))
-    assert same(weights_of(folder / "best.pth"), weights_of(trained_on_digits[0] / "best.pth"))
-    done = script("cifar10", "train", *args)
-    assert "nothing to do" in done.stdout and log_of(folder) == log_of(trained_on_digits[0])
+    assert "at epoch 1, step 0" in script("cifar10", "train", *args).stdout
+    is_same(folder, whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_and_resume(trained_on_digits, tmp_path, number):
-    """A signal to the run and its workers ends it after the step at hand with last.pth written.
+def printed(text):
+    """The command that goes on, as a stopped run prints it."""
+    return shlex.split(re.search(r"; to go on: (.*)$", text, re.MULTILINE)[1])
 
-    It goes on with the very next step.
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
+def test_signal(whole, tmp_path, number):
+    """To the run and its workers: it ends after the step at hand, and what it prints goes on with
+    the very next one.
     """
-    args = [*RANDOM, "--output", tmp_path, "--experiment", "stopped", "--log-interval", 1]
+    place = tmp_path / "two words"
+    args = [*ARGS, "--output", place, "--log-interval", 1, "--workers", 1]
     process = start("cifar10", *args)
-    for line in process.stdout:
-        if line.startswith("epoch 1, step 9/"):
-            break
+    next(line for line in process.stdout if line.startswith("epoch 1, step 3/"))
     os.killpg(process.pid, number)
     rest = process.stdout.read()
     assert process.wait() == 128 + number and "Traceback" not in rest and number.name in rest
-    folder = tmp_path / "stopped"
-    checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    assert checkpoint["epoch"] == 0 and 9 <= checkpoint["step"] < 22
-    done = script("cifar10", "train", *args, "--resume", folder / "last.pth", "--workers", 0)
+    checkpoint = torch.load(place / "quickstart" / "last.pth", weights_only=True)
+    assert checkpoint["epoch"] == 0 and 3 <= checkpoint["step"] <= 11
+    python, name, *flags = printed(rest)
+    assert (python, name) == ("python", "train.py")
+    done = script("cifar10", "train", *flags)
     assert f"at epoch 1, step {checkpoint['step']}" in done.stdout
-    assert log_of(folder) == log_of(trained_on_digits[0])
-    assert same(weights_of(folder / "last.pth"), weights_of(trained_on_digits[0] / "last.pth"))
+    is_same(place / "quickstart", whole[0])
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("launch", marks=pytest.mark.long)])
-def test_two_ranks(tmp_path, launcher):
-    args = [*SMALL, "--epochs", 2, "--output", tmp_path, "--experiment", "two"]
-    done = script("cifar10", "train", *args, ranks=2, launcher=launcher)
-    assert "2 rank(s), 128 images a step" in done.stdout
-    log = log_of(tmp_path / "two")
-    assert len(log) == 2
-    best = max(log, key=lambda line: line["test_acc1"])
-    for number in (1, 2):
-        path = tmp_path / "two" / "best.pth"
-        script("cifar10", "test", *SMALL, "--checkpoint", path, ranks=number)
-        result = json.loads((tmp_path / "two" / "test-best.json").read_text())
+def test_two_ranks(tmp_path):
+    """By torchrun, torch.distributed.launch or neither; each has running statistics of its own,
+    which are saved too.
+    """
+    args = [*ARGS, "--log-interval", 1, "--output", tmp_path, "--batch-size", 64]
+    args += ["--dist-bn", "reduce", "--model-ema", "--model-ema-decay", 0.9]
+    args += ["--cooldown-epochs", 0]
+    done = script("cifar10", "train", *args, "--experiment", "whole", ranks=2)
+    assert "128 images a step (batch_size 64 x 2 ranks)" in done.stdout
+    process = start("cifar10", *args, "--experiment", "stopped", ranks=2)
+    next(line for line in process.stdout if line.startswith("epoch 0, step 3/"))
+    process.send_signal(signal.SIGTERM)
+    rest = process.stdout.read()
+    assert process.wait() != 0
+    folder = tmp_path / "stopped"
+    step = torch.load(folder / "last.pth", weights_only=True)["step"]
+    assert step >= 3
+    shutil.copytree(folder, tmp_path / "one" / "stopped")
+    launcher, number, name, *flags = printed(rest)
+    assert (launcher, number, name) == ("torchrun", "--nproc_per_node=2", "train.py")
+    script("cifar10", "train", *flags, ranks=2, launcher="launch")
+    is_same(folder, tmp_path / "whole")
+
+    best = max(log_of(folder), key=lambda line: line["test_acc1"])
+    test = ["--checkpoint", folder / "best.pth"]
+    for ranks in (1, 2):
+        if ranks == 1:
+            train(*test, main=cifar10.test.main)
+        else:
+            script("cifar10", "test", *test, ranks=2)
+        result = json.loads((folder / "test-best.json").read_text())
         assert (result["top1"], result["loss"]) == (best["test_acc1"], best["test_loss"])
 
-
-def test_two_ranks_stop_together_and_resume(tmp_path):
-    """Each with its own running statistics, which are saved too."""
-    args = [*SMALL, "--epochs", 3, "--log-interval", 1, "--output", tmp_path]
-    args += ["--dist-bn", "reduce", "--model-ema", "--model-ema-decay", 0.9]
-    script("cifar10", "train", *args, "--experiment", "whole", ranks=2)
-    process = start("cifar10", *args, "--experiment", "stopped", ranks=2)
-    for line in process.stdout:
-        if line.startswith("epoch 1, step 3/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    assert process.wait() != 0
-    assert torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)["step"] >= 3
-    script("cifar10", "train", *args, "--experiment", "stopped", "--resume", "auto", ranks=2)
-    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole")
-    assert same(*(weights_of(tmp_path / name / "last.pth") for name in ("stopped", "whole")))
+    # on one rank, behind the samples that were seen, in the same order of the epoch
+    code, text = train("--resume", "auto", "--output", tmp_path / "one")
+    assert code == 0 and "64 images a step" in text and f"at epoch 0, step {2 * step}\n" in text
+    assert f"epoch 0, step {2 * step + 1}/22" in text or step == 11
+    assert len(log_of(tmp_path / "one" / "stopped")) == 2
 
 
 @pytest.mark.long
@@ -215,14 +345,15 @@ def test_101_samples_on_two_ranks():
     assert results["false", 1] != results["true", 1]
 
 
+# Folders ------------------------------------------------------------------------------------------
+
+
 def test_folders(tmp_path):
     """A run's folder is written to only by going on from its last.pth."""
 
-    def opened(**settings):
-        cfg = resolve("--output", tmp_path, "--experiment", "a")
-        vars(cfg).update({name: str(value) for name, value in settings.items()})
-        folder, resume = cifar10.folder.open_run(cfg, cfg.output)
-        return folder.name, resume and str(resume.relative_to(tmp_path))
+    def found(**settings):
+        folder, resume, going_on = opened(tmp_path, **settings)
+        return folder.name, resume and str(resume.relative_to(tmp_path)), going_on
 
     def make(name, *files, experiment="a"):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -230,24 +361,46 @@ def test_folders(tmp_path):
             (tmp_path / name / file).touch()
         (tmp_path / name / "args.yaml").write_text(f"experiment: {experiment}\n")
 
-    assert opened() == opened(resume="auto") == ("a", None)
+    assert found() == found(resume="auto") == ("a", None, False)
     make("a")  # ended before its first checkpoint
-    assert opened() == ("a-2", None) and opened(resume="auto") == ("a", None)
+    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", None, True)
     make("a", "last.pth", "best.pth")
-    assert opened() == ("a-2", None) and opened(resume="auto") == ("a", "a/last.pth")
+    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", "a/last.pth", True)
     make("a-b", "last.pth", experiment="a-b")
     make("a-384", "last.pth", experiment="a-384")  # another experiment, whose name ends in a number
     make("b", "last.pth", experiment="b")
     os.utime(tmp_path / "a" / "last.pth", (1, 1))
-    assert opened(resume="auto") == ("a", "a/last.pth")
+    assert found(resume="auto") == ("a", "a/last.pth", True)
     make("a-2", "last.pth")
-    assert opened() == ("a-3", None) and opened(resume="auto") == ("a-2", "a-2/last.pth")
-    assert opened(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth")
-    assert opened(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth")
-    assert opened(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth")
-    cfg = resolve("--output", tmp_path, "--experiment", "a", "--resume", tmp_path / "b/last.pth")
-    cifar10.folder.open_run(cfg, cfg.output)
-    assert cfg.experiment == "b"  # by which resume: auto finds it again
+    assert found() == ("a-3", None, False)
+    assert found(resume="auto") == ("a-2", "a-2/last.pth", True)
+    assert found(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth", True)
+    assert found(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth", False)
+    assert found(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth", True)
+
+
+def test_links_are_replaced(few, tmp_path, stop_when):
+    """What a link in a run's folder leads to is read, but never written."""
+    args = [*FEW, "--output", tmp_path / "run", "--resume", "auto"]
+    stop_when(lambda run: run.epoch == 1)
+    assert train(*args)[0] == 143
+    run, other = tmp_path / "run" / "quickstart", tmp_path / "other"
+    (run / "test-best.json").write_text("theirs")
+    other.mkdir()
+    names = ("last.pth", "best.pth", "args.yaml", "log.txt", "classes.txt", "test-best.json")
+    for name in names:
+        (run / name).rename(other / name)
+        (run / name).symlink_to(other / name)
+    before = {name: (other / name).read_bytes() for name in names}
+    stop_when(lambda run: False)
+    log = log_of(other)
+    code, text = train(*args)
+    assert code == 0 and "at epoch 1" in text
+    train("--checkpoint", run / "best.pth", main=cifar10.test.main)
+    assert before == {name: (other / name).read_bytes() for name in names} and len(log) == 1
+    assert not [name for name in names if (run / name).is_symlink() and name != "best.pth"]
+    assert json.loads((run / "test-best.json").read_text())["top1"] >= 0
+    is_same(run, few)
 
 
 def test_log_with_a_torn_line(tmp_path):
@@ -257,109 +410,40 @@ def test_log_with_a_torn_line(tmp_path):
     assert log.path.read_text().splitlines() == lines[:3]
 
 
-def test_failed_resume_changes_nothing(trained_on_digits):
-    folder, _ = trained_on_digits
-    before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
-    args = [*RANDOM, "--output", folder.parent, "--experiment", "whole", "--resume", "auto"]
-    one_line(script("cifar10", "train", *args, "--dim", 32, check=False), "dim is 32", "of dim 16")
-    one_line(
-        script("cifar10", "train", *args, "--opt", "sgd", check=False), "last.pth", "adamw", "sgd"
-    )
-    assert {path.name: path.read_bytes() for path in folder.rglob("*.*")} == before
+def test_failed_resume_changes_nothing(few):
+    before = {path: path.read_bytes() for path in few.rglob("*.*")}
+    args = [*FEW, "--output", few.parent, "--resume", "auto"]
+    for flags, words in (
+        (["--dim", 32], ["dim is 32", "is of dim 16"]),
+        (["--opt", "sgd"], ["last.pth", "adamw", "sgd"]),
+        (["--experiment", "a/b"], ["experiment is 'a/b'"]),
+    ):
+        code, text = train(*args, *flags)
+        assert code == 1 and all(word in text.splitlines()[-1] for word in words), text
+    assert {path: path.read_bytes() for path in few.rglob("*.*")} == before
 
 
-def test_resume_on_another_number_of_ranks(tmp_path):
-    """Within an epoch: it goes on behind the samples that were seen, in the same order of the
-    epoch.
-    """
-    args = [
-        *SMALL,
-        "--epochs",
-        2,
-        "--log-interval",
-        1,
-        "--output",
-        tmp_path,
-        "--experiment",
-        "ranks",
-    ]
-    process = start("cifar10", *args, ranks=2)
-    for line in process.stdout:
-        if line.startswith("epoch 1, step 4/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    process.wait()
-    step = torch.load(tmp_path / "ranks" / "last.pth", weights_only=True)["step"]
-    assert 4 <= step < 11
-    done = script("cifar10", "train", *args, "--resume", "auto")
-    assert f"epoch 1, step {2 * step}" in done.stdout and "64 images a step" in done.stdout
-    assert (
-        f"epoch 1, step {2 * step + 1}/22" in done.stdout and len(log_of(tmp_path / "ranks")) == 2
-    )
-
-
-def test_start_epoch(tmp_path):
-    script("cifar10", "train", *SMALL, "--output", tmp_path, "--epochs", 3, "--start-epoch", 2)
-    (line,) = log_of(tmp_path / "quickstart")
-    assert line["epoch"] == 2 and 1e-5 < line["lr"] < 4e-3  # far down the cosine
-
-
-def test_signal_during_evaluation(trained_on_digits, tmp_path):
-    args = [*RANDOM, "--output", tmp_path, "--experiment", "stopped", "--log-interval", 1]
-    process = start("cifar10", *args, "--val-batch-size", 1)
-    for line in process.stdout:
-        if line.startswith("epoch 1, step 22/22"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: stopped in epoch 1 after step 22" in process.stdout.read()
-    assert process.wait() == 143
-    script("cifar10", "train", *args, "--resume", "auto")
-    assert same(
-        *(weights_of(path / "last.pth") for path in (tmp_path / "stopped", trained_on_digits[0]))
-    )
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def test_channels_last_on_a_cpu(tmp_path):
     """In the plain path PyTorch's own convolutions would crash with so few channels."""
-    args = [*SMALL, "--output", tmp_path, "--epochs", 1, "--cooldown-epochs", 0, "--fused", "false"]
-    done = script("cifar10", "train", *args, "--channels-last")
-    assert "channels_last has no effect on a CPU" in done.stdout and "best top-1" in done.stdout
+    code, text = train(*ONE, "--output", tmp_path, "--fused", "false", "--channels-last")
+    assert code == 0 and "best top-1" in text
 
 
-@pytest.mark.parametrize("batch", [64, 1024])
+@pytest.mark.parametrize("batch", [358, 1024])
 def test_divergence(tmp_path, batch, monkeypatch):
     """In the middle of an epoch, and in its only step, when no loss shows it yet."""
     for name in ("lr", "min_lr", "weight_decay"):  # more than the keys allow
-        key = dataclasses.replace(cifar10.options.KEYS[name], high=1e38)
+        key = dataclasses.replace(cifar10.options.KEYS[name], high=1e39)
         monkeypatch.setitem(cifar10.options.KEYS, name, key)
-    args = [
-        *SMALL,
-        "--output",
-        tmp_path,
-        "--batch-size",
-        batch,
-        "--warmup-epochs",
-        0,
-        "--experiment",
-        "wild",
-    ]
-    script("cifar10", "train", *args, "--epochs", 1)
-    before = (tmp_path / "wild" / "last.pth").read_bytes()
-    wild = [
-        "--lr",
-        "1e38",
-        "--min-lr",
-        "1e38",
-        "--weight-decay",
-        "1e3",
-        "--opt",
-        "sgd",
-        "--no-resume-opt",
-    ]
-    with pytest.raises(cifar10.config.UserError) as error:
-        cifar10.train.main(on_cpu([*args, *wild, "--epochs", 2, "--resume", "auto"]))
+    args = [*ONE, "--output", tmp_path, "--batch-size", batch]
+    assert train(*args)[0] == 0
+    last = tmp_path / "quickstart" / "last.pth"
+    before = last.read_bytes()
+    wild = "--lr 1e38 --min-lr 1e38 --weight-decay 1e3 --opt sgd --no-resume-opt --epochs 2"
+    code, text = train(*args, *wild.split(), "--resume", "auto")
     words = ("step", "epoch 1", "learning rate 1e+38", "last.pth is as it was")
-    assert all(word in str(error.value) for word in words), error.value
-    assert (tmp_path / "wild" / "last.pth").read_bytes() == before
+    assert code == 1 and all(word in text.splitlines()[-1] for word in words), text
+    assert last.read_bytes() == before

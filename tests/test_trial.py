@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, Fork, environment, load, log_of, on_cpu
+from conftest import ROOT, Fork, environment, log_of, on_cpu
+from forks import equal
 from on_digits import cifar10
 from on_events import write
 
@@ -83,8 +84,7 @@ class Trial:
         elif "dvs" in folder:  # conversion included: each run starts from recordings
             number = {"samples": 10} if folder == "cifar10-dvs" else {"trials": 1}
             write(folder, place / "recordings", **number)
-        output = load(folder).options.KEYS.keys() & {"output", "output_dir"}
-        self.flags += [f"--{output.pop()}", place / "out", "--experiment"]
+        self.flags += ["--output", place / "out", "--experiment"]
         for name in ("whole", "again"):  # again without compiler
             process, output = self.start(name)
             while (code := process.wait(0.005)) is None and not size(output):
@@ -178,17 +178,6 @@ class Trial:
             if contents_of(whole) != contents_of(made):
                 self.wrong.append(f"what was converted for {other} differs")
             shutil.rmtree(made)
-
-
-def equal(one, other):
-    """Whether nested contents of checkpoints are the same to the bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
 
 
 def contents_of(folder):

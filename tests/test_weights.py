@@ -1,15 +1,20 @@
 """Files of weights: their layouts, damage, and runs that start from them or average them."""
 
-import signal
-
 import pytest
 import safetensors.torch
 import torch
+from timm.utils import ModelEmaV3
 
 from conftest import log_of, same, weights_of
-from on_digits import CPU, RANDOM, SMALL, call, cifar10
+from on_digits import call, cifar10
+from on_images import TINY
 
 UserError = cifar10.config.UserError
+load_checkpoint = cifar10.checkpoint.load_checkpoint
+
+
+def small_model():
+    return cifar10.model.QKFormer(embed_dims=32, num_heads=2)
 
 
 # Layouts of files ---------------------------------------------------------------------------------
@@ -46,8 +51,8 @@ def layouts(weights):
     }
 
 
-def test_layouts(tmp_path, capsys):
-    weights = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict()
+def test_layouts(tmp_path):
+    weights = small_model().state_dict()
     paths = []
     for name, content in layouts(weights).items():
         paths.append(tmp_path / f"{name}.pth")
@@ -55,18 +60,14 @@ def test_layouts(tmp_path, capsys):
     paths.append(tmp_path / "weights.safetensors")
     safetensors.torch.save_file(weights, paths[-1])
     for path in paths:
-        loaded = cifar10.checkpoint.load_checkpoint(path)
-        model = cifar10.model.QKFormer(embed_dims=32, num_heads=2)
-        cifar10.checkpoint.load_weights(model, loaded, path)
+        model = small_model()
+        cifar10.checkpoint.load_weights(model, load_checkpoint(path)["model"], path)
         assert same(model.state_dict(), weights), path
 
 
 def test_damaged_weights(tmp_path):
     """An entry that is no finite number of a plain tensor is named."""
-    weights, path = (
-        cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(),
-        tmp_path / "a.pth",
-    )
+    weights, path = (small_model().state_dict(), tmp_path / "a.pth")
     name = "stage1.0.mlp.mlp1_bn.running_var"
     value = weights[name]
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
@@ -85,19 +86,16 @@ def test_damaged_weights(tmp_path):
     for bad in [*wrong, "text", 3.0]:
         torch.save({"model": {**weights, name: bad}}, path)
         with pytest.raises(UserError, match=r"a\.pth"):
-            cifar10.checkpoint.load_checkpoint(path)
+            load_checkpoint(path)
     for bad in wrong[:5]:
         torch.save({"model": {**weights, name: bad}}, path)
         with pytest.raises(UserError, match=name):
-            cifar10.checkpoint.load_checkpoint(path)
+            load_checkpoint(path)
 
 
 def test_flipped_bits(tmp_path):
     """A bit that flips in a file is never loaded as another weight."""
-    weights, path = (
-        cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict(),
-        tmp_path / "a.pth",
-    )
+    weights, path = (small_model().state_dict(), tmp_path / "a.pth")
     torch.save({"model": weights}, path)
     whole, generator, loaded = path.read_bytes(), torch.Generator().manual_seed(0), 0
     for at in torch.randint(len(whole) * 8, (80,), generator=generator).tolist():
@@ -105,7 +103,7 @@ def test_flipped_bits(tmp_path):
         flipped[at // 8] ^= 1 << at % 8
         path.write_bytes(flipped)
         try:
-            read = cifar10.checkpoint.load_checkpoint(path)["model"]
+            read = load_checkpoint(path)["model"]
         except UserError as error:
             assert str(path) in str(error)
         else:
@@ -118,58 +116,31 @@ def test_flipped_bits(tmp_path):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
-    """Calls main() of cifar10/train.py and gives what it printed; this process keeps its signal
-    handlers.
-    """
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
-    return lambda *argv: call(cifar10.train.main, capsys, *SMALL, "--workers", 0, *argv)
+def train(capsys, image_data, tmp_path):
+    """Calls cifar10/train.py on the folder of images; what it printed."""
+    flags = *TINY, "--data-path", image_data, "--output", tmp_path
+    return lambda *argv: call(cifar10.train.main, capsys, *flags, *argv)
 
 
-def test_finetune(trained_on_digits, tmp_path, train):
-    """A head that fits is kept, another is new; the rest of the weights and T are the
-    checkpoint's.
+def test_finetune(trained_on_images, tmp_path, train):
+    """A head that fits is kept, another is new; T and the rest of the weights are the
+    checkpoint's, the number of classes is the data's.
     """
-    path = trained_on_digits[0] / "last.pth"
-    still = (
-        "--epochs",
-        1,
-        "--cooldown-epochs",
-        0,
-        "--warmup-epochs",
-        0,
-        "--lr",
-        1e-9,
-        "--min-lr",
-        0,
-    )
+    path = trained_on_images / "last.pth"
     for classes, words in (
-        (10, "its head fits and is kept"),
-        (12, "a head of 10 classes, but num_classes is 12"),
+        (None, "its head fits and is kept"),
+        (5, "has a head of 3 classes, here there are 5; a new one is made"),
     ):
-        name = f"tuned{classes}"
-        flags = (
-            "--finetune",
-            path,
-            "--num-classes",
-            classes,
-            "--output",
-            tmp_path,
-            "--experiment",
-            name,
-        )
-        text = train(*still, *flags)
-        assert words in text and "T = 2" in text, text
-        old, new = weights_of(path), weights_of(tmp_path / name / "last.pth")
-        assert torch.allclose(
-            old["stage3.0.ssa.q_conv.weight"], new["stage3.0.ssa.q_conv.weight"], atol=1e-6
-        )
-        assert (new["head.weight"].shape == (classes, 16)) and (
-            (new["head.weight"][:10] - old["head.weight"]).abs().max() < 1e-6
-        ) == (classes == 10)
-    text = train(
-        "--initial-checkpoint", path, "--dim", 32, "--output", tmp_path, "--experiment", "x"
-    )
+        more = ("--num-classes", classes) if classes else ()
+        text = train("--finetune", path, "--lr", 1e-9, "--experiment", f"tuned{classes}", *more)
+        assert f"{path}: {words}" in text and "T = 2" in text, text
+        old, new = weights_of(path), weights_of(tmp_path / f"tuned{classes}" / "last.pth")
+        name = "stage3.0.ssa.q_conv.weight"
+        assert torch.allclose(old[name], new[name], atol=1e-6)
+        assert new["head.weight"].shape == (classes or 3, 16)
+        kept = torch.allclose(new["head.weight"][:3], old["head.weight"], atol=1e-6)
+        assert kept == (classes is None)
+    text = train("--initial-checkpoint", path, "--dim", 32)
     assert text.splitlines()[-1].startswith("error: command line: dim is 32"), text
 
 
@@ -186,18 +157,8 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
             save(state, first.with_name(path.name))
 
     monkeypatch.setattr(cifar10.run, "save_checkpoint", saves)
-    flags = (
-        *RANDOM[len(SMALL) :],
-        "--workers",
-        0,
-        "--output",
-        tmp_path,
-        "--epochs",
-        2,
-        "--cooldown-epochs",
-        0,
-    )
-    flags = (*flags, "--model-ema", "--model-ema-decay", 0.9, "--experiment", "run")
+    flags = "--drop-path", 0.2, "--epochs", 2, "--model-ema", "--model-ema-decay", 0.9
+    flags = *flags, "--experiment", "run"
     assert "averaged weights" in train(*flags)
     train(*flags, "--resume", first)
     whole, part = (
@@ -208,40 +169,17 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
     assert not torch.equal(whole["model_ema"]["head.weight"], whole["model"]["head.weight"])
     assert (tmp_path / "run-2" / "best.pth").is_file()  # of the first epoch, or of the second
 
-    plain, averaged = (
-        cifar10.checkpoint.load_checkpoint(tmp_path / "run" / "last.pth", ema)
-        for ema in (False, True)
-    )
+    plain, averaged = (load_checkpoint(tmp_path / "run" / "last.pth", ema) for ema in (0, 1))
     assert same(plain["model"], whole["model"]) and same(averaged["model"], whole["model_ema"])
     del whole["model_ema"]
     torch.save(whole, first)
     with pytest.raises(UserError, match="no averaged weights"):
-        cifar10.checkpoint.load_checkpoint(first, use_ema=True)
+        load_checkpoint(first, use_ema=True)
     # by hand: an average over one step
-    model = cifar10.model.QKFormer(T=1, embed_dims=16, num_heads=2)
-    average = cifar10.train.ModelEmaV3(model, decay=0.75)
+    model = small_model()
+    average = ModelEmaV3(model, decay=0.75)
     old = model.head.weight.detach().clone()
     with torch.no_grad():
         model.head.weight.add_(1)
     average.update(model)
     assert torch.allclose(average.module.head.weight, old + 0.25)
-
-
-def test_fine_tuning_says_what_the_yml_had(trained_on_digits, capsys):
-    """A yml that nobody named does not stand against the weights; a line has both values."""
-    path = trained_on_digits[0] / "last.pth"
-    cfg, _, given = cifar10.config.load_config(
-        cifar10.options.KEYS, cifar10.options.NO_EFFECT, cifar10.options.DEFAULT_CONFIG, []
-    )
-    cifar10.log.set_up_log(CPU)
-    cifar10.build.settle(cfg, given, cifar10.checkpoint.load_checkpoint(path), path, "finetune")
-    lines = capsys.readouterr().out.splitlines()
-    for name, had, value in (
-        ("dim", 384, 16),
-        ("layer", 4, 3),
-        ("num_heads", 8, 2),
-        ("time_step", 4, 2),
-    ):
-        assert f"cifar10.yml: {name} is {had}, but {path} has {value}, which is used" in lines
-        assert getattr(cfg, name) == value
-    assert (cfg.dataset, cfg.img_size) == ("torch/cifar10", 32)  # the input is the run's own

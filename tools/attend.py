@@ -90,7 +90,8 @@ class Probe:
         kinds = [kind for kind in ("q", "k", "v") if (stage, kind) in self.seen]
         spikes = {kind: self.seen[stage, kind][:, 0].unflatten(1, (heads, -1)) for kind in kinds}
         if "v" not in spikes:
-            spikes["mask"] = self.seen[stage, "attn"][:, 0]  # of one channel or of one token
+            # [T, H, W, heads, channels], of one channel or of one token
+            spikes["mask"] = self.seen[stage, "attn"][:, 0].movedim((3, 4), (1, 2))
         return {kind: value.numpy() for kind, value in spikes.items()}
 
 

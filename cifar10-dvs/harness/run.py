@@ -103,12 +103,12 @@ class Run:
         self.train_set = data.build_dataset(cfg, True, ranks)
         self.test_set = data.build_dataset(cfg, False, ranks)
         self.classes = list(self.train_set.classes)
+        if start.resumed:
+            check_classes(start.checkpoint, start.path, self.classes)
         num_classes = cfg.num_classes or len(self.classes)
         if len(self.classes) > num_classes:
             has = f"the data has {len(self.classes)} classes"
             raise UserError(f"num_classes is {num_classes}, but {has}")
-        if start.resumed:
-            check_classes(start.checkpoint, start.path, self.classes)
         weights = start.checkpoint, start.path
         shape = " x ".join(map(str, data.input_shape(cfg)))
         sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} test {self.samples}"
@@ -395,8 +395,9 @@ class Run:
                 return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
             if ranks.main and firing is None:
-                few = next(iter(self.data.test_loader(cfg, spread(self.test_set), ranks)), None)
-                firing = Firing(few[0]) if few else None
+                loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
+                few = [images for images, _ in loader]
+                firing = Firing(torch.cat(few)) if few else None
             record = {
                 "epoch": self.epoch,
                 **self.own_record(),

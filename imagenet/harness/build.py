@@ -310,11 +310,12 @@ def measure(tested: Tested, data, **published) -> Metrics:
     """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint, with what was
     `published` of it.
     """
-    cfg, ranks, path = tested.cfg, tested.ranks, tested.path
+    cfg, ranks, path, shape = *tested[:3], data.input_shape(tested.cfg)
     dataset = data.build_dataset(cfg, False, ranks)
     weights = tested.model.state_dict()
     check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
-    torch.backends.cudnn.benchmark = True  # as in training
+    torch.backends.cudnn.deterministic = len(shape) == 4  # as in training: of events
+    torch.backends.cudnn.benchmark = len(shape) != 4
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
     logger.info(
@@ -323,7 +324,7 @@ def measure(tested: Tested, data, **published) -> Metrics:
     )
     keys = ["model", "dataset", "data_path", "time_step", "use_ema", "amp", "amp_dtype", "eval_amp"]
     result = {"checkpoint": str(path), "sha256": digest(path), **metrics._asdict()}
-    result |= {"cross_sample_lif": tested.cross_sample_lif, "input": data.input_shape(cfg)}
+    result |= {"cross_sample_lif": tested.cross_sample_lif, "input": shape}
     result |= {"samples": len(dataset), **{name: getattr(cfg, name) for name in keys}}
     result |= published
     ranks.from_main(lambda: write_result(path, result))

@@ -56,7 +56,7 @@ class Key:
     words: what the value must be, as an error says it, where the above can't tell.
     back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
         "data" in testing and resuming, "run" in resuming alone, "" never.
-    fixed: function of a value, whose result must stay that of the checkpoint; None: any may change.
+    fixed: function of a value, whose result must stay the checkpoint's, or be None: as there.
     scripts: those that use the key and have it in --help.
     group: of the keys in --help.
     """
@@ -227,6 +227,8 @@ class Settings:
                 continue
             if name in back and value != back[name]:
                 key, had = self.keys[name], back[name]
+                if key.fixed and key.fixed(value) is None:  # none: as it is in the checkpoint
+                    continue
                 if key.fixed and key.fixed(value) != key.fixed(had):
                     why = f"{path} is of {name} {had}; leave it out to use that"
                     raise UserError(f"{where}: {name} is {value}, but {why}")
@@ -308,11 +310,11 @@ def find_yml(name):
     try:
         name = PATH.convert(name)
         for path in (Path(name), HERE / name):
-            if path.is_file():
+            if os.path.isfile(path):
                 return path.resolve()
-        what = "a folder" if Path(name).is_dir() else "no such file"
-    except (ValueError, OSError) as error:
-        what = str(error)
+        what = "a folder" if os.path.isdir(name) else "no such file"
+    except ValueError as wanted:
+        what = f"it must be {wanted}"
     known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
     raise UserError(f"-c {shown(name)}: {what} (beside the script: {known})")
 
@@ -329,8 +331,8 @@ def read_with_bases(file):
         sources.insert(0, [entry for entry in entries if entry[0] != "base"])
         named = [entry[1:] for entry in entries if entry[0] == "base" and entry[1] is not None]
         for name, where in named[:1]:
-            file = (file.parent / str(name)).resolve()
-            if not file.is_file() or file in files:
+            file = file.parent / str(name)
+            if not os.path.isfile(file) or (file := file.resolve()) in files:
                 why = "another yml; this one leads back to it" if file in files else "a yml there"
                 raise UserError(f"{where}: base is {shown(name)}; it must be {why}")
         file = file if named else None

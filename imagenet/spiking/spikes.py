@@ -79,8 +79,9 @@ def masked(x, mask):
     known = largest(x), largest(mask)
     if known == (None, None):
         return plain.masked(x, mask)
-    out = Product.apply(torch.mul, x.unflatten(2, (mask.shape[2], -1)), mask)
-    return mark(out, None if None in known else known[0] * known[1]).flatten(2, 3)
+    x = x.movedim(2, 4).unflatten(4, (mask.shape[2], -1))  # so that gradients have channels last
+    out = Product.apply(torch.mul, x, mask.movedim((2, 3), (4, 5)))
+    return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
 
 
 class Product(torch.autograd.Function):
