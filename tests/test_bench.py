@@ -24,7 +24,7 @@ def run(monkeypatch, capsys, *argv):
     [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
 )
 def test_table(tmp_path, model, size, paths, monkeypatch, capsys):
-    args = ["--model", model, "--size", size, "--rounds", 2, "--T", 2, "--batch", 2]
+    args = ["--model", model, "--size", size, "--rounds", 1, "--T", 2, "--batch", 2]
     files = ["--json", tmp_path / "b.json", "--profile", tmp_path / "t.json"]
     text = run(monkeypatch, capsys, *args, *files)
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
