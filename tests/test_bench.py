@@ -21,10 +21,10 @@ def run(monkeypatch, capsys, *argv):
 
 @pytest.mark.parametrize(
     ("model", "size", "paths"),
-    [("QKFormer_10_384", 32, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
+    [("QKFormer_10_384", 64, 4), pytest.param("cifar10", 32, 3, marks=pytest.mark.long)],
 )
 def test_table(tmp_path, model, size, paths, monkeypatch, capsys):
-    args = ["--model", model, "--size", size, "--rounds", 2, "--T", 2, "--batch", 1]
+    args = ["--model", model, "--size", size, "--rounds", 1, "--T", 2, "--batch", 2]
     files = ["--json", tmp_path / "b.json", "--profile", tmp_path / "t.json"]
     text = run(monkeypatch, capsys, *args, *files)
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]

@@ -259,7 +259,7 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-    with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False)):
+    with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False, "")):
         start = imagenet.run.Start(cfg, {}, CPU, tmp_path, None, None, False)
         trainer = imagenet.train.Trainer(start)
     trainer.train_set.read = imagenet.images.read_image

@@ -68,7 +68,7 @@ def test_finetune(tmp_path, narrow, lines):
     """Without a learning rate the weights stay; a head of other classes is made new."""
     path, model = golden_file(tmp_path / "released.pth", narrow)
     args = [*narrow, "--finetune", path, "--epochs", 202, "--start_epoch", 201, "--lr", 1e-10]
-    args += ["--min_lr", 0, "--batch_size", 64, "--time_step", 1, "--output_dir", tmp_path]
+    args += ["--min_lr", 0, "--batch_size", 64, "--output_dir", tmp_path]
     text = lines(imagenet.train.main, *args)
     assert "its head fits and is kept" in text and "cross_sample_lif: true" in text
     checkpoint = torch.load(tmp_path / "narrow" / "last.pth", weights_only=True)
@@ -133,7 +133,7 @@ def test_moments_of_a_released_optimizer(tmp_path, narrow):
 def test_released_run_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
     path, _ = golden_file(tmp_path / "released.pth", narrow)
-    args = (*narrow, "--epochs", 201, "--batch_size", 64, "--time_step", 1)
+    args = (*narrow, "--epochs", 201, "--batch_size", 64)
     args += ("--start_epoch", 5, "--output_dir", tmp_path, "--resume")  # which is finetune's
     assert "at epoch 200, step 0" in lines(imagenet.train.main, *args, path)
     assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]

@@ -24,6 +24,7 @@ TESTED = {"dvs128-gesture": "test/*/*.npz", "cifar10-dvs": "*/*_9.npz"}  # of te
 
 def run_test(modules, place, *argv):
     """What test.py writes for the weights in place/one.pth."""
+    (place / "test-one.json").unlink(missing_ok=True)  # of other settings, it would stay
     args = [*argv, "--checkpoint", place / "one.pth", "--workers", 0, "--cross-sample-lif", False]
     assert modules.test.main(on_cpu(args)) == 0
     return json.loads((place / "test-one.json").read_text())
