@@ -188,12 +188,12 @@ class Run:
 
     def new_meter(self):
         """The loss of an epoch, each step of which is a point of a curve."""
-        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
+        return LossMeter(self.ranks, lambda step, loss: self.add_point("loss", loss, step))
 
-    def point(self, name, value, step):
+    def add_point(self, name, value, step):
         """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
         if self.log:
-            self.log.point(name, value, self.epoch * self.steps + step)
+            self.log.add_point(name, value, self.epoch * self.steps + step)
 
     # State ----------------------------------------------------------------------------------------
 
