@@ -250,7 +250,7 @@ def test_mixup_ends_at_its_epoch_in_the_workers_too(folder, workers):
     mixed = []
     for epoch in (0, 74, 75, 100):
         targets = torch.cat(
-            [t for _, t in folder.data.train_loader(cfg, Ones(), epoch, 0, cpu(folder))]
+            [t for _, t in folder.data.train_loader(cfg, Ones(), epoch, 0, cpu(folder), 0)]
         )
         mixed.append(bool((targets.max(1).values < 0.9).any()))
         assert torch.allclose(targets.sum(1), torch.ones(32))

@@ -273,7 +273,7 @@ def test_a_damaged_frames_file(folder, tmp_path, workers, content):
         np.savez(paths[0], **content)
     cfg = resolve(folder, "--data-path", tmp_path, "--T", 2, "-b", 2, "-j", workers)
     loader = folder.data.train_loader(
-        cfg, folder.data.build_dataset(cfg, True, cpu(folder)), 0, 0, cpu(folder)
+        cfg, folder.data.build_dataset(cfg, True, cpu(folder)), 0, 0, cpu(folder), 0
     )
     with pytest.raises(folder.config.UserError) as error:
         list(loader)
