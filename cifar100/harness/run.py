@@ -272,7 +272,7 @@ class Run:
         logger.info(f"resuming {typed(path)} at epoch {self.epoch}, step {self.meter.steps}")
 
     def start_again(self):
-        """Whether to obey start_epoch. Not with resume: auto: each restart of a job would go back."""
+        """Whether to obey start_epoch. Not with resume: auto: each restart would go back."""
         return self.cfg.resume != "auto" and self.cfg.start_epoch != self.epoch
 
     def statistics(self):
