@@ -51,7 +51,7 @@ class DropPath(timm.layers.DropPath):
 
 # Copied from cifar10/model.py
 class Attention(nn.Module):
-    """The layers of Q, K (and V) and of the projection; a subclass has `attend` between them.
+    """The layers of Q, K (and V) and of the projection; a subclass says how.
 
     Args:
         dim: channels of input and output.
@@ -91,7 +91,7 @@ class TokenQKAttention(Attention):
     summed = 5  # of [T, B, H, W, heads, channels]: one value per token
 
     def attend(self, x):
-        """K [T, B, C, H, W] and its mask [T, B, heads, 1, H, W]."""
+        """K [T, B, C, H, W] and its mask: [T, B, heads, 1, H, W], or [.., channels, 1, 1]."""
         q, k = self.heads(x)
         # in q's type, not autocast's float32: large counts are rounded, but fire the neuron anyway
         mask = self.attn_lif(q.sum(self.summed, keepdim=True, dtype=q.dtype))

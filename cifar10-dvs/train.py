@@ -62,7 +62,7 @@ class Trainer(Run):
             self.scaler.update()
             if self.ema:
                 self.ema.update(self.model)
-            self.point("lr", lr, step - 1)
+            self.add_point("lr", lr, step - 1)
             meter.update(loss, self.stop)
             bar.show(step, lr)
             if meter.stop:

@@ -216,7 +216,7 @@ RUN = {
         back=""),
     "finetune": TrainKey(Path, None,
         "weights to start from; a head of another number of classes is made new", null=True,
-        aliases=("initial_checkpoint",), back=""),
+        aliases=("initial_checkpoint",)),
     "checkpoint": TestKey(Path, None, "checkpoint to test; none: the best.pth written last",
         null=True, back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),

@@ -169,7 +169,7 @@ RUN = {
         "name of the run's folder in the output folder; none: the yml's name", null=True, back=""),
     "finetune": TrainKey(Path, None,
         "checkpoint with weights to start from; a head that fits is kept", null=True,
-        aliases=("initial_checkpoint",), back=""),
+        aliases=("initial_checkpoint",)),
     "resume": TrainKey(Path, None,
         "checkpoint of a run to go on with; auto: last.pth of this experiment", null=True, back=""),
     "eval": TrainKey(bool, False, "test what resume or finetune names, as test.py does",

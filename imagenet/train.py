@@ -89,7 +89,7 @@ class Trainer(Run):
             micro_step = step * self.accum_iter
             lr = optim.learning_rate(cfg, self.lr, self.epoch, micro_step, self.micro_steps)
             optim.set_lr(self.optimizer, lr)
-            self.point("lr", lr, step)
+            self.add_point("lr", lr, step)
             loss = self.train_step(batches, autocast)
             meter.update(loss, self.stop)
             if bar.show(step + 1, lr) and step + 1 < self.steps:

@@ -35,7 +35,8 @@ def recorded(folder, checkpoint, path="a.pth"):
 def runs(trained_on_images, tmp_path):
     """A folder with two copies of that run, a and the newer b, and the epoch of their best.pth."""
     for number, name in enumerate("ab"):
-        run = shutil.copytree(trained_on_images, tmp_path / name)
+        ignore = shutil.ignore_patterns("test-*")  # of other tests
+        run = shutil.copytree(trained_on_images, tmp_path / name, ignore=ignore)
         args = (run / "args.yaml").read_text()
         (run / "args.yaml").write_text(args.replace("experiment: tiny", f"experiment: {name}"))
         os.utime(run / "best.pth", (number, number))

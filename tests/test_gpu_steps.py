@@ -168,9 +168,11 @@ def test_cudnn_is_timed_as_it_is_used(name, monkeypatch, tmp_path):
         return folder.meters.Metrics(1.0, 2.0, 3.0, 4.0)
 
     monkeypatch.setattr(folder.build, "evaluate", evaluate)
-    monkeypatch.setattr(folder.data, "build_dataset", lambda *_: SimpleNamespace(classes=[]))
+    samples = type("Samples", (list,), {"classes": []})()
+    monkeypatch.setattr(folder.data, "build_dataset", lambda *_: samples)
     monkeypatch.setattr(folder.data, "test_loader", lambda *_: None)
     ranks, path = folder.process.Ranks("cpu"), tmp_path / "a.pth"
+    path.touch()
     tested = resolve_in(folder), ranks, path, torch.nn.Linear(1, 1), False, None
     try:
         folder.build.measure(folder.build.Tested(*tested), folder.data)

@@ -20,12 +20,14 @@ MODELS = {  # folder, file, function, shape of a batch
     "events": ("dvs128-gesture", "model", "QKFormer", (2, 2, 2, 16, 16)),
 }
 CASES = [
-    ("cifar10", {"depths": 3}),
-    ("cifar10", {"depths": 3, "fused": False}),
     ("cifar10", {"depths": 3, "cross_sample_lif": True}),
     ("ms", {"depths": 3, "drop_path": 0.5}),
     ("imagenet", {"depths": 4, "num_classes": 7, "drop_path": 0.5}),
     ("events", {"backend": "spikingjelly", "fused": False}),
+]
+CASES_LONG = [
+    pytest.param("cifar10", options, marks=pytest.mark.long)
+    for options in ({"depths": 3}, {"depths": 3, "fused": False})
 ]
 
 
@@ -84,7 +86,7 @@ def check_steps(Graph, model, batches, **options):
         assert trained.number == tested.number > 0
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "options"), [*CASES, *CASES_LONG], ids=str)
 def test_steps_by_graphs_are_the_steps(cuda, name, options):
     check_steps(*make(name, options))
     assert len(cuda.graphs) == 3  # forward and backward in training, forward in the test
@@ -192,7 +194,7 @@ def test_lines_where_there_is_no_graph(caplog):
 def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
     """Training with all that is random in it, averaged weights and tests, then test.py."""
     monkeypatch.setattr(graph, "obstacle", lambda *_: None)
-    words = [*SMALL, "--img-size", 8, "--epochs", 1, "--warmup-epochs", 0]
+    words = [*SMALL, "--img-size", 8, "--time-step", 1, "--epochs", 1, "--warmup-epochs", 0]
     words += ["--batch-size", 400, "--val-batch-size", 150]
     words += ["--mixup", 0.5, "--reprob", 0.5, "--drop-path", 0.2, "--clip-grad", 1]
     words += ["--model-ema", "true", "--model-ema-decay", 0.5]

@@ -28,7 +28,7 @@ from .process import Ranks
 
 # {key: the models' keyword}
 KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
-SAME = (  # keys that are keywords
+SAME = (  # keys of the same name in the models
     "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
     "surrogate_alpha backend fused byte_spikes"
 )
@@ -71,7 +71,7 @@ def recorded_values(options, checkpoint, path) -> dict:
     is read. UserError for weights of another network, and for values that no key takes.
     """
     recorded = {name: options.KEYS[name].default for name in ("neuron", "tau", "v_threshold")}
-    shapes = read_shapes(options, checkpoint["model"], path, recorded)  # of a file of this folder?
+    read_shapes(options, checkpoint["model"], path, recorded)  # an error for another folder's file
     config = checkpoint.get("config")
     if isinstance(config, dict):
         recorded |= convert_all(options, config, path)
@@ -88,7 +88,7 @@ def recorded_values(options, checkpoint, path) -> dict:
             recorded.pop("val_batch_size", None)
     elif (steps := steps_of(checkpoint, path)) is not None:
         recorded["time_step"] = steps
-    return {**recorded, **shapes, **read_shapes(options, checkpoint["model"], path, recorded)}
+    return recorded | read_shapes(options, checkpoint["model"], path, recorded)
 
 
 def convert_all(options, config, path):
@@ -125,12 +125,12 @@ def read_shapes(options, weights, path, recorded):
         "ssa" if any(n.startswith(f"stage{s}.") and ".v_conv." in n for n in weights) else "token"
         for s in sorted(hidden)
     ]
-    if ssa_stages(recorded.get("attention", [])) == ssa_stages(kinds):
-        kinds = recorded["attention"]  # a channel attention has the shapes of a token attention
+    # What is recorded counts: a token and a channel attention, or one of your own, look alike.
+    kinds = recorded.get("attention", kinds)
     plif = any(LEARNT.search(name) for name in weights)
     name = next((n for n in (family, f"{family}_10_{dim}") if n in options.MODELS), None)
     found = {
-        "model": name or recorded.get("model") or f"{family}_10_384",  # of another width
+        "model": name or recorded.get("model") or f"{family}_10_384",  # a width that no model has
         "layer": sum(1 for name in weights if HIDDEN.match(name)),
         "dim": dim,
         "mlp_ratio": ratio,

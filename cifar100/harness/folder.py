@@ -242,10 +242,10 @@ class RunLog:
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
 
-    def point(self, name, value, step):
+    def add_point(self, name, value, step):
         """A point of a curve over the steps of all epochs, counted from 0."""
         with writing(self.folder):
-            self.steps.point(f"step/{name}", value, step)
+            self.steps.add_point(f"step/{name}", value, step)
 
     def epoch(self, record):
         """An epoch's line and points."""
@@ -254,9 +254,9 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
             for name, curve in CURVES.items():
                 if name in record:
-                    self.epochs.point(curve, record[name], record["epoch"])
+                    self.epochs.add_point(curve, record[name], record["epoch"])
             for stage, rate in record.get("firing_rate", {}).items():
-                self.epochs.point(f"firing_rate/{stage}", rate, record["epoch"])
+                self.epochs.add_point(f"firing_rate/{stage}", rate, record["epoch"])
 
 
 class Curves:
@@ -279,7 +279,7 @@ class Curves:
     def write(self, **what):
         self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
-    def point(self, name, value, x):
+    def add_point(self, name, value, x):
         self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)
 
 

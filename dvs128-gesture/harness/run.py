@@ -37,8 +37,9 @@ from .seeds import get_rng_state, set_deterministic, set_rng_state
 
 
 class Start(NamedTuple):
-    """Where a run starts from. path: of the checkpoint, if there is one; resumed: whether its run
-    goes on, else its weights are fine-tuned.
+    """Where a run starts from. given: the yml behind its configuration, as checkpoints record it.
+    path: of the checkpoint, if there is one. resumed: whether its run goes on, else its weights are
+    fine-tuned.
     """
 
     cfg: Config
@@ -60,31 +61,39 @@ def enter(settings) -> Ranks:
 
 
 def begin(settings, options) -> Start:
-    """The ranks, the run's folder, the checkpoint and the whole configuration."""
+    """The ranks, the run's folder, the checkpoint and the whole configuration.
+
+    Which folder and checkpoint: folder.find_run. What the checkpoint brings back: recorded_values
+    of build.py. What of it counts over yml and flags: Settings.resolve of config.py.
+    """
     ranks = enter(settings)
-    folder, resume, going_on = ranks.from_main(lambda: open_run(settings))
-    path = resume or (Path(settings.finetune) if settings.finetune else None)
+    folder, last, going_on = ranks.from_main(lambda: open_run(settings))
+    args = read_args(folder) if going_on else {}
+    path = last or settings.finetune or args.get("finetune")
+    path = Path(path) if path else None
     checkpoint = load_checkpoint(path) if path else None
     given = {"file": settings.file.name, "yml": settings.yml}
-    purpose = "resume" if resume else "finetune" if path else "train"
-    recorded, then, origin = None, None, path
-    if checkpoint:
-        recorded, then = recorded_values(options, checkpoint, path), checkpoint.get("given")
-    elif going_on:  # its run ended before its first checkpoint
-        purpose, origin = "resume", folder / "args.yaml"
-        recorded = convert_all(options, read_args(folder), origin)
-    experiment = read_args(folder).get("experiment") or settings.name or settings.file.stem
-    cfg = settings.resolve(purpose, recorded, origin, then, experiment=str(experiment))
+    # A run that goes on keeps its name, whatever its folder is called.
+    name = {"experiment": str(args.get("experiment") or settings.name or settings.file.stem)}
+    if going_on and not last:  # it ended before its first checkpoint
+        recorded = convert_all(options, args, folder / "args.yaml")
+        cfg = settings.resolve("resume", recorded, folder / "args.yaml", **name)
+    elif checkpoint:
+        recorded, before = recorded_values(options, checkpoint, path), checkpoint.get("given")
+        cfg = settings.resolve("resume" if last else "finetune", recorded, path, before, **name)
+        given = before if last and before else given
+    else:
+        cfg = settings.resolve(**name)
     if cfg.deterministic:
         set_deterministic()
-    return Start(cfg, then or given, ranks, folder, checkpoint, path, bool(resume))
+    return Start(cfg, given, ranks, folder, checkpoint, path, bool(last))
 
 
 class Run:
     """What the Trainers of all data sets have in common.
 
-    A Trainer adds the recipe: it sets criterion, optimizer, scheduler (or None), num_epochs and
-    steps (of the optimizer, in an epoch), calls prepare(), and has train_epoch().
+    A Trainer adds the recipe: it sets criterion, optimizer, num_epochs and, if it has one,
+    scheduler, calls prepare(), and has train_epoch() and course(), the learning rate's in words.
 
     Args:
         start: what begin() gives.
@@ -188,12 +197,12 @@ class Run:
 
     def new_meter(self):
         """The loss of an epoch, each step of which is a point of a curve."""
-        return LossMeter(self.ranks, lambda step, loss: self.point("loss", loss, step))
+        return LossMeter(self.ranks, lambda step, loss: self.add_point("loss", loss, step))
 
-    def point(self, name, value, step):
+    def add_point(self, name, value, step):
         """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
         if self.log:
-            self.log.point(name, value, self.epoch * self.steps + step)
+            self.log.add_point(name, value, self.epoch * self.steps + step)
 
     # State ----------------------------------------------------------------------------------------
 
@@ -263,7 +272,7 @@ class Run:
         logger.info(f"resuming {typed(path)} at epoch {self.epoch}, step {self.meter.steps}")
 
     def start_again(self):
-        """Whether start_epoch means this call: with auto it would go back at each restart."""
+        """Whether to obey start_epoch. Not with resume: auto: each restart would go back."""
         return self.cfg.resume != "auto" and self.cfg.start_epoch != self.epoch
 
     def statistics(self):
