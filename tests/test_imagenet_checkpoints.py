@@ -48,7 +48,7 @@ def test_predictions_of_a_released_file(tmp_path, narrow, photo_data, lines):
     for number, photo in enumerate(photographs):
         (some / f"{number}.jpg").write_bytes(photo.read_bytes())
     args = ["--checkpoint", path, "--predict", some.parent, "--input_size", 32, "--num_heads", 2]
-    args += ["--num_workers", 0, "--predictions", tmp_path / "predict.csv"]
+    args += ["--num_workers", 0, "--fused", "no", "--predictions", tmp_path / "predict.csv"]
     text = lines(imagenet.test.main, *args, "--labels", labels)
     assert "warning" in text and "cross_sample_lif: true" in text
     rows = rows_of(tmp_path / "predict.csv")
@@ -68,7 +68,7 @@ def test_finetune(tmp_path, narrow, lines):
     """Without a learning rate the weights stay; a head of other classes is made new."""
     path, model = golden_file(tmp_path / "released.pth", narrow)
     args = [*narrow, "--finetune", path, "--epochs", 202, "--start_epoch", 201, "--lr", 1e-10]
-    args += ["--min_lr", 0, "--batch_size", 64, "--output_dir", tmp_path]
+    args += ["--min_lr", 0, "--batch_size", 64, "--fused", "no", "--output_dir", tmp_path]
     text = lines(imagenet.train.main, *args)
     assert "its head fits and is kept" in text and "cross_sample_lif: true" in text
     checkpoint = torch.load(tmp_path / "narrow" / "last.pth", weights_only=True)
@@ -86,9 +86,10 @@ def test_finetune(tmp_path, narrow, lines):
         load_weights(resolve(*narrow, "--dim", 32), path, new_head=True)
 
     # --eval measures the file that is named, without the need of a train/ folder
-    text = lines(imagenet.train.main, *narrow, "--eval", "--finetune", path, "--resume", "auto")
+    plain = (*narrow, "--fused", "no")
+    text = lines(imagenet.train.main, *plain, "--eval", "--finetune", path, "--resume", "auto")
     (measured,) = (line for line in text.splitlines() if "top-1" in line)
-    tested = lines(imagenet.test.main, *narrow, "--checkpoint", path)
+    tested = lines(imagenet.test.main, *plain, "--checkpoint", path)
     assert measured.split(" images/s")[0].rsplit(",", 1)[0] in tested
     assert "eval needs the path" in lines(imagenet.train.main, *narrow, "--eval")
 
@@ -133,7 +134,7 @@ def test_moments_of_a_released_optimizer(tmp_path, narrow):
 def test_released_run_is_resumed(tmp_path, narrow, lines):
     """--resume with one of the release's goes on with its next epoch, optimizer included."""
     path, _ = golden_file(tmp_path / "released.pth", narrow)
-    args = (*narrow, "--epochs", 201, "--batch_size", 64)
+    args = (*narrow, "--epochs", 201, "--batch_size", 64, "--fused", "no")
     args += ("--start_epoch", 5, "--output_dir", tmp_path, "--resume")  # which is finetune's
     assert "at epoch 200, step 0" in lines(imagenet.train.main, *args, path)
     assert [line["epoch"] for line in log_of(tmp_path / "narrow")] == [200]
@@ -174,7 +175,18 @@ def test_known_by_md5(tmp_path, narrow, monkeypatch, lines):
         "test_batches",
         lambda *args: batches.append(args[1]) or test_batches(*args),
     )
-    args = ["--checkpoint", path, "--num_heads", 2, "--data_path", data, "--num_workers", 0]
+    args = [
+        "--checkpoint",
+        path,
+        "--num_heads",
+        2,
+        "--data_path",
+        data,
+        "--num_workers",
+        0,
+        "--fused",
+        "no",
+    ]
     text = lines(imagenet.test.main, *args)  # neither flag nor yml says size or batch
     result = json.loads((tmp_path / "test-released.json").read_text())
     figures = f"measured {result['top1']:.2f} %, published 78.80 %"
@@ -234,7 +246,17 @@ def test_predictions_of_two_ranks(tmp_path, narrow, photo_data):
     path = tmp_path / "best.pth"
     content = {"model": model.state_dict(), "classes": [*photos.CLASSES], "config": {}}
     torch.save({**content, "cross_sample_lif": True}, path)
-    args = [*narrow, "--checkpoint", path, "--predict", photo_data / "val", "--val_batch_size", 5]
+    args = [
+        *narrow,
+        "--checkpoint",
+        path,
+        "--predict",
+        photo_data / "val",
+        "--val_batch_size",
+        5,
+        "--fused",
+        "no",
+    ]
     script("imagenet", "test", *args, "--predictions", tmp_path / "2.csv", ranks=2)
     rows, names = rows_of(tmp_path / "2.csv"), imagenet.data.class_names(photos.CLASSES)
     paths = [photo_data / "val" / row["file"] for row in rows]
