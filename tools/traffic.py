@@ -167,7 +167,7 @@ def stand_in(model, neurons, spikes, function, names=""):
     for name, node in model.named_modules():
         if isinstance(node, neurons) and name.endswith(names):
             node.multi_step_forward = lambda x, node=node: spikes.mark(
-                function(x, node.tau, node.v_threshold)[0]
+                function(x, node.tau, node.v_threshold)[0], 1 if node.fused else None
             )
 
 
