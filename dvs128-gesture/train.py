@@ -10,6 +10,8 @@ Usage:
 
 import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
+from pathlib import Path
+
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -117,6 +119,7 @@ def main(argv=None):
         _, path = find_run(settings)
         if settings.resume and path is None:
             raise UserError("resume is auto, but there is no last.pth to test")
+        path = path or (settings.finetune and Path(settings.finetune))
         measure(load_tested(settings, options, data, enter(settings), path), data)
         return 0
     start = begin(settings, options)

@@ -55,8 +55,8 @@ class Trainer(Run):
         rank.
         """
         total = 0.0
-        for left in reversed(range(self.accum_iter)):
-            images, targets = next(batches)
+        step = [next(batches) for _ in range(self.accum_iter)]  # whole, before anything changes
+        for left, (images, targets) in zip(reversed(range(self.accum_iter)), step, strict=True):
             # Ranks exchange gradients only in the backward pass of the last batch.
             alone = self.ddp.no_sync if left and self.ranks.world_size > 1 else None
             with (alone or contextlib.nullcontext)():

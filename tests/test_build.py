@@ -291,7 +291,7 @@ def test_a_file_of_membrane_shortcuts_needs_no_flag(tmp_path):
         logits = tested.model.eval()(images)
         assert logits.std() > 0 and torch.equal(logits, model.eval()(images))
     assert (tested.cfg.model, tested.cfg.time_step) == ("MSQKFormer_10_384", 3)
-    assert tested.cross_sample_lif is False
+    assert tested.settings["cross_sample_lif"] is False
     wrong = "cross_sample_lif is true, which has no meaning for MSQK"
     with pytest.raises(imagenet.config.UserError, match=wrong):
         imagenet.build.load_tested(read(imagenet, "--cross-sample-lif", "true"), *parts)

@@ -410,8 +410,7 @@ def _hint(name, names, no_effect):
 def _underscored(word):
     """--data-dir=x as --data_dir=x."""
     flag, equals, value = word.partition("=")
-    flag = flag.replace("-", "_") if flag.startswith("--") else flag
-    return "--" + flag[2:] + equals + value if flag.startswith("__") else word
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 class _Parser(argparse.ArgumentParser):

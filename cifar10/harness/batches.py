@@ -93,8 +93,10 @@ class BatchLoader(DataLoader):
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
             text = str(error).strip() or type(error).__name__
-            lost = re.search("DataLoader worker|shm|shared memory|open files", text)
-            if isinstance(error, RuntimeError) and not lost:
+            lost = re.match("DataLoader worker|Pin memory thread", text)
+            lost = lost or re.search("shm|shared memory|open files", text)
+            ours = isinstance(error, RuntimeError) or text.startswith("Caught")
+            if not lost and (ours or not self.num_workers):
                 raise
             end_workers()  # what one lacks the others lack too
             raise LostWorker(

@@ -57,7 +57,7 @@ class Tested(NamedTuple):
     ranks: Ranks
     path: Path
     model: torch.nn.Module
-    cross_sample_lif: bool
+    settings: dict  # {what was tested: value}
     classes: list | None
 
 
@@ -76,16 +76,12 @@ def recorded_values(options, checkpoint, path) -> dict:
     if isinstance(config, dict):
         recorded |= convert_all(options, config, path)
         own = {name: key for name, key in options.KEYS.items() if key.kind is Path}
-        args = convert_all(options, read_args(Path(path).parent), path)
+        beside = Path(path).parent
+        args = convert_all(options, read_args(beside), beside / "args.yaml")
         for name in own:
             recorded.pop(name, None)
             if name in args and args[name] is not None and Path(args[name]).is_dir():
                 recorded[name] = args[name]
-        if checkpoint.get("cross_sample_lif") is True:  # then the figure depends on the batch
-            batch = recorded.get("val_batch_size") or recorded.get("batch_size")
-            recorded["val_batch_size"] = batch
-        else:
-            recorded.pop("val_batch_size", None)
     elif (steps := steps_of(checkpoint, path)) is not None:
         recorded["time_step"] = steps
     return recorded | read_shapes(options, checkpoint["model"], path, recorded)
@@ -138,7 +134,7 @@ def read_shapes(options, weights, path, recorded):
         "neuron": "plif" if plif else recorded.get("neuron", "lif"),
     }
     if "head.weight" in weights:
-        found["num_classes"] = len(weights["head.weight"])
+        found["num_classes"] = (*weights["head.weight"].shape, 1)[0]
     return found
 
 
@@ -182,7 +178,7 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
         return False, f"{model}: an image's logits do not depend on its batch"
     recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
-    if recorded not in (None, False, True):
+    if not isinstance(recorded, (bool, type(None))):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting != "auto":
         value = setting == "true"
@@ -276,7 +272,7 @@ def check_classes(checkpoint, path, classes):
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         names = []
     had = len(names) or len(checkpoint["model"].get("head.weight", ()))
-    if had and had < len(classes):
+    if had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
         if name != str(here):
@@ -296,25 +292,34 @@ def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested
     """
     path = path or find_checkpoint(settings)
     checkpoint = load_checkpoint(path, settings.use_ema)
-    recorded = recorded_values(options, checkpoint, path) | (known or {})
+    recorded, sha256 = recorded_values(options, checkpoint, path), digest(path)
+    if checkpoint.get("cross_sample_lif") is not True:  # else the figure depends on the batch
+        recorded.pop("val_batch_size", None)
+    recorded |= known or {}
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
-    model, cross, semantics = load_model(
-        cfg, options, data, ranks, cfg.num_classes, checkpoint, path
-    )
+    classes = cfg.num_classes or 0  # weights without a head
+    model, cross, semantics = load_model(cfg, options, data, ranks, classes, checkpoint, path)
     logger.info(semantics)
-    return Tested(cfg, ranks, path, model, cross, checkpoint.get("classes"))
+    back = {n: v for n, v in vars(cfg).items() if options.KEYS[n].back in ("network", "data")}
+    settings = {**back, "use_ema": settings.use_ema, "cross_sample_lif": cross, "sha256": sha256}
+    return Tested(cfg, ranks, path, model, settings, checkpoint.get("classes"))
 
 
 def measure(tested: Tested, data, **published) -> Metrics:
     """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint, with what was
     `published` of it.
     """
-    cfg, ranks, path, shape = *tested[:3], data.input_shape(tested.cfg)
+    cfg, ranks, path = tested.cfg, tested.ranks, tested.path
+    shape = data.input_shape(cfg)
+    if not tested.model.num_classes:
+        raise UserError(f"{path}: weights without a head, which can't be tested")
     dataset = data.build_dataset(cfg, False, ranks)
     weights = tested.model.state_dict()
     check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
-    torch.backends.cudnn.deterministic = len(shape) == 4  # as in training: of events
+    torch.backends.cudnn.deterministic = (
+        len(shape) == 4
+    )  # event data: deterministic, as in training
     torch.backends.cudnn.benchmark = len(shape) != 4
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
@@ -322,11 +327,8 @@ def measure(tested: Tested, data, **published) -> Metrics:
         f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
         f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
     )
-    keys = ["model", "dataset", "data_path", "time_step", "use_ema", "amp", "amp_dtype", "eval_amp"]
-    result = {"checkpoint": str(path), "sha256": digest(path), **metrics._asdict()}
-    result |= {"cross_sample_lif": tested.cross_sample_lif, "input": shape}
-    result |= {"samples": len(dataset), **{name: getattr(cfg, name) for name in keys}}
-    result |= published
+    result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
+    result |= {"input": shape, **tested.settings, **published}
     ranks.from_main(lambda: write_result(path, result))
     return metrics
 

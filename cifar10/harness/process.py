@@ -42,7 +42,8 @@ class Ranks:
         self.note = None  # for the log
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            if device == "cpu" and shutil.which("nvidia-smi"):
+            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+            if device == "cpu" and shutil.which("nvidia-smi") and not hidden:
                 self.note = (
                     f"device: the CPU, since PyTorch {torch.__version__} can't use the NVIDIA card "
                     "(requirements-cu12.txt is for older drivers and cards)"
@@ -235,7 +236,7 @@ def explain(error):
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA out of|ALLOC_FAILED", text):
         return f"not enough GPU memory; make batch_size smaller ({text.split('. ')[0]})"
     scarce = "can't allocate memory|can't start new thread|failed to map segment"
     if isinstance(error, MemoryError) or re.search(scarce, text):

@@ -45,8 +45,9 @@ def save_checkpoint(state: dict, path: Path):
     So after a crash `path` is either the old file or the whole new one. UserError on a full disk.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # of a killed run
         with open(temporary, "xb") as file:
             torch.save(state, file)
             file.flush()
@@ -87,7 +88,8 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
     given = extra.get("given", {"yml": {}, "file": ""})
-    if not (isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given):
+    plain = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
+    if not plain or any(map(torch.is_tensor, given["yml"].values())):
         raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
     return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
@@ -217,7 +219,8 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
 
     opt: the optimizer's name. UserError where they are of another one, or damaged.
     """
-    ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused".split()
+    ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused maximize amsgrad "
+    ours = f"{ours} capturable nesterov differentiable decoupled_weight_decay".split()
     own = [{k: group[k] for k in ours if k in group} for group in optimizer.param_groups]
     try:
         config = checkpoint.get("config")

@@ -66,9 +66,12 @@ class Progress:
     def show(self, done, lr):
         """Say how the epoch goes after step `done`. True at every interval, on every rank."""
         run, due = self.run, done % self.interval == 0 or done == self.run.steps
-        line = due or done == self.first + 1 or time.perf_counter() - self.said > SECONDS
-        if line:
-            run.meter.flush()  # with the loss of this very step
+        line = due or done == self.first + 1
+        if (
+            line
+        ):  # with the loss of this very step; at the same steps on all ranks, as it may stop them
+            run.meter.flush()
+        line = line or time.perf_counter() - self.said > SECONDS
         if line or not self.bar.disable:
             speed = self.speed(done)
             left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed

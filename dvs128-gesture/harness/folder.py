@@ -97,9 +97,11 @@ def find_run(settings):
     found = [run / "last.pth" for run in runs if (run / "last.pth").is_file()]
     if found:
         newest = max(found, key=lambda path: (first(path), path.stat().st_mtime))
+        if first is not progress_of:
+            logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
         return newest.parent, newest
     # It ended before its first checkpoint, or is to begin.
-    return (runs[0] if len(runs) == 1 else None), None
+    return (runs[0] if len(runs) == 1 and first is progress_of else None), None
 
 
 def open_run(settings):
@@ -180,7 +182,7 @@ def write_result(path, result):
     """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written. That of
     another test, of other data or settings, stays: then test-NAME-2.json and so on.
     """
-    figures = ("loss", "top1", "top5", "images_per_second")
+    figures = ("loss", "top1", "top5", "images_per_second", "sha256")
     test = {key: value for key, value in result.items() if key not in figures}
     for number in itertools.count(1):
         end = "" if number == 1 else f"-{number}"
@@ -200,7 +202,8 @@ def write_result(path, result):
 
 def write_whole(path, content):
     """A file whole or not at all: what is at `path`, a link too, is replaced, not written to."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a killed run
     try:
         with open(temporary, "xb") as file:
             file.write(content)

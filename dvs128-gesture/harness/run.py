@@ -76,12 +76,15 @@ def begin(settings, options) -> Start:
     # A run that goes on keeps its name, whatever its folder is called.
     name = {"experiment": str(args.get("experiment") or settings.name or settings.file.stem)}
     if going_on and not last:  # it ended before its first checkpoint
+        for key in {"cross_sample_lif", "start_epoch"} & args.keys() - settings.said.keys():
+            name[key] = options.KEYS[key].convert(args[key])
         recorded = convert_all(options, args, folder / "args.yaml")
         cfg = settings.resolve("resume", recorded, folder / "args.yaml", **name)
     elif checkpoint:
         recorded, before = recorded_values(options, checkpoint, path), checkpoint.get("given")
         cfg = settings.resolve("resume" if last else "finetune", recorded, path, before, **name)
-        given = before if last and before else given
+        if last and before and before["file"] != given["file"]:
+            given = before
     else:
         cfg = settings.resolve(**name)
     if cfg.deterministic:
@@ -162,7 +165,7 @@ class Run:
             self.best = self.ranks.from_main(lambda: self.keep_best(self.start.path))
         elif cfg.start_epoch:
             self.epoch = cfg.start_epoch
-        if self.scheduler and (self.start.resumed or self.epoch):
+        if self.scheduler:
             self.scheduler.step(self.epoch)
 
     def batch(self):
@@ -256,7 +259,7 @@ class Run:
                 wrong = f"its step is {steps}; an epoch has {self.steps} here"
                 raise UserError(f"{path}: can't be resumed: {wrong}")
         if had != self.global_batch:
-            keep = had % self.micro_batch == 0 and self.accum_iter > 1
+            keep = had % self.micro_batch == 0 and hasattr(cfg, "accum_iter")
             keep = f"; accum_iter: {had // self.micro_batch} would keep that" if keep else ""
             now = f"{self.global_batch} {self.samples} a step"
             logger.info(f"warning: {now}, but {path} had {had}{keep}")
@@ -321,8 +324,11 @@ class Run:
             if not old.is_file():
                 logger.info(f"{old} is missing: best.pth will be the best from here on")
                 return -1.0
+            temporary = new.with_name(".best.pth.tmp")
             with writing(self.folder):
-                shutil.copyfile(old, new)
+                temporary.unlink(missing_ok=True)
+                shutil.copyfile(old, temporary)
+                os.replace(temporary, new)
         return self.best
 
     # The loop -------------------------------------------------------------------------------------
@@ -355,6 +361,8 @@ class Run:
         self.save("last.pth")
         last, ranks = typed(self.folder / "last.pth"), self.ranks.world_size
         launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+        if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # several nodes
+            launcher = ["..."]
         on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
         words = ["--resume", str(last), *(["--device", "cpu"] if on_cpu else [])]
         again = shlex.join([*launcher, os.path.relpath(sys.argv[0]), *words])
@@ -384,29 +392,31 @@ class Run:
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             try:
-                speed = self.train_epoch()
-                self.check_weights()
-                tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+                try:
+                    speed = self.train_epoch()
+                    self.check_weights()
+                    tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+                    if tested and ranks.main and firing is None:
+                        loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
+                        few = [images for images, _ in loader]
+                        firing = Firing(torch.cat(few)) if few else None
+                except LostWorker as error:
+                    if ranks.world_size > 1:  # the others wait for this one within a step
+                        raise
+                    self.meter.flush()
+                    self.check_weights()
+                    raise UserError(self.stopped(str(error))) from None
             except FloatingPointError as error:
                 last = self.folder / "last.pth"
                 lr = self.optimizer.param_groups[-1]["lr"]
                 kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
                 said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
                 raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
-            except LostWorker as error:
-                if ranks.world_size > 1:  # the others wait for this one within a step
-                    raise
-                self.meter.flush()
-                raise UserError(self.stopped(str(error))) from None
             if tested is None:
                 why = signal.Signals(stop.number).name if stop else "another rank"
                 logger.info(self.stopped(why))
                 return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
-            if ranks.main and firing is None:
-                loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
-                few = [images for images, _ in loader]
-                firing = Firing(torch.cat(few)) if few else None
             record = {
                 "epoch": self.epoch,
                 **self.own_record(),
