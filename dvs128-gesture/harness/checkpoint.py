@@ -88,8 +88,8 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
     given = extra.get("given", {"yml": {}, "file": ""})
-    plain = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
-    if not plain or any(map(torch.is_tensor, given["yml"].values())):
+    whole = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
+    if not whole or any(map(torch.is_tensor, given["yml"].values())):
         raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
     return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
