@@ -207,7 +207,7 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
-            available(ranks.device.type, torch.float32, cfg.backend)  # likewise
+            available(ranks.device.type, torch.float32, cfg.backend, cfg.time_step)
         model = options.MODELS[cfg.model](
             img_size_h=height,
             img_size_w=width,
