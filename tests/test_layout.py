@@ -87,7 +87,7 @@ files = set()
 for folder in {FOLDERS}:
     name = "QKFormer_10_384" if folder == "imagenet" else "QKFormer"
     model = load(folder, name, **small).eval()
-    files.add(sys.modules[type(model).__module__].neuron_maker.__code__.co_filename)
+    files.add(sys.modules[type(model).__module__].conv_bn_lif.__code__.co_filename)
     x = torch.rand(shapes.get(folder, (2, 2, 2, 32, 32)))
     with torch.no_grad():
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
