@@ -87,6 +87,18 @@ def build_model(modules, cfg, cross_sample_lif=False):
         register(load("cifar10"))
 
 
+# A file is one process's: those that take longest go first, so that both processes end together.
+FIRST = (
+    "test_train test_fused test_model test_event_runs test_imagenet_runs test_events test_faults"
+)
+
+
+def pytest_collection_modifyitems(items):
+    first = FIRST.split()
+    order = {name: place for place, name in enumerate(first)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 class Golden:
     """Golden numbers of one model, float64, and the weights and input behind them
     (data/README.md).

@@ -17,8 +17,8 @@ lif_cuda = cifar10.cupy_lif
 CHARGES = ("MULTIPLY", "DIVIDE", "PARAMETRIC", "INTEGRATE")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("T", [1, 4, 16, 64])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
+@pytest.mark.parametrize("T", [1, 4, 16, pytest.param(64, marks=pytest.mark.long)])
 def test_nvrtc(arch, T):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
     headers = pytest.importorskip("cupy._core.core")
@@ -131,7 +131,13 @@ def cuda_on_host(monkeypatch, tmp_path):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        *(pytest.param(d, marks=pytest.mark.long) for d in (torch.float32, torch.half)),
+    ],
+)
 def test_cuda_side_on_host(cuda_on_host, dtype):
     for T, steps, C in ((4, 4, 48), (4, 1, 33), (16, 16, 200)):
         check_kernels(dtype, T, steps, C)

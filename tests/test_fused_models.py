@@ -103,6 +103,7 @@ def test_checkpoint_stages(name, on):
         make_model(name, checkpoint_stages=[4])
 
 
+@pytest.mark.long
 @compiled
 def test_whole_model_compiles(monkeypatch):
     model, x = make_model("cifar10", depths=3)
@@ -122,6 +123,7 @@ def prefixed(result):
     )
 
 
+@pytest.mark.long
 def test_training_curve():
     """30 steps of the same model on the same data, fused and plain: the same losses as far as
     rounding lets them.

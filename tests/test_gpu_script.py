@@ -56,6 +56,7 @@ def test_kernels_leave_the_step_as_it_was(run, monkeypatch):
         assert torch.equal(one.grad, other.grad) and torch.equal(one, other)
 
 
+@pytest.mark.long
 def test_compiled_and_environment(run):
     line, rows = stages.compiled(run)
     assert rows[1]["error"] < 1e-5 and "differ by" in line

@@ -173,7 +173,9 @@ def test_cudnn_is_timed_as_it_is_used(name, monkeypatch, tmp_path):
     monkeypatch.setattr(folder.data, "test_loader", lambda *_: None)
     ranks, path = folder.process.Ranks("cpu"), tmp_path / "a.pth"
     path.touch()
-    tested = resolve_in(folder), ranks, path, torch.nn.Linear(1, 1), False, None
+    model = torch.nn.Linear(1, 1)
+    model.num_classes = 1
+    tested = resolve_in(folder), ranks, path, model, {}, None
     try:
         folder.build.measure(folder.build.Tested(*tested), folder.data)
         bench.set_up("QKFormer_10_384" if name == "imagenet" else name)

@@ -50,7 +50,10 @@ def ours(name, **options):
     return model.eval().state_dict(), logits, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+FEW = ["cifar10", *(pytest.param(n, marks=pytest.mark.long) for n in MODELS if n != "cifar10")]
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_two_files(tmp_path, name):
     """model.py and spiking.py, a copy of plain.py, without spikingjelly: to the bit the plain path."""
     shutil.copy(ROOT / name / "model.py", tmp_path)
@@ -64,7 +67,7 @@ def test_two_files(tmp_path, name):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FEW)
 def test_in_a_package(tmp_path, name):
     """mypkg/model.py with mypkg/spiking/ runs fused; the same folder with one file runs too."""
     package = tmp_path / "mypkg"
