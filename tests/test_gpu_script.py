@@ -63,6 +63,7 @@ def test_compiled_and_environment(run):
     assert torch.__version__ in checks.environment(run)[0]
 
 
+@pytest.mark.long
 def test_graphs(run, cuda, monkeypatch):
     """The stage's own code; a replay that leaves something out is found."""
     run.size, run.T = 8, 1

@@ -240,6 +240,7 @@ def test_101_images_on_two_ranks(tmp_path, narrow):
     assert results["false", 1] == results["false", 2] != results["true", 1] == results["true", 2]
 
 
+@pytest.mark.long
 def test_predictions_of_two_ranks(tmp_path, narrow, photo_data):
     """Those of one process by hand; names are of the checkpoint's classes."""
     _, model = golden_file(tmp_path / "released.pth", narrow)

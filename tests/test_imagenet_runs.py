@@ -71,6 +71,7 @@ RANDOM = "--aa rand-m9-mstd0.5-inc1 --reprob 0.5 --mixup 0.5 --drop_path 0.2 --a
 RANDOM += " --time_step 2 --batch_size 8 --epochs 2 --workers 1 --log_interval 1"
 
 
+@pytest.mark.long
 def test_killed_and_resumed(tmp_path, narrow):
     """SIGKILL within an epoch: the same command goes on from save_minutes' last.pth, to the same
     weights and log.

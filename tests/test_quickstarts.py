@@ -163,6 +163,7 @@ def quick_start(name, place, *args):
     return log, done.stdout, json.loads((run / "test-best.json").read_text())
 
 
+@pytest.mark.long
 def test_short_quick_start_of_imagenet(tmp_path):
     """Those of event data are in test_event_runs.py."""
     args = [
