@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,3 +344,26 @@ def test_peak_memory_is_in_megabytes(monkeypatch):
     for platform, want in (("linux", 3 * 2**10), ("darwin", 3)):
         monkeypatch.setattr(sys, "platform", platform)
         assert engine.peak_memory_mb(torch.device("cpu")) == want
+
+
+def test_ranks_read_a_stop_at_the_same_steps(monkeypatch):
+    """A line that one rank's clock asks for leaves the meter alone, which may hold a stop."""
+    monkeypatch.setattr(cifar10.meters, "SECONDS", -1)
+    flushed, names = [], {"epoch": 0, "num_epochs": 1, "steps": 6, "global_batch": 1}
+    meter = SimpleNamespace(steps=0, mean=0.0, flush=lambda: flushed.append(step))
+    run = SimpleNamespace(**names, samples="images", meter=meter, ranks=CPU)
+    bar = cifar10.meters.Progress(range(6), run, 4)
+    for step in range(1, 7):
+        bar.show(step, 0.1)
+    assert flushed == [1, 4, 6]
+
+
+def test_half_written_files_of_a_killed_run(tmp_path):
+    """They hinder no later one, and do not pile up."""
+    for name in ("last.pth", "log.txt"):
+        (tmp_path / f".{name}.tmp").write_bytes(b"half")
+    cifar10.checkpoint.save_checkpoint({"epoch": 1}, tmp_path / "last.pth")
+    cifar10.folder.write_whole(tmp_path / "log.txt", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "log.txt"}
+    assert torch.load(tmp_path / "last.pth") == {"epoch": 1}
+    assert (tmp_path / "log.txt").read_bytes() == b"whole"

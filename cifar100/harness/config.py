@@ -15,15 +15,14 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 
-import yaml
 from packaging.version import Version
 
 from .log import HERE, UserError, logger
+from .yml import NUMBER, read_yml, shown
 
 OLDEST = {"torch": "2.6", "timm": "1.0.30", "spikingjelly": "2.0"}  # that were tried and work
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = (None, "none", "null", "None", "", ["none"])
-NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 # control characters, line separators, and what Python makes of bytes that are not UTF-8
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Flags of train.py that mean another key where test.py gets them, as the release's does.
@@ -337,67 +336,6 @@ def read_with_bases(file):
                 raise UserError(f"{where}: base is {shown(name)}; it must be {why}")
         file = file if named else None
     return sources
-
-
-def read_yml(path):
-    """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
-
-    A value is the text as it is written, None for null, or a list of these: what a text stands for
-    is for its Key to say, so that 010 and 1:30 never turn into 8 and 90.
-    """
-    file = shown(path.name)
-    try:
-        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{file}{place}: not a yml: {problem}") from None
-    if root is None or root.value == "":
-        return []  # nothing but comments
-    if not isinstance(root, yaml.MappingNode):
-        line = root.start_mark.line + 1
-        raise UserError(f"{file}, line {line}: not a yml of `key: value` lines")
-    entries, lines = [], {}
-    for key_node, node in root.value:
-        where = f"{file}, line {key_node.start_mark.line + 1}"
-        key = _scalar(key_node, where, "a key")
-        same = str(key).replace("-", "_")
-        if same in lines:
-            there = f"{shown(key)} is in line {lines[same]} already"
-            raise UserError(f"{where}: {there}; leave one of them out")
-        lines[same] = key_node.start_mark.line + 1
-        name = key if str(key).isidentifier() else shown(key)
-        if isinstance(node, yaml.SequenceNode):
-            value = [_scalar(item, where, name) for item in node.value]
-        else:
-            value = _scalar(node, where, name)
-        entries.append((str(key), value, where))
-    return entries
-
-
-def _scalar(node, where, name):
-    """A node's text, or None for null."""
-    if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{where}: {name} must be a word, a number or a list of these")
-    if node.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
-        raise UserError(f"{where}: {name} has the tag {shown(node.tag)}; leave the tag out")
-    plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
-    return None if plain_null else node.value
-
-
-def shown(value):
-    """A value, or a name, as an error names it: on one line, and short."""
-    if isinstance(value, list):
-        text = f"[{', '.join(map(shown, value))}]"
-    elif isinstance(value, str):
-        plain = NUMBER.fullmatch(value) or re.fullmatch(r"-{0,2}[\w.=-]+", value, re.ASCII)
-        text = value if plain else repr(value) if value.isprintable() else ascii(value)
-    else:
-        text = "null" if value is None else repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _hint(name, names, no_effect):
