@@ -67,9 +67,7 @@ class Progress:
         """Say how the epoch goes after step `done`. True at every interval, on every rank."""
         run, due = self.run, done % self.interval == 0 or done == self.run.steps
         line = due or done == self.first + 1
-        if (
-            line
-        ):  # with the loss of this very step; at the same steps on all ranks, as it may stop them
+        if line:  # with this very step's loss; on all ranks at once, since it may stop them
             run.meter.flush()
         line = line or time.perf_counter() - self.said > SECONDS
         if line or not self.bar.disable:
