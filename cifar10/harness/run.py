@@ -5,7 +5,6 @@ How an epoch is trained is train.py's, whose Trainer is a Run.
 
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .firing import Firing, spread
-from .folder import RunLog, open_run, read_args, write_args, writing
+from .folder import RunLog, open_run, read_args, write_args, write_whole, writing
 from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
 from .loss import TET
@@ -37,18 +36,15 @@ from .seeds import get_rng_state, set_deterministic, set_rng_state
 
 
 class Start(NamedTuple):
-    """Where a run starts from. given: the yml behind its configuration, as checkpoints record it.
-    path: of the checkpoint, if there is one. resumed: whether its run goes on, else its weights are
-    fine-tuned.
-    """
+    """Where a run starts from."""
 
     cfg: Config
-    given: dict
+    given: dict  # the yml behind cfg, as checkpoints record it
     ranks: Ranks
     folder: Path
     checkpoint: dict | None
-    path: Path | None
-    resumed: bool
+    path: Path | None  # of the checkpoint
+    resumed: bool  # its run goes on; else its weights are fine-tuned
 
 
 def enter(settings) -> Ranks:
@@ -117,16 +113,15 @@ class Run:
         self.classes = list(self.train_set.classes)
         if start.resumed:
             check_classes(start.checkpoint, start.path, self.classes)
-        num_classes = cfg.num_classes or len(self.classes)
-        if len(self.classes) > num_classes:
-            has = f"the data has {len(self.classes)} classes"
-            raise UserError(f"num_classes is {num_classes}, but {has}")
-        weights = start.checkpoint, start.path
+        had, num_classes = len(self.classes), cfg.num_classes or len(self.classes)
+        if had > num_classes:
+            raise UserError(f"num_classes is {num_classes}, but the data has {had} classes")
         shape = " x ".join(map(str, data.input_shape(cfg)))
         sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} test {self.samples}"
-        logger.info(f"data: {cfg.dataset}, {sizes} of {len(self.classes)} classes, {shape}")
+        logger.info(f"data: {cfg.dataset}, {sizes} of {had} classes, {shape}")
+        weights, new_head = (start.checkpoint, start.path), not start.resumed
         self.model, self.cross_sample_lif, self.semantics = load_model(
-            cfg, options, data, ranks, num_classes, *weights, new_head=not start.resumed
+            cfg, options, data, ranks, num_classes, *weights, new_head
         )
         if getattr(cfg, "sync_bn", False) and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -145,13 +140,16 @@ class Run:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=scaled)
         self.micro_batch = cfg.batch_size * ranks.world_size
         self.global_batch = self.micro_batch * self.accum_iter
-        self.steps = len(self.train_set) // self.global_batch
+        self.batch = f"batch_size {cfg.batch_size}"  # what a step is made of
+        self.batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
+        self.batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+        size = len(self.train_set)
+        self.steps = size // self.global_batch
+        if self.steps == 0:
+            raise UserError(f"{self.batch} is more than the {size} training samples; make it less")
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
         self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        if self.steps == 0:
-            more = f"more than the {len(self.train_set)} training samples"
-            raise UserError(f"{self.batch()} is {more}; make batch_size smaller")
 
     def prepare(self):
         """Say what the run is, and go on where the checkpoint was written."""
@@ -168,27 +166,19 @@ class Run:
         if self.scheduler:
             self.scheduler.step(self.epoch)
 
-    def batch(self):
-        """What a step's images are made of, in words."""
-        cfg, ranks = self.cfg, self.ranks.world_size
-        text = f"batch_size {cfg.batch_size}"
-        text += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
-        return text + (f" x {ranks} ranks" if ranks > 1 else "")
-
     def say(self):
         """The first lines of a run, for a person."""
-        cfg, ranks = self.cfg, self.ranks
-        network = f"network: {cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
-        logger.info(f"{network}, on {ranks.device}")
+        cfg, device = self.cfg, self.ranks.device
+        network = f"{cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
+        logger.info(f"network: {network}, on {device}")
         logger.info(self.semantics)
         epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
-        step = f"{self.global_batch} {self.samples} a step ({self.batch()})"
+        step = f"{self.global_batch} {self.samples} a step ({self.batch})"
         logger.info(f"training: {epochs}, {step}, learning rate {self.course()}")
         logger.info(f"writing to {typed(self.folder)}")
-        if cfg.amp and ranks.device.type != "cuda" and cfg.amp_dtype == "float16":
-            bfloat16 = "amp_dtype: bfloat16 works on a CPU"
-            logger.info(f"amp: float16 needs a GPU; this run is in float32 ({bfloat16})")
-        if getattr(cfg, "sync_bn", False) and ranks.device.type != "cuda":
+        if cfg.amp and device.type != "cuda" and cfg.amp_dtype == "float16":
+            logger.info("amp: float16 needs a GPU; this run is in float32 (bfloat16 would work)")
+        if getattr(cfg, "sync_bn", False) and device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
 
     def own_record(self):
@@ -235,18 +225,15 @@ class Run:
         """Go on within an epoch too; a file of the release's starts its next epoch."""
         cfg = self.cfg
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
-        # timm's name, the event scripts' name
-        best = checkpoint.get("metric", checkpoint.get("max_test_acc1"))
-        best = {"best": best if isinstance(best, float) else -1.0, **checkpoint}
-        self.best = number(best, "best", -1.0, path)
+        self.best = number(checkpoint, "best", -1.0, path)
         had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         steps = number(checkpoint, "step", 0, path, low=0)
+        size, before = len(self.train_set), checkpoint.get("samples", len(self.train_set))
         if cfg.start_epoch is not None and self.start_again():
             self.epoch = cfg.start_epoch
-        elif steps and checkpoint.get("samples", len(self.train_set)) != len(self.train_set):
-            now = f"{checkpoint['samples']} training {self.samples}, now there are"
-            begins = f"epoch {self.epoch} begins again"
-            logger.info(f"warning: {path} is of {now} {len(self.train_set)}: {begins}")
+        elif steps and before != size:
+            now = f"{before} training {self.samples}, now there are {size}"
+            logger.info(f"warning: {path} is of {now}: epoch {self.epoch} begins again")
         elif steps:
             self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
             if self.seed != cfg.seed:
@@ -256,13 +243,9 @@ class Run:
             total = number(checkpoint, "loss_total", 0.0, path)
             self.meter.total = total * (self.meter.steps / steps)  # to the bit where they are equal
             if self.meter.steps > self.steps:
-                wrong = f"its step is {steps}; an epoch has {self.steps} here"
-                raise UserError(f"{path}: can't be resumed: {wrong}")
+                raise UserError(f"{path}: its step is {steps}; an epoch has {self.steps} here")
         if had != self.global_batch:
-            keep = had % self.micro_batch == 0 and hasattr(cfg, "accum_iter")
-            keep = f"; accum_iter: {had // self.micro_batch} would keep that" if keep else ""
-            now = f"{self.global_batch} {self.samples} a step"
-            logger.info(f"warning: {now}, but {path} had {had}{keep}")
+            logger.info(f"warning: {path} had {had} {self.samples} a step, not {self.global_batch}")
         if not getattr(cfg, "no_resume_opt", False):
             opt = getattr(cfg, "opt", "adamw")
             load_optimizer(self.optimizer, self.scaler, checkpoint, path, opt)
@@ -279,37 +262,29 @@ class Run:
         return self.cfg.resume != "auto" and self.cfg.start_epoch != self.epoch
 
     def statistics(self):
-        """{name: running statistic} of this rank's model and of its averaged weights."""
+        """{name: running statistic} of this rank, within an epoch of dist_bn: reduce; else {}."""
         modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema else {})}
-        return {
-            f"{kind}.{name}": buffer
-            for kind, module in modules.items()
-            for name, buffer in module.named_buffers()
-            if "running_" in name
-        }
+        buffers = torch.nn.ModuleDict(modules).named_buffers()
+        within = self.reduce_bn and self.meter.steps
+        return {name: buffer for name, buffer in buffers if within and "running_" in name}
 
     def load_statistics(self, checkpoint, path):
-        """Within an epoch, go on with those of this rank, if as many ranks as now saved theirs."""
-        saved = checkpoint.get("statistics")
-        if saved is None or not (self.reduce_bn and self.meter.steps):
-            return
+        """Go on with those of this rank, if as many ranks as now saved theirs."""
+        saved, ranks = checkpoint.get("statistics", ()), self.ranks
         try:
-            if len(saved) != self.ranks.world_size:
-                return
-            for name, buffer in self.statistics().items():
-                value = saved[self.ranks.rank][name]
+            own = self.statistics() if len(saved) == ranks.world_size else {}
+            for name, buffer in own.items():
+                value = saved[ranks.rank][name]
                 if fault := fault_of(name, value):
                     raise ValueError(f"{name} {fault}")
                 buffer.copy_(value)
         except Exception as error:  # whatever the file has there
-            why = f"its statistics are not those of its model ({error})"
-            raise UserError(f"{path}: can't be resumed: {why}") from None
+            raise UserError(f"{path}: its statistics are not of its model ({error})") from None
 
     def save(self, *names):
         state = self.state()
-        if self.reduce_bn and self.meter.steps:  # within an epoch each rank has its own
-            own = {name: buffer.cpu() for name, buffer in self.statistics().items()}
-            state["statistics"] = self.ranks.gather(own)
+        if own := self.statistics():
+            state["statistics"] = self.ranks.gather({name: own[name].cpu() for name in own})
 
         def write():
             for name in names:
@@ -324,19 +299,14 @@ class Run:
             if not old.is_file():
                 logger.info(f"{old} is missing: best.pth will be the best from here on")
                 return -1.0
-            temporary = new.with_name(".best.pth.tmp")
             with writing(self.folder):
-                temporary.unlink(missing_ok=True)
-                shutil.copyfile(old, temporary)
-                os.replace(temporary, new)
+                write_whole(new, old.read_bytes())
         return self.best
 
     # The loop -------------------------------------------------------------------------------------
 
     def test(self, loader, autocast, stop):
-        """[Metrics of the model, those of its averaged weights where it has some]; None on a
-        signal.
-        """
+        """[Metrics of the model, and of its averaged weights]; None on a signal."""
         tested = []
         averaged = [self.ema.module] if self.ema and not self.cfg.model_ema_force_cpu else []
         for model in (self.model, *averaged):
@@ -350,9 +320,7 @@ class Run:
         return tested
 
     def check_weights(self):
-        """FloatingPointError if a weight is not finite: the loss would show it one step later, but
-        these weights are about to be saved.
-        """
+        """FloatingPointError if a weight that is about to be saved is not finite."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
 
@@ -369,18 +337,21 @@ class Run:
         where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
         return f"{why}: {where}; to go on: {again}"
 
-    def fit(self):
-        """Train to the last epoch. Returns the exit code: 0, or 128 + the number of the signal that
-        stopped it.
-        """
+    def fit(self) -> int:
+        """Train to the last epoch. Returns the exit code: 0, or 128 + a signal that stopped it."""
         with StopSignal() as self.stop:
-            return self._fit(self.stop)
+            try:
+                return self._fit(self.stop)
+            except FloatingPointError as error:
+                last, lr = self.folder / "last.pth", self.optimizer.param_groups[-1]["lr"]
+                kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
+                said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
+                raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
 
     def _fit(self, stop):
-        cfg, ranks = self.cfg, self.ranks
+        cfg, ranks, firing = self.cfg, self.ranks, None
         autocast = make_autocast(cfg, ranks, cfg.eval_amp)
         test_loader = self.data.test_loader(cfg, self.test_set, ranks)
-        firing = None
         if self.epoch >= self.num_epochs:
             logger.info(f"nothing to do: all {self.num_epochs} epochs are done")
 
@@ -392,26 +363,19 @@ class Run:
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             try:
-                try:
-                    speed = self.train_epoch()
-                    self.check_weights()
-                    tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
-                    if tested and ranks.main and firing is None:
-                        loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
-                        few = [images for images, _ in loader]
-                        firing = Firing(torch.cat(few)) if few else None
-                except LostWorker as error:
-                    if ranks.world_size > 1:  # the others wait for this one within a step
-                        raise
-                    self.meter.flush()
-                    self.check_weights()
-                    raise UserError(self.stopped(str(error))) from None
-            except FloatingPointError as error:
-                last = self.folder / "last.pth"
-                lr = self.optimizer.param_groups[-1]["lr"]
-                kept = f"{last} is as it was" if last.is_file() else "nothing was saved yet"
-                said = f"{error} of epoch {self.epoch}, learning rate {lr:g}; {kept}"
-                raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
+                speed = self.train_epoch()
+                self.check_weights()
+                tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
+                if tested and ranks.main and firing is None:
+                    loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
+                    few = [images for images, _ in loader]
+                    firing = Firing(torch.cat(few)) if few else None
+            except LostWorker as error:
+                if ranks.world_size > 1:  # the others wait for this one within a step
+                    raise
+                self.meter.flush()
+                self.check_weights()
+                raise UserError(self.stopped(str(error))) from None
             if tested is None:
                 why = signal.Signals(stop.number).name if stop else "another rank"
                 logger.info(self.stopped(why))
