@@ -337,15 +337,3 @@ def test_wrong_flags(flags, words):
     with pytest.raises(UserError) as error:
         read(*flags, script="test" if "--val-batch-size" in flags else None)
     assert words in str(error.value)
-
-
-def test_old_libraries_are_named(monkeypatch):
-    have, metadata = cifar10.config.importlib.metadata.version, cifar10.config.importlib.metadata
-    for old in ("spikingjelly", "0.0.0.0.14"), ("torch", "1.12.1+cu113"), ("timm", "1.0.9"):
-        monkeypatch.setattr(
-            metadata, "version", lambda name, old=old: old[1] if name == old[0] else have(name)
-        )
-        with pytest.raises(UserError) as error:
-            read()
-        assert str(error.value).startswith(f"{old[0]} {old[1]} is too old, ")
-        assert str(error.value).endswith("pip install -r requirements.txt")

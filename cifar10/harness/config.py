@@ -5,26 +5,21 @@ A folder's options.py is the table of keys. The yml beside the script counts amo
 
 import argparse
 import difflib
-import importlib.metadata
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-
-from packaging.version import Version
 
 from .log import HERE, UserError, logger
 from .yml import NUMBER, read_yml, shown
 
-OLDEST = {"torch": "2.6", "timm": "1.0.30", "spikingjelly": "2.0"}  # that were tried and work
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = (None, "none", "null", "None", "", ["none"])
-# control characters, line separators, and what Python makes of bytes that are not UTF-8
-NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Flags of train.py that mean another key where test.py gets them, as the release's does.
 IN_TEST = {
     "batch_size": "val_batch_size",
@@ -47,7 +42,6 @@ class Key:
 
     kind: int, float, bool, str, Path, or a list of one of these, as in [float]. A value of kind
         Path is a string in which ~ and $VARIABLES are expanded.
-    default, help: the help says what the key is, and what null means where that is the default.
     null: whether the value may be null (`none` as a flag).
     flags, aliases: the release's short forms, and other names for it.
     choices, low, high, pattern: what the value, or each of a list, is checked against.
@@ -114,24 +108,18 @@ class Key:
         return found
 
     def _number(self, text, kind):
-        """The number that the text stands for, to the last digit if it is whole, or None."""
-        try:
-            exact = Decimal(text if NUMBER.fullmatch(text) else "nan")
-        except InvalidOperation:  # an exponent of 19 digits
-            return None
-        inside = self.low <= float(exact) <= self.high
-        return kind(exact) if inside and (kind is float or exact == int(exact)) else None
+        number = float(text) if NUMBER.fullmatch(text) else math.nan
+        inside = self.low <= number <= self.high
+        return kind(number) if inside and (kind is float or number.is_integer()) else None
 
     def _text(self, text, kind):
-        if not text or NO_TEXT.search(text) or len(text.encode()) > 4000:
+        if not text.isprintable() or not 0 < len(text) <= 4000:
             return None
         if kind is Path:
             text = os.path.expanduser(os.path.expandvars(text))
-            if unknown := re.match(r"~[^/]*", text):
-                raise ValueError(f"{self.wanted()}; there is no home folder {unknown[0]!r}")
-            if unknown := re.search(r"\$\{?(\w+)", text):
-                raise ValueError(f"{self.wanted()}; the variable {unknown[1]} is not set")
-        return text if not self.pattern or re.fullmatch(self.pattern, text) else None
+            if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
+                raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
+        return text if re.fullmatch(self.pattern or ".*", text) else None
 
     def wanted(self):
         """What the value must be, in words."""
@@ -160,7 +148,6 @@ TrainKey = partial(Key, scripts=("train",), back="run")
 TestKey = partial(Key, scripts=("test",), back="")
 NetworkKey = partial(Key, back="network")
 MachineKey = partial(Key, back="run")  # what computes it, not what is computed
-PATH = Key(Path, None, "path of a yml")
 
 
 def grouped(**groups):
@@ -240,7 +227,7 @@ class Settings:
 
 
 def read_settings(options, argv=None, script=None, description=None) -> Settings:
-    """The Settings of a command line.
+    """The Settings of a command line; UserError for what is wrong with it or with a yml.
 
     Args:
         options: the folder's table: KEYS {name: Key}, NO_EFFECT {name: reason} of names that are
@@ -248,15 +235,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         argv: the command line, default sys.argv[1:].
         script: "train" or "test", whose flags --help shows and others are refused; None: all.
         description: first line of --help.
-
-    UserError for a file that can't be read, an unknown key, a value of the wrong type or out of
-    range, and a flag that the script would not read.
     """
-    for library, oldest in OLDEST.items():
-        have = importlib.metadata.version(library)
-        if Version(have) < Version(oldest):
-            needs = f"{oldest} is the oldest that works: pip install -r requirements.txt"
-            raise UserError(f"{library} {have} is too old, {needs}")
     keys, no_effect = options.KEYS, options.NO_EFFECT
     names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -306,36 +285,27 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
 
 def find_yml(name):
     """The yml that -c names: a path, or one beside the script."""
-    try:
-        name = PATH.convert(name)
-        for path in (Path(name), HERE / name):
-            if os.path.isfile(path):
-                return path.resolve()
-        what = "a folder" if os.path.isdir(name) else "no such file"
-    except ValueError as wanted:
-        what = f"it must be {wanted}"
+    for path in (Path(name), HERE / name):
+        if os.path.isfile(path):
+            return path.resolve()
     known = ", ".join(sorted(path.name for path in HERE.glob("*.yml")))
-    raise UserError(f"-c {shown(name)}: {what} (beside the script: {known})")
+    raise UserError(f"-c {shown(name)}: no such file (beside the script: {known})")
 
 
-def read_with_bases(file):
+def read_with_bases(file, above=()):
     """[[(key, text, where), ...], ...] of a yml and of its bases, which come first.
 
-    `base: other.yml` names a yml beside the one that says so.
+    `base: other.yml` names a yml beside the one that says so; `above` are those that lead here.
     """
-    files, sources = [], []
-    while file is not None:
-        files.append(file)
-        entries = read_yml(file)
-        sources.insert(0, [entry for entry in entries if entry[0] != "base"])
-        named = [entry[1:] for entry in entries if entry[0] == "base" and entry[1] is not None]
-        for name, where in named[:1]:
-            file = file.parent / str(name)
-            if not os.path.isfile(file) or (file := file.resolve()) in files:
-                why = "another yml; this one leads back to it" if file in files else "a yml there"
-                raise UserError(f"{where}: base is {shown(name)}; it must be {why}")
-        file = file if named else None
-    return sources
+    entries, sources = read_yml(file), []
+    for key, name, where in entries:
+        if key == "base" and name is not None:
+            base = file.parent / str(name)
+            if not os.path.isfile(base) or base.resolve() in (file, *above):
+                wanted = "another yml there, that does not lead back"
+                raise UserError(f"{where}: base is {shown(name)}; it must be {wanted}")
+            sources = read_with_bases(base.resolve(), (file, *above))
+    return [*sources, [entry for entry in entries if entry[0] != "base"]]
 
 
 def _hint(name, names, no_effect):
@@ -377,9 +347,7 @@ def _parser(options, script, description):
         many = isinstance(key.kind, list)
         kind = key.kind[0] if many else key.kind
         choices = ("true", "false") if kind is bool else key.choices
-        default = key.default if isinstance(key.default, list) else [key.default]
-        default = ["none" if v is None else v for v in default]
-        shown = " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in default)
+        default = json.dumps(key.default).strip('"').replace("null", "none")
         helped = script is None or script in key.scripts
         for spelled in (name, *key.aliases):
             groups[key.group].add_argument(
@@ -389,7 +357,7 @@ def _parser(options, script, description):
                 nargs="+" if many else "?" if kind is bool else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,
-                help=f"{key.help} [{shown}]".replace("%", "%%")
+                help=f"{key.help} [{default}]".replace("%", "%%")
                 if helped and spelled == name and key.scripts
                 else argparse.SUPPRESS,
             )

@@ -28,23 +28,18 @@ def read_yml(path):
     if root is None or root.value == "":
         return []  # nothing but comments
     if not isinstance(root, yaml.MappingNode):
-        line = root.start_mark.line + 1
-        raise UserError(f"{file}, line {line}: not a yml of `key: value` lines")
+        raise UserError(f"{file}, line {root.start_mark.line + 1}: not a yml of `key: value` lines")
     entries, lines = [], {}
     for key_node, node in root.value:
         where = f"{file}, line {key_node.start_mark.line + 1}"
         key = _scalar(key_node, where, "a key")
         same = str(key).replace("-", "_")
         if same in lines:
-            there = f"{shown(key)} is in line {lines[same]} already"
-            raise UserError(f"{where}: {there}; leave one of them out")
+            raise UserError(f"{where}: {shown(key)} is in line {lines[same]} already")
         lines[same] = key_node.start_mark.line + 1
-        name = key if str(key).isidentifier() else shown(key)
-        if isinstance(node, yaml.SequenceNode):
-            value = [_scalar(item, where, name) for item in node.value]
-        else:
-            value = _scalar(node, where, name)
-        entries.append((str(key), value, where))
+        many = isinstance(node, yaml.SequenceNode)
+        items = [_scalar(item, where, shown(key)) for item in (node.value if many else [node])]
+        entries.append((str(key), items if many else items[0], where))
     return entries
 
 
@@ -52,8 +47,6 @@ def _scalar(node, where, name):
     """A node's text, or None for null."""
     if not isinstance(node, yaml.ScalarNode):
         raise UserError(f"{where}: {name} must be a word, a number or a list of these")
-    if node.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
-        raise UserError(f"{where}: {name} has the tag {shown(node.tag)}; leave the tag out")
     plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
     return None if plain_null else node.value
 
