@@ -146,7 +146,10 @@ def test_what_a_value_means(yml_of, text, name, value):
         ("base: [a, b]", "line 1: base is [a, b]; it must be another yml there"),
         ('base: "a\\0b"', "base is 'a\\x00b'; it must be another yml there"),
         ("base: " + "x" * 300, "it must be another yml there"),
-        ("base: mine.yml", "base is mine.yml; it must be another yml there, that does not lead back"),
+        (
+            "base: mine.yml",
+            "base is mine.yml; it must be another yml there, that does not lead back",
+        ),
         ("base: .", "base is .; it must be another yml there"),
         ("Epoch: 1", "unknown key Epoch; is epochs meant?"),
         ("batchsize: 3", "unknown key batchsize; is batch_size meant?"),
@@ -199,7 +202,9 @@ def test_paths_are_expanded(yml_of, monkeypatch):
     line = fault(*yml_of("\noutput: $UNSET/x"))
     wanted = "it must be a path, or none; $UNSET stands for nothing here"
     assert line == f"mine.yml, line 2: output is '$UNSET/x'; {wanted}"
-    assert "; ~nobody-of-this-name stands for nothing here" in fault("--data-dir", "~nobody-of-this-name/x")
+    assert "; ~nobody-of-this-name stands for nothing here" in fault(
+        "--data-dir", "~nobody-of-this-name/x"
+    )
     paths = {name for name, key in KEYS.items() if key.kind is Path}
     assert paths == {"data_path", "output", "resume", "finetune", "checkpoint"}
 
@@ -251,7 +256,7 @@ def test_every_number_has_a_range_and_every_default_is_in_it(name):
 def fits(key, value):
     """Whether a value is one that this key may have."""
     if value is None:
-        return key.null
+        return key.is_optional
     if isinstance(key.kind, list):
         falls = key.rising and sorted(value) != value
         if falls or not key.length[0] <= len(value) <= key.length[1]:

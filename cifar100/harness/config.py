@@ -42,9 +42,9 @@ class Key:
 
     kind: int, float, bool, str, Path, or a list of one of these, as in [float]. A value of kind
         Path is a string in which ~ and $VARIABLES are expanded.
-    null: whether the value may be null (`none` as a flag).
+    low, high, choices, pattern: what the value, or each of a list, is checked against.
+    null: whether the value may be null (`none` as a flag), as it may where that is the default.
     flags, aliases: the release's short forms, and other names for it.
-    choices, low, high, pattern: what the value, or each of a list, is checked against.
     length, rising: (fewest, most) values of a list, and whether they must not fall.
     words: what the value must be, as an error says it, where the above can't tell.
     back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
@@ -57,12 +57,12 @@ class Key:
     kind: object
     default: object
     help: str
+    low: float = -float("inf")
+    high: float = float("inf")
     null: bool = False
     flags: tuple = ()
     aliases: tuple = ()
     choices: tuple = ()
-    low: float = -float("inf")
-    high: float = float("inf")
     length: tuple = (0, 100)
     rising: bool = False
     pattern: str = ""
@@ -72,9 +72,13 @@ class Key:
     scripts: tuple = ("train", "test")
     group: str = ""
 
+    @property
+    def is_optional(self):
+        return self.null or self.default is None
+
     def convert(self, value):
         """`value`, or what its text says, as this key's type. ValueError says what it must be."""
-        if self.null and value in NULLS:
+        if self.is_optional and value in NULLS:
             return None
         if not isinstance(self.kind, list):
             return self._one(value, self.kind)
@@ -136,7 +140,7 @@ class Key:
             of = ", ".join(choice or "''" for choice in self.choices)
             text = f"{text} of {of}" if many else f"one of {of}"
         text = self.words or text
-        return f"{text}, or none" if self.null else text
+        return f"{text}, or none" if self.is_optional else text
 
 
 def same(value):
@@ -154,6 +158,11 @@ def grouped(**groups):
     """{name: Key} of all groups, each key with its group's name."""
     pairs = ((group, *pair) for group, keys in groups.items() for pair in keys.items())
     return {name: replace(key, group=group) for group, name, key in pairs}
+
+
+def by_name(reasons):
+    """{name: reason} of {reason: names}."""
+    return {name: why for why, names in reasons.items() for name in names.split()}
 
 
 class Config(argparse.Namespace):
