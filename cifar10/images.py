@@ -23,11 +23,6 @@ class BadImage(UserError):
     """A file that is not a whole image."""
 
 
-def printable(path):
-    """The path as text that any terminal takes: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
 def to_rgb(image):
     """The image in 8-bit RGB. Of 16 bits the upper 8 count, as in PIL for colour; grey it clips."""
     deep = image.mode == "I" and image.format in ("PNG", "PPM")
@@ -62,7 +57,7 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
         fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fault = fault.splitlines()[0]
     if fault:
-        raise BadImage(f"{printable(path)}: not a whole image ({fault})")
+        raise BadImage(f"{path}: not a whole image ({fault})")
     return image
 
 
@@ -72,7 +67,7 @@ def list_images(folder):
     """
 
     def fail(error):
-        raise UserError(f"{printable(error.filename)}: can't be read ({error.strerror})")
+        raise UserError(f"{error.filename}: can't be read ({error.strerror})")
 
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -92,13 +87,9 @@ def list_classes(folder):
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     except OSError as error:
-        raise UserError(f"{printable(folder)}: can't be read ({error.strerror})") from None
+        raise UserError(f"{folder}: can't be read ({error.strerror})") from None
     if not names:
         raise UserError(f"{folder} holds no folders; it needs one for each class, with its images")
-    for name in names:
-        if not name.isprintable():
-            wrong = repr(printable(name))
-            raise UserError(f"{folder}: class folder {wrong} needs another name, in UTF-8")
     return sorted(names)
 
 
@@ -107,12 +98,11 @@ def list_split(root, train):
     root, names = Path(root), ("train", "val") if train else ("val", "train")
     folder, other = (root / name for name in names)
     if not os.path.isdir(folder):
-        needed = "needs train/ and val/, with a folder for each class"
-        raise UserError(f"no folder {os.path.abspath(folder)}: {root} {needed}")
+        raise UserError(f"no folder {folder.absolute()}; it needs a folder for each class")
     classes = list_classes(folder)
     if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
-        only = f"only {names[differ[0] not in classes]}/ has {differ[0]}"
-        raise UserError(f"{root}: train/ and val/ are of different classes; {only}")
+        only = f"different classes; only {names[differ[0] not in classes]}/ has {differ[0]}"
+        raise UserError(f"{root}: train/ and val/ are of {only}")
     samples = []
     for label, name in enumerate(classes):
         paths = list_images(folder / name)

@@ -1,7 +1,6 @@
 # Copied from cifar10/data.py
 """CIFAR-10, CIFAR-100, digits or a folder of images, with timm's transforms and mixup."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets.utils import calculate_md5
+from torchvision.datasets.utils import check_integrity
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError
@@ -77,8 +76,7 @@ def check(cfg):
     if mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        wrong = "the first must be smaller than the second"
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller")
     _, height, width = input_shape(cfg)
     if cfg.batch_size * cfg.time_step * (height // 4) * (width // 4) == 1:
         small = f"batch_size 1 at {height} x {width} pixels and time_step 1"
@@ -92,13 +90,18 @@ def input_shape(cfg):
     return tuple(cfg.input_size or (3, cfg.img_size, cfg.img_size))
 
 
-def build_transform(cfg, train):
-    """timm's transform of a PIL image to uint8 [3, height, width]; the loader normalises."""
-    return make_transform(
-        cfg,
+def build_transform(cfg, train, use_prefetcher=True):
+    """timm's transform of a PIL image to [3, height, width]: uint8, which the loader normalises;
+    without a prefetcher normalised float32.
+    """
+    return create_transform(
+        input_shape(cfg),
         is_training=train,
+        use_prefetcher=use_prefetcher,
         no_aug=cfg.no_aug,
-        use_prefetcher=True,
+        mean=cfg.mean,
+        std=cfg.std,
+        crop_pct=cfg.crop_pct,
         scale=cfg.scale,
         ratio=cfg.ratio,
         hflip=cfg.hflip,
@@ -111,15 +114,7 @@ def build_transform(cfg, train):
 
 def input_transform(cfg):
     """PIL image -> the model's input in evaluation, [3, height, width], normalised."""
-    return transforms.Compose([to_rgb, make_transform(cfg, interpolation=cfg.interpolation)])
-
-
-def make_transform(cfg, **options):
-    same = {"mean": cfg.mean, "std": cfg.std, "crop_pct": cfg.crop_pct}
-    try:
-        return create_transform(input_shape(cfg), **same, **options)
-    except Exception as error:  # timm fails in many ways on a policy that it can't read
-        raise UserError(f"timm can't make these transforms (aa is {cfg.aa!r}): {error!r}") from None
+    return transforms.Compose([to_rgb, build_transform(cfg, False, use_prefetcher=False)])
 
 
 def build_dataset(cfg, train, ranks):
@@ -138,31 +133,26 @@ def build_dataset(cfg, train, ranks):
 
 def open_cifar(cfg, train, transform, download=False):
     """CIFAR in data_path, downloaded where it is missing. UserError says what is wrong there."""
-    cifar, where = CIFAR[cfg.dataset], Path(os.path.realpath(cfg.data_path))
+    cifar = CIFAR[cfg.dataset]
     try:
         return cifar(cfg.data_path, train=train, transform=transform, download=download)
     except Exception as error:  # whatever the network, the disk and torchvision make of it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{cifar_fault(cifar, where)}, and {cfg.dataset} could not be downloaded ({reason}): "
-            f"put {cifar.filename} from {cifar.url} there; `-c quickstart.yml` needs no data set"
+            f"{cifar_fault(cifar, Path(cfg.data_path).absolute())}, and {cfg.dataset} could not be "
+            f"downloaded ({reason}): put {cifar.filename} from {cifar.url} there; "
+            "`-c quickstart.yml` needs no data set"
         ) from None
 
 
 def cifar_fault(cifar, where):
-    """What is wrong with CIFAR's files in a folder, in words."""
-    batches = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
-    files = {where / cifar.base_folder / name: md5 for name, md5 in batches}
-    for path, wanted in {where / cifar.filename: cifar.tgz_md5, **files}.items():
-        if path.is_file() and (found := calculate_md5(path)) != wanted:
-            return f"{path} is damaged or another file (its MD5 is {found}, not {wanted})"
-    if (where / cifar.base_folder).is_dir():
-        missing = [path for path in files if not path.exists()]
-        return f"{missing[0]} is missing" if missing else f"data_path is {where}"
-    if where.name == cifar.base_folder:
-        return f"data_path {where} is one folder too deep; it must be {where.parent}"
-    for path in (*where.glob(f"*/{cifar.base_folder}"), *where.glob(f"*/{cifar.filename}")):
-        return f"data_path {where} is one folder too high; {path.parent} has {path.name}"
+    """The first of CIFAR's files in a folder that is not as it was published, in words."""
+    archive, folder = where / cifar.filename, where / cifar.base_folder
+    names = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    files = [(folder / name, md5) for name, md5 in names if folder.is_dir()]
+    for path, md5 in [(archive, cifar.tgz_md5)] * archive.is_file() + files:
+        if not check_integrity(path, md5):
+            return f"{path} is {'damaged' if path.exists() else 'missing'}"
     return f"{cifar.base_folder} is not in data_path {where}"
 
 

@@ -88,25 +88,17 @@ def build_transform(cfg, train):
     if not train:
         # As in the release: a margin up to 224, none above.
         resized = int(size / 0.875) if size <= 224 else size
-        return transforms.Compose(
-            [
-                transforms.Resize(resized, transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(size),
-                transforms.PILToTensor(),
-            ]
-        )
-    try:
-        transform = create_transform(
-            size,
-            is_training=True,
-            use_prefetcher=True,
-            color_jitter=cfg.color_jitter,
-            auto_augment=cfg.aa,
-            interpolation="bicubic",
-            mean=IMAGENET_DEFAULT_MEAN,
-        )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"aa is {cfg.aa!r}, which timm does not take: {error}") from None
+        resize = transforms.Resize(resized, transforms.InterpolationMode.BICUBIC)
+        return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    transform = create_transform(
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        color_jitter=cfg.color_jitter,
+        auto_augment=cfg.aa,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+    )
     transform.transforms[0] = Crop(transform.transforms[0])
     return transform
 
@@ -116,8 +108,7 @@ def check(cfg):
     if mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        wrong = "the first must be smaller than the second"
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
+        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller")
     if cfg.batch_size * cfg.time_step * (cfg.img_size // 16) ** 2 == 1:
         small = f"batch_size 1 at img_size {cfg.img_size} and time_step 1"
         raise UserError(f"{small} leaves BatchNorm a single value a channel; make one larger")
@@ -130,14 +121,9 @@ def input_shape(cfg):
 
 def input_transform(cfg):
     """PIL image -> the model's input in evaluation, [3, input_size, input_size], normalised."""
-    return transforms.Compose(
-        [
-            to_rgb,
-            build_transform(cfg, False),
-            transforms.ConvertImageDtype(torch.float32),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    floats = transforms.ConvertImageDtype(torch.float32)
+    return transforms.Compose([to_rgb, build_transform(cfg, False), floats, normalize])
 
 
 def build_dataset(cfg, train, ranks):

@@ -105,9 +105,7 @@ def test_a_damaged_archive_is_called_damaged(cifar, kind):
         content = contents[kind]
         path.write_bytes(content)
         text = cifar.fails()
-        md5 = hashlib.md5(content).hexdigest()
-        for words in path, md5, cifar.kind.tgz_md5, "damaged", cifar.kind.url:
-            assert str(words) in text
+        assert f"{path} is damaged" in text and cifar.kind.url in text
         assert "not in data_path" not in text and path.read_bytes() == content
 
 
@@ -118,8 +116,7 @@ def test_a_damaged_or_missing_file_of_the_extracted_folder(cifar):
     for name in (cifar.kind.train_list[-1][0], cifar.kind.meta["filename"]):
         path = cifar.dir / cifar.kind.base_folder / name
         path.write_bytes(cifar.batches[name][:-1])
-        text = cifar.fails()
-        assert f"{path} is damaged" in text and hashlib.md5(cifar.batches[name]).hexdigest() in text
+        assert f"{path} is damaged" in cifar.fails()
         path.unlink()
         assert f"{path} is missing" in cifar.fails()
         path.write_bytes(cifar.batches[name])
@@ -128,14 +125,11 @@ def test_a_damaged_or_missing_file_of_the_extracted_folder(cifar):
 
 def test_a_wrong_place(cifar):
     (cifar.dir / cifar.kind.filename).write_bytes(cifar.archive)
-    high = f"data_path {cifar.dir.parent} is one folder too high; {cifar.dir} has "
-    assert high in cifar.fails(cifar.dir.parent)
+    assert f"is not in data_path {cifar.dir.parent}, " in cifar.fails(cifar.dir.parent)
     assert str(cifar.dir / cifar.kind.filename) in cifar.fails(cifar.dir / cifar.kind.filename)
     cifar.build()
     inside = cifar.dir / cifar.kind.base_folder
-    assert f"data_path {inside} is one folder too deep; it must be {cifar.dir}" in cifar.fails(
-        inside
-    )
+    assert f"is not in data_path {inside}, " in cifar.fails(inside)
     loop = cifar.dir.parent / "loop"
     loop.symlink_to(loop)
     assert str(loop) in cifar.fails(loop)

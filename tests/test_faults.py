@@ -337,7 +337,7 @@ def test_averaged_weights_are_alike_on_all_ranks(tmp_path):
     ],
 )
 def test_first_host_of_a_list(hosts, first):
-    env = {"SLURM_STEP_NODELIST": hosts, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    env = {"SLURM_STEP_NODELIST": hosts, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     assert runtime.slurm_ranks(env)["MASTER_ADDR"] == first
 
 

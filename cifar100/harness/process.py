@@ -20,10 +20,6 @@ from .log import UserError, escaped
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_SIGNAL = 3  # seconds in which another signal is the first one, which a launcher passes on
-MACHINE = (  # errors of the machine, which are no fault of the program
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENAMETOOLONG),
-)
 
 
 class Ranks:
@@ -35,7 +31,7 @@ class Ranks:
     """
 
     def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
-        if "RANK" not in os.environ and started_by_srun(os.environ) and not alone:
+        if "RANK" not in os.environ and not alone:
             os.environ.update(slurm_ranks(os.environ))
         self.rank = 0 if alone else variable("RANK", 0)
         self.world_size = 1 if alone else variable("WORLD_SIZE", 1, least=1)
@@ -44,18 +40,13 @@ class Ranks:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
             if device == "cpu" and shutil.which("nvidia-smi") and not hidden:
-                self.note = (
-                    f"device: the CPU, since PyTorch {torch.__version__} can't use the NVIDIA card "
-                    "(requirements-cu12.txt is for older drivers and cards)"
-                )
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            self.device = torch.device("meta")
-        if self.device.type not in ("cpu", "cuda"):
+                why = f"since PyTorch {torch.__version__} can't use the NVIDIA card"
+                self.note = f"device: the CPU, {why} (requirements-cu12.txt is for older drivers)"
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
             raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+        self.device = torch.device(device)
         if self.device.type == "cuda":
-            self._take_gpu(device)
+            self._take_gpu()
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
@@ -63,22 +54,20 @@ class Ranks:
             try:
                 torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
             except (ValueError, RuntimeError) as error:
-                text = str(error).strip().splitlines()[0]
-                places = "by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-                raise UserError(f"the ranks do not find each other {places} ({text})") from None
+                places = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                text = f"{places} ({str(error).strip().splitlines()[0]})"
+                raise UserError(f"the ranks do not find each other by {text}") from None
             # For from_main, which needs no GPU, and for what takes rank 0 hours there.
             self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
             self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
 
-    def _take_gpu(self, device):
-        if self.device.index is not None and self.world_size > 1:
-            wrong = "with several ranks say cuda, and each takes its own"
-            raise UserError(f"device is {device!r}; {wrong}")
+    def _take_gpu(self):
         if self.device.index is None:
             self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
-        if self.device.index >= torch.cuda.device_count():
-            has = f"this machine has {torch.cuda.device_count()} CUDA devices"
-            raise UserError(f"device {self.device}: {has}")
+        elif self.world_size > 1:
+            raise UserError(f"device is {self.device}; with several ranks say cuda")
+        if self.device.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"device {self.device}: this machine has {count} CUDA devices")
         torch.cuda.set_device(self.device)
 
     @property
@@ -112,8 +101,7 @@ class Ranks:
                 box[0] = function()
             except UserError as error:
                 box[1] = str(error)
-        group = self.patient if slow else self.quick
-        torch.distributed.broadcast_object_list(box, group=group)
+        torch.distributed.broadcast_object_list(box, group=self.patient if slow else self.quick)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
@@ -127,24 +115,19 @@ def variable(name, default, least=0):
     return int(text)
 
 
-def started_by_srun(env):
-    """Whether srun started this process. Plain python in a batch script has PROCID, NTASKS too."""
-    step = "SLURM_STEP_ID" in env or "MASTER_ADDR" in env
-    named = "SLURM_STEP_NUM_TASKS" in env or ("SLURM_NTASKS" in env and step)
-    return named and "SLURM_PROCID" in env
-
-
 def slurm_ranks(env):
-    """The variables of torchrun for a task of srun; MASTER_ADDR and MASTER_PORT stay where set.
-
-    With one GPU bound to each task (--gpus-per-task=1) that is the only one it sees, number 0.
+    """The variables of torchrun for a task of SLURM's srun; MASTER_ADDR and MASTER_PORT stay where
+    set. {} for others: plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too.
     """
-    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "localhost"
+    if "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
+        return {}
+    hosts = env.get("SLURM_STEP_NODELIST") or "localhost"
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)[0]  # of a1,b2 or n[01-04,07]
     port = 15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000
     return {
         "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        # With --gpus-per-task=1 a task sees one GPU only, number 0.
         "LOCAL_RANK": str(int(env.get("SLURM_LOCALID", 0)) % max(torch.cuda.device_count(), 1)),
         "MASTER_ADDR": env.get("MASTER_ADDR") or re.sub(r"\[(\w+)[^\]]*\]", r"\1", first),
         "MASTER_PORT": env.get("MASTER_PORT") or str(port),
@@ -245,17 +228,14 @@ def explain(error):
         return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return f"{error.strerror}: perhaps in /dev/shm (docker run --shm-size=8g, or workers: 0)"
-    if isinstance(error, OSError) and error.errno in MACHINE:
+    if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or type(error).__name__}: {error.strerror}"
     if type(error).__module__ == "torch._inductor.exc":
         return f"torch.compile can't build this model ({text}); compile: false runs without it"
     if isinstance(error, RuntimeError) and torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
+        rank, why = f"rank {torch.distributed.get_rank()}", "was killed, or says why itself"
         if re.search("[Tt]imed out|[Tt]imeout", str(error)):
-            why = "which is stopped, blocked or slow"
-            return f"rank {rank} waited timeout_minutes for another rank, {why} ({text})"
+            return f"{rank} waited timeout_minutes for another one, stopped or slow ({text})"
         if re.search("closed by peer|reset by peer|Broken pipe|refused|NCCL", str(error)):
-            why = "it was killed, or says why in a line of its own, or the network failed"
-            said = f"rank {rank} lost another rank: {why} ({text})"
-            return f"{said}; resume: auto goes on from last.pth"
+            return f"{rank} lost another one, which {why} ({text}); resume: auto goes on"
     return None
