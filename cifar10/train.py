@@ -67,7 +67,7 @@ class Trainer(Run):
             if cfg.clip_grad is not None:
                 self.scaler.unscale_(optimizer)
                 dispatch_clip_grad(self.model.parameters(), cfg.clip_grad, cfg.clip_mode)
-            self.skips.step(self.scaler, optimizer)
+            self.scaler.step(optimizer)
             self.scaler.update()
             if self.ema:
                 self.ema.update(self.model)

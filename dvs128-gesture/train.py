@@ -59,7 +59,7 @@ class Trainer(Run):
                 loss = self.criterion(self.ddp(frames), targets)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
-            self.skips.step(self.scaler, optimizer)
+            self.scaler.step(optimizer)
             self.scaler.update()
             if self.ema:
                 self.ema.update(self.model)

@@ -30,9 +30,11 @@ from .folder import RunLog, open_run, read_args, write_args, write_whole, writin
 from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
 from .loss import TET
-from .meters import LossMeter, Skips, evaluate, make_autocast, peak_memory_mb
+from .meters import LossMeter, evaluate, make_autocast, peak_memory_mb
 from .process import Ranks, StopSignal
 from .seeds import get_rng_state, set_deterministic, set_rng_state
+
+SMALLEST_SCALE = 1e-10  # of the gradients: some 50 steps in a row were left out then
 
 
 class Start(NamedTuple):
@@ -156,7 +158,6 @@ class Run:
         cfg = self.cfg
         if cfg.loss == "tet":
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
-        self.skips = Skips(self.optimizer)
         self.say()
         if self.start.resumed:
             self.resume(self.start.checkpoint, self.start.path)
@@ -320,9 +321,15 @@ class Run:
         return tested
 
     def check_weights(self):
-        """FloatingPointError if a weight that is about to be saved is not finite."""
+        """FloatingPointError if a weight that is about to be saved is not finite, or the scaler
+        leaves out step after step, since the gradients are not.
+        """
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"gradients are not finite any more at step {self.meter.steps}"
+            )
 
     def stopped(self, why):
         """Save; returns a line that says where the run is, and the command that goes on."""

@@ -20,12 +20,9 @@ def graphed(model, cfg, ranks, training=False):
     """The model as a Graph where cfg.cuda_graph asks for it; where that can't be, a line says why
     and the model comes back as it is.
     """
-    if not cfg.cuda_graph:
-        return model
-    why = obstacle(cfg, ranks, training)
-    if why:
+    if cfg.cuda_graph and (why := obstacle(cfg, ranks, training)):
         say(f"cuda_graph has no effect {why}")
-    return model if why else Graph(model)
+    return Graph(model) if cfg.cuda_graph and not why else model
 
 
 def obstacle(cfg, ranks, training):
@@ -84,9 +81,8 @@ class Graph:
             first = error.__context__ or error  # an error in a capture makes its end fail too
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            text = (str(first).strip() or type(first).__name__).splitlines()[0]
-            why = f"this model can't be captured ({text})"
-            raise UserError(f"cuda_graph: {why}; cuda_graph: false runs without") from None
+            text = f"this model can't be captured ({str(first).strip().splitlines()[0]})"
+            raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
 
     def capture(self, x):
         self.x, trained = x.clone(), torch.is_grad_enabled()
@@ -100,7 +96,8 @@ class Graph:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self.warm_up()
+                    logits = self.model(self.x)
+                    self.gradients(logits, torch.zeros_like(logits))
             torch.cuda.current_stream().wait_stream(side)
             with capturing(self.forward):
                 logits = self.model(self.x)
@@ -113,13 +110,9 @@ class Graph:
                 self.parameters, self.grads = zip(*used, strict=True)
             self.logits = logits.detach()  # without the nodes, which are of the capture's stream
 
-    def warm_up(self):
-        logits = self.model(self.x)
-        if self.parameters:
-            self.gradients(logits, torch.zeros_like(logits))
-
     def gradients(self, logits, grad):
-        return torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
+        if self.parameters:
+            return torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
 
 
 class Replay(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""How a run goes: mixed precision, losses, metrics, progress, steps that were left out."""
+"""How a run goes: mixed precision, losses, metrics, progress."""
 
 import math
 import resource
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from .log import UserError, logger, progress
 
-SKIPPED = 50  # steps in a row: the scale is 1e15 times smaller then
 SECONDS = 30  # between two lines of progress, at most
 
 
@@ -113,33 +112,6 @@ def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
     loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
-
-
-class Skips:
-    """Counts the steps in a row that the scaler left out; FloatingPointError if they are many.
-
-    A fused optimizer leaves them out itself, on the GPU, and the count is a tensor there: it is
-    read every SKIPPED steps, so that no step waits for it.
-    """
-
-    def __init__(self, optimizer):
-        self.steps = self.count = 0
-        inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-        inner.register_step_post_hook(self.stepped)
-
-    def stepped(self, optimizer, *_):
-        found_inf = getattr(optimizer, "found_inf", None)  # the scaler's, for a fused optimizer
-        self.count = 0 if found_inf is None else self.count * (found_inf > 0)
-
-    def step(self, scaler, optimizer):
-        """scaler.step(optimizer)."""
-        self.steps += 1
-        self.count += 1
-        scaler.step(optimizer)
-        known = not torch.is_tensor(self.count) or self.steps % SKIPPED == 0
-        if known and self.count >= SKIPPED:
-            count = int(self.count)
-            raise FloatingPointError(f"gradients are not finite in {count} steps in a row")
 
 
 class LossMeter:
