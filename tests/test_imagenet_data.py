@@ -197,7 +197,7 @@ def test_bad_layouts(tmp_path, lines, narrow):
     said = last("--batch_size", 1, "--input_size", 16, "--time_step", 1)
     assert "BatchNorm a single value" in said and said.startswith("error: batch_size 1 at img_size")
     assert last() == (
-        "error: batch_size 16 is more than the 4 training images; make batch_size smaller"
+        "error: batch_size 16 is more than the 4 training images; make it less"
     ).replace("images", "samples")
     said = last("--batch_size", 2, "--accum_iter", 3)
     assert said.startswith("error: batch_size 2 x accum_iter 3 is more than the 4 ")
