@@ -16,7 +16,7 @@ MODELS = {name: getattr(file, name) for file in (model,) for name in file.__all_
 
 # fmt: off
 MODEL = {
-    "model": NetworkKey(str, "QKFormer", "model of model.py", fixed=same),
+    "model": NetworkKey(str, "QKFormer", "of model.py", choices=(*MODELS,), fixed=same),
     "time_step": NetworkKey(int, 16, "frames of a sample, which are the time steps", 1, 1024,
         flags=("-T",), aliases=("T",)),
     "layer": NetworkKey(int, 2, "blocks in all; stage 2 has one fewer", 2, 100, fixed=same),

@@ -19,7 +19,7 @@ DATASET = "torch/cifar100"
 
 # fmt: off
 MODEL = {
-    "model": NetworkKey(str, "QKFormer", "QKFormer (model.py) or MSQKFormer (ms.py)", fixed=same),
+    "model": NetworkKey(str, "QKFormer", "of model.py or ms.py", choices=(*MODELS,), fixed=same),
     "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", 1, 1024,
         flags=("-T",), aliases=("T",)),
     "layer": NetworkKey(int, 4, "blocks; stage 3 has all but two", 3, 100, flags=("-L",),

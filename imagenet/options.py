@@ -17,7 +17,8 @@ MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__a
 
 # fmt: off
 MODEL = {
-    "model": NetworkKey(str, "QKFormer_10_384", "model of model.py or ms.py", fixed=same),
+    "model": NetworkKey(str, "QKFormer_10_384", "of model.py or ms.py", choices=(*MODELS,),
+        fixed=same),
     "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", 1, 1024,
         flags=("-T",), aliases=("T",)),
     "img_size": Key(int, 224, "height and width of the network's input, a multiple of 16", 16, 4096,

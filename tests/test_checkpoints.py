@@ -199,7 +199,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, room):
         def write(self, part):
             return super().write(part) if self.tell() + len(part) <= room else no_space()
 
-    monkeypatch.setattr(cifar10.checkpoint, "open", File, raising=False)
+    monkeypatch.setattr(cifar10.folder, "open", File, raising=False)
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(UserError, match=r"last\.pth: can't be written .*No space"):
         cifar10.checkpoint.save_checkpoint({"a": torch.zeros(9999)}, path)

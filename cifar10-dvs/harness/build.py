@@ -9,7 +9,6 @@ import math
 import os
 import re
 import reprlib
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +42,8 @@ FAMILIES = (  # data sets, model, a weight that no family above has; the first t
 LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
 HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
 LEAK = {
-    False: "cross_sample_lif: false, the paper's network (an image's logits do not depend on its "
-    "batch)",
-    True: "cross_sample_lif: true, the release's network (logits depend on the batch's other "
-    "images)",
+    False: "cross_sample_lif: false, the paper's network (logits do not depend on the batch)",
+    True: "cross_sample_lif: true, the release's network (logits depend on the batch)",
 }
 
 
@@ -75,12 +72,11 @@ def recorded_values(options, checkpoint, path) -> dict:
     config = checkpoint.get("config")
     if isinstance(config, dict):
         recorded |= convert_all(options, config, path)
-        own = {name: key for name, key in options.KEYS.items() if key.kind is Path}
         beside = Path(path).parent
         args = convert_all(options, read_args(beside), beside / "args.yaml")
-        for name in own:
+        for name in [name for name, key in options.KEYS.items() if key.kind is Path]:
             recorded.pop(name, None)
-            if name in args and args[name] is not None and Path(args[name]).is_dir():
+            if os.path.isdir(args.get(name) or ""):
                 recorded[name] = args[name]
     elif (steps := steps_of(checkpoint, path)) is not None:
         recorded["time_step"] = steps
@@ -92,12 +88,13 @@ def convert_all(options, config, path):
     names = {s: name for name, key in options.KEYS.items() for s in (name, *key.aliases)}
     found = {}
     for spelled, value in config.items():
-        if spelled in names and options.KEYS[names[spelled]].back:
+        name = names.get(spelled)
+        if name and options.KEYS[name].back:
             try:
-                found[names[spelled]] = options.KEYS[names[spelled]].convert(value)
+                found[name] = options.KEYS[name].convert(value)
             except ValueError as wanted:
-                said = f"damaged: its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
-                raise UserError(f"{path}: {said}") from None
+                said = f"its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
+                raise UserError(f"{path}: damaged: {said}") from None
     return found
 
 
@@ -177,20 +174,17 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
         if setting == "true":
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
         return False, f"{model}: an image's logits do not depend on its batch"
-    recorded = checkpoint.get("cross_sample_lif") if checkpoint else None
+    recorded = checkpoint.get("cross_sample_lif") if checkpoint else False
     if not isinstance(recorded, (bool, type(None))):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
-    if setting != "auto":
-        value = setting == "true"
-        if recorded in (None, value):
-            return value, LEAK[value]
+    if setting == "auto" and recorded is None:
+        taken = "does not record its semantics, so it is taken for one of the release's"
+        other = "set cross_sample_lif: false if it was trained with the paper's"
+        return True, f"warning: {path} {taken}: {LEAK[True]}; {other}"
+    value = recorded if setting == "auto" else setting == "true"
+    if checkpoint and recorded not in (None, value):
         return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
-    if checkpoint is None or recorded is not None:
-        return bool(recorded), LEAK[bool(recorded)]
-    return True, (
-        f"warning: {path} does not record its semantics, so it is taken for one of the release's: "
-        f"{LEAK[True]}; set cross_sample_lif: false if it was trained with the paper's"
-    )
+    return value, LEAK[value]
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -200,8 +194,6 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
     """The configuration's model, on this rank's device."""
     if cfg.compile and cfg.checkpoint_stages:
         raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
-    if cfg.model not in options.MODELS:
-        raise UserError(f"model is {cfg.model!r}; there are {', '.join(options.MODELS)}")
     *_, channels, height, width = shape = data.input_shape(cfg)
     keywords = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
     try:
@@ -223,10 +215,10 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
     if cfg.compile:
         if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             # PyTorch's own choice lies in a folder of all users, and what is in it is run.
-            home = os.path.expanduser("~/.cache/qkformer")
-            private = home if os.access(os.path.expanduser("~"), os.W_OK) else tempfile.mkdtemp()
+            private = os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.expanduser(
+                "~/.cache/qkformer"
+            )
             os.makedirs(private, 0o700, exist_ok=True)
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = private
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
@@ -248,9 +240,8 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
     With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
     line says so.
     """
-    cross_sample_lif, semantics = resolve_semantics(
-        cfg.cross_sample_lif, checkpoint, path, cfg.model
-    )
+    setting = cfg.cross_sample_lif
+    cross_sample_lif, semantics = resolve_semantics(setting, checkpoint, path, cfg.model)
     model = build_model(cfg, options, data, cross_sample_lif, num_classes, ranks)
     weights = checkpoint["model"] if checkpoint else None
     if weights and new_head:
@@ -317,16 +308,12 @@ def measure(tested: Tested, data, **published) -> Metrics:
     dataset = data.build_dataset(cfg, False, ranks)
     weights = tested.model.state_dict()
     check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
-    torch.backends.cudnn.deterministic = (
-        len(shape) == 4
-    )  # event data: deterministic, as in training
-    torch.backends.cudnn.benchmark = len(shape) != 4
+    events = len(shape) == 4  # deterministic, as in training
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = events, not events
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
     metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
-    logger.info(
-        f"{typed(path)}: top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss "
-        f"{metrics.loss:.4f}, {metrics.images_per_second:.0f} images/s"
-    )
+    figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
+    logger.info(f"{typed(path)}: {figures}, {metrics.images_per_second:.0f} images/s")
     result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
     result |= {"input": shape, **tested.settings, **published}
     ranks.from_main(lambda: write_result(path, result))

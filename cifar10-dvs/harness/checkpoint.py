@@ -10,7 +10,6 @@ bare state dicts.
 
 import argparse
 import math
-import os
 import pathlib
 import pickle
 import reprlib
@@ -21,6 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from .folder import replacing
 from .log import UserError, logger
 
 # Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
@@ -40,21 +40,13 @@ AGAIN = "get or make it again"
 
 
 def save_checkpoint(state: dict, path: Path):
-    """Write to a temporary file, flush it to the disk, rename it to `path`.
-
-    So after a crash `path` is either the old file or the whole new one. UserError on a full disk.
+    """Write a checkpoint. After a crash `path` is either the old file or the whole new one;
+    UserError on a full disk.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # of a killed run
-        with open(temporary, "xb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
             error = error.__context__
         said = f"can't be written ({error}); an older file there is untouched"
@@ -79,11 +71,10 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
         plain, checkpoint = checkpoint, {}
     if use_ema and averaged is None:
         raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
-    if plain is not None and averaged is not None and not use_ema:
-        which = "these are the plain ones (use_ema takes the others)"
-        logger.info(f"{path}: holds plain and averaged weights; {which}")
-    elif plain is None and not use_ema:
-        logger.info(f"{path}: holds averaged weights only, which are taken")
+    if averaged is not None and not use_ema:
+        which = "averaged weights only, which are taken"
+        which = which if plain is None else "plain weights, which are taken, and averaged ones"
+        logger.info(f"{path}: holds {which}")
     extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
@@ -170,18 +161,6 @@ def fault_of(name, value):
     return None if value.isfinite().all() else "has values that are not finite numbers"
 
 
-def progress_of(path: Path) -> tuple:
-    """(epochs, steps of the next) that a checkpoint of ours has behind it, read without its
-    tensors; of a file that can't be read more than any, so that it is taken and an error names it.
-    """
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return int(content["epoch"]) + 1, int(content["step"])
-    except Exception:  # damaged bytes can make the reader fail in any way
-        return math.inf, 0
-
-
 def load_weights(model: torch.nn.Module, weights: dict, path: Path):
     """Load weights; UserError that names keys and shapes where they are of another network."""
     have, want = dict(weights), model.state_dict()
@@ -189,19 +168,15 @@ def load_weights(model: torch.nn.Module, weights: dict, path: Path):
         if name.endswith("num_batches_tracked"):  # old files lack them; nothing depends on them
             have.setdefault(name, want[name])
     both = [name for name in want if name in have and have[name].shape != want[name].shape]
-    shapes = [f"{n} {list(have[n].shape)} instead of {list(want[n].shape)}" for n in both]
-    problems = []
-    for title, names in (
-        ("missing", [name for name in want if name not in have]),
-        ("unexpected", [name for name in have if name not in want]),
-        ("of another shape", shapes),
-    ):
-        if names:
-            more = ", …" if len(names) > 3 else ""
-            problems.append(f"{len(names)} {title} ({', '.join(names[:3])}{more})")
-    if problems:
-        why = f"of another architecture than the configuration's: {'; '.join(problems)}"
-        raise UserError(f"{path}: {why}")
+    differ = {
+        "missing": [name for name in want if name not in have],
+        "unexpected": [name for name in have if name not in want],
+        "of another shape": [f"{n} {[*have[n].shape]} instead of {[*want[n].shape]}" for n in both],
+    }
+    short = {how: ", ".join(n[:3]) + ", …" * (len(n) > 3) for how, n in differ.items()}
+    text = "; ".join(f"{len(n)} {how} ({short[how]})" for how, n in differ.items() if n)
+    if text:
+        raise UserError(f"{path}: of another architecture than the configuration's: {text}")
     model.load_state_dict(have)
 
 

@@ -16,7 +16,6 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from .checkpoint import progress_of
 from .log import HERE, UserError, logger
 
 CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
@@ -62,11 +61,7 @@ def runs_of(root, experiment):
     `run`, or the first of `run-2`.
     """
     folders = [path.parent for path in root.glob("*/args.yaml")]
-    return [folder for folder in folders if experiment_of(folder) == experiment]
-
-
-def experiment_of(folder):
-    return str(read_args(folder).get("experiment", folder.name))
+    return [run for run in folders if str(read_args(run).get("experiment", run.name)) == experiment]
 
 
 def read_args(folder) -> dict:
@@ -91,17 +86,15 @@ def find_run(settings):
         own = path.name == "last.pth" and (path.parent / "args.yaml").is_file()
         return path.parent if own else None, path
     root, experiment = root_of(settings), settings.name or settings.file.stem
-    runs, first = runs_of(root, experiment), progress_of
-    if not runs and not settings.name:
-        runs, first = [path.parent for path in root.glob("*/args.yaml")], lambda path: 0
-    found = [run / "last.pth" for run in runs if (run / "last.pth").is_file()]
+    runs = runs_of(root, experiment)
+    others = [] if runs or settings.name else [path.parent for path in root.glob("*/args.yaml")]
+    found = [run / "last.pth" for run in runs + others if (run / "last.pth").is_file()]
     if found:
-        newest = max(found, key=lambda path: (first(path), path.stat().st_mtime))
-        if first is not progress_of:
+        newest = max(found, key=lambda path: path.stat().st_mtime)
+        if others:
             logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
         return newest.parent, newest
-    # It ended before its first checkpoint, or is to begin.
-    return (runs[0] if len(runs) == 1 and first is progress_of else None), None
+    return (runs[0] if len(runs) == 1 else None), None  # ended before its first checkpoint
 
 
 def open_run(settings):
@@ -113,20 +106,16 @@ def open_run(settings):
     """
     root, experiment = root_of(settings), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
-        names = "it names a folder, so letters, digits and -_.+=, only"
-        raise UserError(f"experiment is {experiment!r}; {names}")
+        raise UserError(f"experiment is {experiment!r}; letters, digits and -_.+=, name a folder")
     folder, resume = find_run(settings)
-    going_on = folder is not None
-    if (
-        not going_on
-        and settings.resume == "auto"
-        and not (root / experiment / "args.yaml").exists()
-    ):
-        folder = root / experiment
+    going_on, first = folder is not None, root / experiment
+    if not going_on and settings.resume == "auto" and not (first / "args.yaml").exists():
+        folder = first
     if folder is not None:
         if not claim(folder):
-            wait = "wait for its end, or stop it, or set another experiment"
-            raise UserError(f"{folder} is in use by another run: {wait}")
+            raise UserError(
+                f"{folder} is in use by another run; stop it, or set another experiment"
+            )
         return folder, resume, going_on
     for number in itertools.count(1):
         folder = root / (experiment if number == 1 else f"{experiment}-{number}")
@@ -201,12 +190,20 @@ def write_result(path, result):
 
 
 def write_whole(path, content):
-    """A file whole or not at all: what is at `path`, a link too, is replaced, not written to."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file that is whole or not at all: once it is on the disk it takes the place of what is at
+    `path`, a link too.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a killed run
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
