@@ -35,20 +35,17 @@ class Firing:
     @torch.inference_mode()
     def rates(self, model, autocast) -> dict:
         """{stage: share of 1 in its spikes}; logs which layers are silent if that has changed."""
-        found, hooks = {}, []
-        for name, module in model.named_modules():
-            if isinstance(module, BaseNode):
+        names = {m: name for name, m in model.named_modules() if isinstance(m, BaseNode)}
+        found = {}
 
-                def hook(module, args, spikes, name=name):
-                    found[name] = spikes.sum(dtype=torch.float64), spikes.numel()
+        def count(module, args, spikes):
+            found[names[module]] = spikes.sum(dtype=torch.float64), spikes.numel()
 
-                hooks.append(module.register_forward_hook(hook))
-        try:
-            with autocast():
-                model.forward(self.images)  # torch.compile's would not call the hooks
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = [module.register_forward_hook(count) for module in names]
+        with autocast():
+            model.forward(self.images)  # torch.compile's would not call the hooks
+        for hook in hooks:
+            hook.remove()
         stages = {}
         for name, (spikes, values) in found.items():
             sums = stages.setdefault(stage_of(name), [0.0, 0])

@@ -214,21 +214,20 @@ class Settings:
         for name, value in self.yml.items():
             edited = purpose == "resume" and not self.named and then.get(name, value) != value
             if edited and name in back and back[name] != value:
-                used = f"{back[name]}, which is used (-c {self.file.name} would take the yml's)"
-                logger.info(f"{self.file.name}: {name} is {value}, but {path} has {used}")
+                used = f"{path} has {back[name]}, which is used (-c would take the yml's)"
+                logger.info(f"{self.file.name}: {name} is {value}, but {used}")
         values |= back
         for name, (value, where) in self.said.items():
             if where != "command line" and name in then and then[name] == value:
                 continue
             if name in back and value != back[name]:
-                key, had = self.keys[name], back[name]
-                if key.fixed and key.fixed(value) is None:  # none: as it is in the checkpoint
+                fixed, had = self.keys[name].fixed, back[name]
+                said = f"{where}: {name} is {value}, but {path}"
+                if fixed and fixed(value) is None:  # none: as it is in the checkpoint
                     continue
-                if key.fixed and key.fixed(value) != key.fixed(had):
-                    why = f"{path} is of {name} {had}; leave it out to use that"
-                    raise UserError(f"{where}: {name} is {value}, but {why}")
-                why = f"{path} was trained with {had}; {value} is used"
-                logger.info(f"{where}: {name} is {value}, but {why}")
+                if fixed and fixed(value) != fixed(had):
+                    raise UserError(f"{said} is of {name} {had}; leave it out to use that")
+                logger.info(f"{said} was trained with {had}; {value} is used")
             values[name] = value
         config = Config()
         vars(config).update(values | chosen)
@@ -279,12 +278,13 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             try:
                 value = keys[name].convert(text)
             except ValueError as wanted:
-                said = f"{spelled} is {shown(text)}"
-                raise UserError(f"{where}: {said}; it must be {wanted}") from None
+                said = f"{spelled} is {shown(text)}; it must be {wanted}"
+                raise UserError(f"{where}: {said}") from None
             other, before = here.setdefault(name, (spelled, value))
             if before != value:
-                said = f"{other} and {spelled} are one key, but their values differ"
-                raise UserError(f"{where}: {said}; leave one of them out")
+                raise UserError(
+                    f"{where}: {other} and {spelled} are one key, but their values differ"
+                )
             if not from_flags:
                 settings.yml[name] = value
             if from_flags or named:
@@ -349,16 +349,16 @@ def _parser(options, script, description):
     )
     text = f"yml to read, a path or one beside the script [{options.DEFAULT_CONFIG}]"
     parser.add_argument("-c", "--config", metavar="FILE", help=text)
-    groups = {}
+    titles = dict.fromkeys(key.group for key in options.KEYS.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for name, key in options.KEYS.items():
-        if key.group not in groups:
-            groups[key.group] = parser.add_argument_group(key.group or None)
         many = isinstance(key.kind, list)
         kind = key.kind[0] if many else key.kind
         choices = ("true", "false") if kind is bool else key.choices
         default = json.dumps(key.default).strip('"').replace("null", "none")
-        helped = script is None or script in key.scripts
         for spelled in (name, *key.aliases):
+            helped = spelled == name and key.scripts and script in (None, *key.scripts)
+            text = f"{key.help} [{default}]".replace("%", "%%")
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
                 f"--{spelled}",
@@ -366,9 +366,7 @@ def _parser(options, script, description):
                 nargs="+" if many else "?" if kind is bool else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,
-                help=f"{key.help} [{default}]".replace("%", "%%")
-                if helped and spelled == name and key.scripts
-                else argparse.SUPPRESS,
+                help=text if helped else argparse.SUPPRESS,
             )
     for name in options.NO_EFFECT:
         parser.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
