@@ -58,10 +58,10 @@ def prepare(root, T, reader, archives, suffixes, page):
     root = Path(os.path.realpath(root))  # resolve() fails on links in a loop
     try:
         events, frames = root / "events_np", root / f"frames_number_{T}_split_by_number"
+        found, missing = find(root / "download", archives)
+        say_newer(found, proof(events) if proof(events).is_file() else proof(frames), suffixes)
         if proven(frames):
             return frames
-        download = root / "download"
-        found, missing = find(download, archives)
         if not proven(events):
             fits = holds(frames) and (not holds(events) or files(frames) == files(events))
             if fits and (missing or not os.access(root, os.W_OK)):
@@ -72,7 +72,7 @@ def prepare(root, T, reader, archives, suffixes, page):
             if missing and not holds(events):
                 raise UserError(
                     f"no frames in {root} and no recordings to make them from: "
-                    f"put {', '.join(missing)} from {page} into {download} (key data_path)"
+                    f"put {', '.join(missing)} from {page} into {root / 'download'} (key data_path)"
                 )
         with interruptible(), alone(root), scratch(root / ".qkformer-building") as work:
             # Another run may have made them by now.
@@ -152,6 +152,20 @@ def find(download, archives):
     return found, [archive for folder, archive in archives.items() if folder not in found]
 
 
+def say_newer(found, made, suffixes):
+    """How many recordings are newer than what was made of them, which stays as it is."""
+    when, newer = made.stat().st_mtime if made.is_file() else float("inf"), 0
+    for source in found.values():
+        files = [p for p in source.glob("[!.]*") if p.is_file() and p.suffix.lower() in suffixes]
+        newer += sum(path.stat().st_mtime > when for path in files or [source])
+    if newer:
+        again = "to have all converted again, remove events_np and frames_*"
+        logger.info(
+            f"warning: {newer} files in {made.parent}/download are newer than the frames, "
+            f"and left out; {again}"
+        )
+
+
 def make_events(found, work, reader, suffixes):
     """work/events_np from archives and folders, checked."""
     extract, recordings, events = work / "extract", work / "recordings", work / "events_np"
@@ -228,9 +242,14 @@ def check(events, reader, origins):
             raise UserError(f"{known} is damaged ({damage}); get it again")
 
 
-def read_array(path, name):
-    """An array of an .npz, its checksum verified; np.load does not if it reads less than all."""
+def read_array(path, name, most=2**28):
+    """An array of an .npz of at most `most` bytes, its checksum verified; np.load does not if it
+    reads less than all.
+    """
     with zipfile.ZipFile(path) as file:
+        size = file.getinfo(f"{name}.npy").file_size
+        if size > most:  # before it is unpacked
+            raise ValueError(f"its {name} has {size:,} bytes, more than {most:,}")
         return np.load(io.BytesIO(file.read(f"{name}.npy")), allow_pickle=False)
 
 

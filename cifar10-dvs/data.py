@@ -92,7 +92,7 @@ def open_frames(cfg, folder, train):
 def load_frames(path, T, remedy="remove it to have it made again"):
     """Frames of a sample, float32 [T, 2, H, W]. UserError if the file has none of that shape."""
     try:
-        frames = read_array(path, "frames")
+        frames = read_array(path, "frames", 4096 + T * 2 * HEIGHT * WIDTH * 8)
         if frames.shape != (T, 2, HEIGHT, WIDTH) or frames.dtype.kind not in "uif":
             raise ValueError(f"it has shape {list(frames.shape)} and type {frames.dtype}")
         if not (frames.min() >= 0 and frames.max() < np.inf):

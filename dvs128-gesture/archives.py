@@ -7,6 +7,8 @@ import zipfile
 
 from harness.log import UserError
 
+MOST = 2**36  # bytes that an archive may hold; those of the published ones are a tenth of it
+
 
 def unpack(archive, folder):
     """Unpack a .tar.gz or .zip into `folder`.
@@ -20,22 +22,31 @@ def unpack(archive, folder):
 
 
 def unpack_tar(archive, folder):
+    size = 0
     with gzip.open(archive) as file:
         with tarfile.open(fileobj=file, mode="r|") as tar:
             for member in tar:
                 whole = not member.issparse()  # else of any size, for a few bytes
                 check(archive, member.name, whole and (member.isreg() or member.isdir()))
+                check_size(archive, size := size + member.size)
                 tar.extract(member, folder, filter="data")
-        while file.read(2**20):  # gzip's checksum comes after the end of the tar: read up to it
-            pass
+        while rest := file.read(2**20):  # gzip's checksum comes after the end of the tar
+            check_size(archive, size := size + len(rest))
 
 
 def unpack_zip(archive, folder):
     with zipfile.ZipFile(archive) as file:
+        check_size(archive, sum(member.file_size for member in file.infolist()))
         for member in file.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
             check(archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)  # checks its checksum
+
+
+def check_size(archive, size):
+    """UserError for more bytes than any data set has, before they are written."""
+    if size > MOST:
+        raise UserError(f"{archive} is refused: it holds more than {MOST >> 30} GiB")
 
 
 def check(archive, name, plain):

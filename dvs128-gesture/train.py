@@ -81,15 +81,12 @@ class Trainer(Run):
 
     # Copied from cifar10/train.py
     def course(self):
-        """How the learning rate goes, in words."""
-        cfg = self.cfg
-        warm_up = f"{cfg.warmup_lr:g} to {cfg.lr:g} in {cfg.warmup_epochs} epochs, then "
-        cooldown = f", {self.num_epochs - cfg.epochs} epochs of cooldown at min_lr"
-        return (
-            (warm_up if cfg.warmup_epochs else f"{cfg.lr:g}, ")
-            + f"{cfg.sched} to {cfg.min_lr:g}"
-            + (cooldown if self.num_epochs > cfg.epochs else "")
-        )
+        """{epoch: learning rate at its start}, with that at the end of the last one."""
+        rates, last = {}, self.num_epochs
+        for epoch in range(min(self.cfg.start_epoch or 0, last), last + 1):
+            self.scheduler.step(epoch)
+            rates[epoch] = self.optimizer.param_groups[0]["lr"]
+        return rates
 
 
 # Copied from cifar10/train.py

@@ -7,6 +7,7 @@ Classes are numbered in the order of their folders' names.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from harness.batches import BatchLoader, test_batches, train_batches
 from harness.build import layout
 from harness.log import UserError, logger
 from harness.seeds import seeded
-from images import BadImage, list_images, list_split, read_image, to_rgb
+from images import BadImage, list_images, list_split, read_image, say_others, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
 
@@ -140,7 +141,9 @@ def find_images(cfg):
     """Images of the folder cfg.predict and below it, in order of their names, with their index."""
     if not os.path.isdir(cfg.predict):
         raise UserError(f"predict is {cfg.predict}, which is not a folder")
-    paths = sorted(map(Path, list_images(cfg.predict)))
+    others = Counter()
+    paths = sorted(map(Path, list_images(cfg.predict, others)))
+    say_others(cfg.predict, others)
     if not paths:
         raise UserError(f"{cfg.predict} holds no images ({', '.join(IMG_EXTENSIONS)})")
     samples = [(str(path), index) for index, path in enumerate(paths)]

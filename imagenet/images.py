@@ -8,13 +8,14 @@ dropped, and a photo is not turned as its EXIF data says.
 import io
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness.log import UserError
+from harness.log import UserError, logger
 
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -42,10 +43,15 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
     bytes that still decode, to other pixels, can't be seen.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+        info, most = os.stat(path), Image.MAX_IMAGE_PIXELS
+        if not stat.S_ISREG(info.st_mode):  # a pipe would never end
             raise ValueError("not a file")
+        if info.st_size > 4 * most:
+            raise ValueError(f"{info.st_size:,} bytes are too many for an image")
         data = Path(path).read_bytes()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > most:  # before they are decoded
+            raise ValueError(f"{image.width:,} x {image.height:,} pixels, more than {most:,}")
         if image.format == "PNG":  # its checksums, which decoding leaves out
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
         # Decoders take missing data for grey: the end of a JPEG comes after its last scan's start.
@@ -62,9 +68,10 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
     return image
 
 
-def list_images(folder):
+def list_images(folder, others):
     """Paths of the images in a folder and below it, in order. Links count, hidden names do not; a
-    folder counts once, however many links lead to it.
+    folder counts once, however many links lead to it. What is left out goes into `others`, for
+    say_others.
     """
 
     def fail(error):
@@ -77,9 +84,21 @@ def list_images(folder):
             folders.clear()
             continue
         seen.add(real)
-        names = [name for name in names if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
-        found += [os.path.join(place, name) for name in names]
+        images = [n for n in names if n.lower().endswith(IMG_EXTENSIONS) and n[0] != "."]
+        others.update(map(kind_of, set(names) - set(images)))
+        found += [os.path.join(place, name) for name in images]
     return sorted(found, key=os.path.split)
+
+
+def kind_of(name):
+    return "hidden" if name[0] == "." else Path(name).suffix or "without a suffix"
+
+
+def say_others(folder, others):
+    """How many files of a folder, by suffix, are no images."""
+    if kinds := ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)):
+        more = ", ..." if len(others) > 5 else ""
+        logger.info(f"{folder}: {others.total()} files are left out ({kinds}{more})")
 
 
 def list_classes(folder):
@@ -104,10 +123,11 @@ def list_split(root, train):
     if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
         only = f"different classes; only {names[differ[0] not in classes]}/ has {differ[0]}"
         raise UserError(f"{root}: train/ and val/ are of {only}")
-    samples = []
+    samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
     for label, name in enumerate(classes):
-        paths = list_images(folder / name)
+        paths = list_images(folder / name, others)
         if not paths:
             raise UserError(f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)})")
         samples += [(path, label) for path in paths]
+    say_others(folder, others)
     return samples, classes

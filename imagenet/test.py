@@ -88,11 +88,13 @@ def check_predictions(path):
     """UserError, before anything is computed, where predictions can't be written or would replace
     others.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"predictions: {path} is there already; name another file")
-    if not os.access(path.parent, os.W_OK):
-        wrong = f"{path.parent} is not a folder, or is write-protected"
-        raise UserError(f"predictions: {path} can't be written: {wrong}")
+    try:
+        write_whole(path, b"")
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"predictions: {path} can't be written: {error.strerror}") from None
 
 
 def write_predictions(path, rows, column):

@@ -118,10 +118,11 @@ class Trainer(Run):
         return {"train_lr": lr, "n_parameters": self.parameters}
 
     def course(self):
-        """How the learning rate goes, in words."""
-        cfg = self.cfg
-        warm_up = f"0 to {self.lr:g} in {cfg.warmup_epochs:g} epochs, then cosine"
-        return f"{warm_up} to {cfg.min_lr:g}"
+        """{epoch: learning rate} where it starts, peaks and ends."""
+        cfg, last = self.cfg, self.cfg.epochs
+        first = min(cfg.start_epoch, last)
+        turns = sorted({first, min(max(cfg.warmup_epochs, first), last), last})
+        return {epoch: optim.learning_rate(cfg, self.lr, epoch, 0, 1) for epoch in turns}
 
 
 def main(argv=None):

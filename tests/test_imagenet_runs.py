@@ -19,7 +19,7 @@ def test_trains_on_photographs(trained_narrow, narrow, lines):
     for words in (
         "128 training and 48 test images of 2 classes, 3 x 32 x 32",
         "8 epochs of 8 steps, 16 images a step",
-        "learning rate 0 to 0.01 in 1 epochs, then cosine to 1e-06",
+        "learning rate from 0, peak 0.01 at epoch 1, to 1e-06 at epoch 8, by cosine",
         "204,778 parameters",
         "cross_sample_lif: false",
     ):
@@ -162,7 +162,18 @@ def test_signal_within_an_accumulation(tmp_path, narrow):
 def test_one_step_of_hst_10_384(tmp_path, lines, size, T):
     """A training step and an evaluation of the published network through train.py."""
     data = photos.make(tmp_path / "data", train=1, val=1, size=size)
-    args = ["--data_path", data, "--batch_size", 2, "--accum_iter", 1, "--epochs", 1]
+    args = [
+        "--data_path",
+        data,
+        "--batch_size",
+        2,
+        "--accum_iter",
+        1,
+        "--epochs",
+        1,
+        "--warmup_epochs",
+        0,
+    ]
     args += ["--input_size", size, "--time_step", T, "--num_workers", 0, "--output_dir", tmp_path]
     text = lines(imagenet.train.main, *args)
     if size == 224:

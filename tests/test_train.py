@@ -95,8 +95,8 @@ def test_run_and_its_folder(whole):
     for words in (
         "data: digits, 1,437 training and 360 test images of 10 classes, 3 x 8 x 8\n",
         "network: QKFormer, T = 1, ",
-        "training: 3 epochs of 11 steps, 128 images a step (batch_size 128), learning rate 0.005, "
-        "cosine to 1e-05, 1 epochs of cooldown at min_lr\n",
+        "training: 3 epochs of 11 steps, 128 images a step (batch_size 128), learning rate from "
+        "0.005, peak 0.005 at epoch 0, to 1e-05 at epoch 3, by cosine\n",
         "writing to ",
         "cross_sample_lif: false",
     ):

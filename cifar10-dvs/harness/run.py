@@ -94,7 +94,7 @@ class Run:
     """What the Trainers of all data sets have in common.
 
     A Trainer adds the recipe: it sets criterion, optimizer, num_epochs and, if it has one,
-    scheduler, calls prepare(), and has train_epoch() and course(), the learning rate's in words.
+    scheduler, calls prepare(), and has train_epoch() and course(), the learning rates.
 
     Args:
         start: what begin() gives.
@@ -150,6 +150,7 @@ class Run:
         if self.steps == 0:
             raise UserError(f"{self.batch} is more than the {size} training samples; make it less")
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.lr = cfg.lr  # at its peak
         self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -175,12 +176,27 @@ class Run:
         logger.info(self.semantics)
         epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
         step = f"{self.global_batch} {self.samples} a step ({self.batch})"
-        logger.info(f"training: {epochs}, {step}, learning rate {self.course()}")
+        logger.info(f"training: {epochs}, {step}, learning rate {self.schedule()}")
         logger.info(f"writing to {typed(self.folder)}")
         if cfg.amp and device.type != "cuda" and cfg.amp_dtype == "float16":
             logger.info("amp: float16 needs a GPU; this run is in float32 (bfloat16 would work)")
         if getattr(cfg, "sync_bn", False) and device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
+
+    def schedule(self):
+        """The learning rate's course in words; UserError where it does not come down from its peak,
+        unless min_lr is lr.
+        """
+        cfg, rates = self.cfg, self.course()
+        peak, first, last = max(rates, key=rates.get), min(rates), max(rates)
+        text = f"from {rates[first]:.3g}, peak {rates[peak]:.3g} at epoch {peak:g}, "
+        text += f"to {rates[last]:.3g} at epoch {last:g}, by {getattr(cfg, 'sched', 'cosine')}"
+        stays = rates[last] == rates[peak] and len(rates) > 1 and cfg.min_lr != self.lr
+        if 0 < cfg.warmup_epochs >= cfg.epochs or cfg.min_lr > self.lr or stays:
+            said = f"epochs {cfg.epochs}, warmup_epochs {cfg.warmup_epochs:g}, lr {self.lr:g}"
+            said = f"{said} and min_lr {cfg.min_lr:g}: the learning rate never comes down ({text})"
+            raise UserError(f"{said}; warmup_epochs must be below epochs, min_lr at most lr")
+        return text
 
     def own_record(self):
         """What this data set's log.txt has besides: the learning rate, for one."""

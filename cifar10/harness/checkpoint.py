@@ -36,6 +36,7 @@ HARMLESS = [
 WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where files keep them
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
+MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
 AGAIN = "get or make it again"
 
 
@@ -87,10 +88,16 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
 
 def read_file(path):
     """The dict in a file."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
+        if path.stat().st_size > memory:
+            raise MemoryError
         if not zipfile.is_zipfile(path):
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
+                    raise UserError(f"{path}: damaged: its header has {size:,} bytes")
             return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
@@ -139,10 +146,20 @@ def own_names(weights, path):
     if not any(map(torch.is_tensor, weights.values())):
         places = ", ".join(WEIGHTS + EMA)
         raise UserError(f"{path}: holds no weights, neither by themselves nor under {places}")
+    if larger_than_memory(weights.values()):
+        raise UserError(f"{path}: damaged: its weights are views of less memory than they show")
     for name, value in weights.items():
         if fault := fault_of(name, value):
             raise UserError(f"{path}: {name} {fault}; get or make the file again")
     return weights
+
+
+def larger_than_memory(values):
+    """Whether tensors among the values show more than is there: a small file would cost hours."""
+    plain = [v for v in values if torch.is_tensor(v) and v.layout == torch.strided]
+    plain = [v for v in plain if not (v.is_nested or v.is_meta)]
+    memory = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in plain}
+    return sum(v.numel() * v.element_size() for v in plain) > sum(memory.values())
 
 
 def fault_of(name, value):
@@ -151,8 +168,8 @@ def fault_of(name, value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return "is a view that shows its memory several times"
+    if larger_than_memory([value]):
+        return "is a view of less memory than it shows"
     real = value.is_floating_point()
     if name.endswith("num_batches_tracked"):
         return f"is of type {value.dtype}" if real or value.is_complex() else None
@@ -202,6 +219,11 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
         if isinstance(config, dict) and config.get("opt", opt) != opt:
             raise ValueError(f"it is of {config['opt']}, opt is {opt}")
         state = checkpoint["optimizer"]
+        values = (value for entry in state["state"].values() for value in entry.values())
+        if larger_than_memory(
+            [v for value in values for v in ([value], value)[type(value) is list]]
+        ):
+            raise ValueError("its tensors are views of less memory than they show")
         kernels = {
             k: optimizer.defaults[k]
             for k in ours

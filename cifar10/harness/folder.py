@@ -68,7 +68,7 @@ def read_args(folder) -> dict:
     """A run's args.yaml; {} where there is none that can be read."""
     try:
         found = yaml.safe_load((folder / "args.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         found = None
     return found if isinstance(found, dict) else {}
 
@@ -179,7 +179,7 @@ def write_result(path, result):
         try:
             there = json.loads(file.read_text())
             there = {key: value for key, value in there.items() if key not in figures}
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, RecursionError, AttributeError):
             break
         if there == json.loads(json.dumps(test)):
             break

@@ -1,0 +1,197 @@
+"""What a file declares against what is needed, before it is read; and what is left out, counted."""
+
+import gzip
+import io
+import logging
+import os
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from conftest import load, resolve_in
+from on_events import cpu, resolve, write
+from on_photos import imagenet
+
+FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
+IMAGES = ("cifar10", "cifar100", "imagenet")
+
+
+def refused(modules, function, *args):
+    with pytest.raises(modules.log.UserError) as error:
+        function(*args)
+    return str(error.value)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_views_of_less_memory_than_they_show(folder, tmp_path):
+    """Each of 10,000 names is whole, but all are of one memory: read in no time."""
+    modules, path = load(folder), tmp_path / "x.pth"
+    one = torch.ones(1000, 1000)
+    torch.save({"model": {f"a{number}": one for number in range(10_000)}}, path)
+    start = time.perf_counter()
+    said = refused(modules, modules.checkpoint.load_checkpoint, path)
+    assert "views of less memory than they show" in said and time.perf_counter() - start < 5
+    torch.save({"model": {"a": one[:500], "b": one[500:]}}, path)  # of one memory, each once
+    loaded = modules.checkpoint.load_checkpoint(path)["model"]
+    assert torch.equal(torch.cat([loaded["a"], loaded["b"]]), one)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "other", "list"])
+def test_optimizer_of_views(name):
+    """4 TB in a few bytes."""
+    modules, linear = load("cifar10"), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(linear.parameters())
+    linear(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state, huge = optimizer.state_dict(), torch.ones(1, dtype=torch.float64).expand(10**6, 10**6)
+    state["state"][0][name] = [huge] if name == "list" else huge
+    args = optimizer, torch.amp.GradScaler("cpu"), {"optimizer": state}, Path("x.pth"), "adamw"
+    assert "than they show" in refused(modules, modules.checkpoint.load_optimizer, *args)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_size_of_a_header_of_safetensors(folder, tmp_path):
+    modules, path = load(folder), tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path)
+    assert modules.checkpoint.load_checkpoint(path)["model"]["a"].tolist() == [1, 1]
+    content = path.read_bytes()
+    path.write_bytes((2**26).to_bytes(8, "little") + content[8:])
+    os.truncate(path, 2**27)  # it takes no room on the disk
+    said = refused(modules, modules.checkpoint.load_checkpoint, path)
+    assert "damaged: its header has 67,108,864 bytes" in said
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_file_larger_than_memory(tmp_path, suffix):
+    modules, path = load("cifar10"), tmp_path / f"x.{suffix}"
+    path.touch()
+    os.truncate(path, 2**42)
+    assert "not enough memory" in refused(modules, modules.checkpoint.load_checkpoint, path)
+
+
+def test_deep_nesting_beside_a_checkpoint(tmp_path):
+    """args.yaml and test-x.json of 5,000 brackets: the first counts for none, the second goes."""
+    folder = load("cifar10").folder
+    for name in ("args.yaml", "test-x.json"):
+        (tmp_path / name).write_text("[" * 5000)
+    assert folder.read_args(tmp_path) == {}
+    folder.write_result(tmp_path / "x.pth", {"top1": 1.0})
+    assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
+
+
+# Images
+
+
+@pytest.mark.parametrize("folder", IMAGES)
+def test_images_that_declare_too_much(folder, tmp_path, monkeypatch):
+    modules, path = load(folder), tmp_path / "x.png"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("1", (10, 10)).save(path)
+    assert modules.images.read_image(path).size == (10, 10)
+    Image.new("1", (11, 10)).save(path)
+    said = refused(modules, modules.images.read_image, path)
+    assert "11 x 10 pixels, more than 100" in said
+    os.truncate(path, 401)
+    assert "401 bytes are too many" in refused(modules, modules.images.read_image, path)
+
+
+@pytest.mark.parametrize("folder", IMAGES)
+def test_files_that_are_left_out(folder, tmp_path, caplog):
+    """By suffix, those beside the folders too; where there are none, no line."""
+    modules = load(folder)
+    for place in ("train/a", "val/a"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "1.png")
+    caplog.set_level(logging.INFO, "qkformer")
+    modules.images.list_split(tmp_path, True)
+    assert not caplog.messages
+    for name in ("a/2.heic", "a/3.heic", "a/notes.txt", "a/._1.png", "a/README", "4.png"):
+        (tmp_path / "train" / name).write_text("x")
+    samples, _ = modules.images.list_split(tmp_path, True)
+    assert [path for path, _ in samples] == [str(tmp_path / "train/a/1.png")]
+    [line] = caplog.messages
+    start = f"{tmp_path / 'train'}: 6 files are left out (2 .heic, "
+    assert line.startswith(start)
+    for part in ("1 .txt", "1 hidden", "1 without a suffix", "1 .png"):
+        assert part in line
+
+
+def test_files_that_are_not_predicted(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "2.heic").touch()
+    caplog.set_level(logging.INFO, "qkformer")
+    cfg = resolve_in(imagenet, "--predict", tmp_path)
+    assert len(imagenet.data.find_images(cfg)) == 1
+    assert caplog.messages == [f"{tmp_path}: 1 files are left out (1 .heic)"]
+
+
+def test_name_of_predictions(tmp_path):
+    """The whole name is tried, before the work, and leaves nothing."""
+    check, name = imagenet.test.check_predictions, "x" * 300
+    assert "File name too long" in refused(imagenet, check, tmp_path / name)
+    assert "No such file" in refused(imagenet, check, tmp_path / "none" / "x.csv")
+    (tmp_path / "there").touch()
+    assert "is there already" in refused(imagenet, check, tmp_path / "there")
+    check(tmp_path / "x.csv")
+    assert os.listdir(tmp_path) == ["there"]
+
+
+# Event data
+
+
+def test_arrays_that_declare_too_much(folder, tmp_path):
+    """100 MB of zeros in 100 KB are not unpacked; frames of 8 bytes each, the largest, are."""
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, frames=np.zeros((1, 2, 128, 128), np.int64))
+    assert folder.data.load_frames(path, 1).shape == (1, 2, 128, 128)
+    np.savez_compressed(path, frames=np.zeros(100 * 2**20, np.uint8))
+    assert path.stat().st_size < 2**18
+    assert "its frames has 104,857,728 bytes" in refused(folder, folder.data.load_frames, path, 1)
+
+
+@pytest.mark.parametrize("kind", ["tar", "trailing", "zip"])
+def test_archives_that_hold_too_much(folder, tmp_path, monkeypatch, kind):
+    """Counted before they are written, and what comes after the end of the tar too."""
+    monkeypatch.setattr(folder.archives, "MOST", 2**20)
+    out, archive = tmp_path / "out", tmp_path / ("x.zip" if kind == "zip" else "x.tar.gz")
+    out.mkdir()
+    first, second = bytes(2**19), bytes(2**20)
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a", first)
+            file.writestr("b", second)
+    else:
+        with gzip.open(archive, "w") as file:
+            with tarfile.open(fileobj=file, mode="w|") as tar:
+                for name, content in (("a", first), ("b", second))[: 1 + (kind == "tar")]:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+            file.write(second if kind == "trailing" else b"")
+    said = refused(folder, folder.archives.unpack, archive, out)
+    assert "is refused: it holds more than" in said and not (out / "b").exists()
+
+
+def test_recordings_newer_than_the_frames(folder, tmp_path, caplog):
+    """They are counted in a line; what was made stays."""
+    write(folder.name, tmp_path)
+    cfg = resolve(folder, "--T", 2, "--data_path", tmp_path)
+    caplog.set_level(logging.INFO, "qkformer")
+    made = len(folder.data.build_dataset(cfg, True, cpu(folder)))
+    assert "newer than" not in caplog.text
+    new = sorted((tmp_path / "download").rglob("*.aedat"))
+    new = new[:2] or sorted((tmp_path / "download").iterdir())[:1]  # in archives
+    for path in new:
+        os.utime(path, (time.time() + 60, time.time() + 60))
+    assert len(folder.data.build_dataset(cfg, True, cpu(folder))) == made
+    assert f"warning: {len(new)} files in {tmp_path}/download are newer than" in caplog.text
