@@ -87,7 +87,7 @@ OPTIMISATION = {
     "start_epoch": TrainKey(int, None, "first epoch; none: the checkpoint's next", 0, 100_000,
         back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
-        pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="one of timm's own: none of bitsandbytes, APEX"),
+        pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="timm's own, no bnb or fused"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own", 0,
         0.999999, null=True, length=(2, 2)),

@@ -179,7 +179,7 @@ def test_one_line_for_each_mistake(flags, words, tmp_path, image_data):
 
 @pytest.mark.long
 def test_no_compiler_for_torch_compile(tmp_path):
-    args = [*SMALL, "--compile", "true", "--epochs", 1, "--output", tmp_path]
+    args = [*SMALL, "--compile", "true", "--epochs", 1, "--warmup-epochs", 0, "--output", tmp_path]
     done = script("cifar10", "train", *args, env={"CXX": "no-such-compiler"}, check=False)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "no-such-compiler" in line and "compile: false" in line

@@ -213,8 +213,9 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            # PyTorch's own choice lies in a folder of all users, and what is in it is run.
+        place = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")
+        if os.path.basename(place).startswith("torchinductor_"):
+            # PyTorch's own choice, set as it is imported: in a folder of all users, and it is run.
             private = os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.expanduser(
                 "~/.cache/qkformer"
             )
