@@ -10,6 +10,7 @@ bare state dicts.
 
 import argparse
 import math
+import os
 import pathlib
 import pickle
 import reprlib
