@@ -10,28 +10,14 @@ from timm.models import register_model
 from torch import nn
 
 if __package__:  # inside a package of your own
-    from .model import (
-        HST,
-        ChannelQKAttention,
-        DropPath,
-        QKFormer,
-        SpikingSelfAttention,
-        TokenQKAttention,
-    )
+    from . import model
     from .spiking import MultiStepLIF, conv_bn, conv_bn_lif
 else:
-    from model import (
-        HST,
-        ChannelQKAttention,
-        DropPath,
-        QKFormer,
-        SpikingSelfAttention,
-        TokenQKAttention,
-    )
+    import model
     from spiking import MultiStepLIF, conv_bn, conv_bn_lif
 
 
-class MSTokenQKAttention(TokenQKAttention):
+class MSTokenQKAttention(model.TokenQKAttention):
     """Q-K token attention of membrane inputs: `proj_lif` comes first, and no neuron last."""
 
     def forward(self, x):
@@ -42,10 +28,10 @@ class MSTokenQKAttention(TokenQKAttention):
 class MSChannelQKAttention(MSTokenQKAttention):
     """The same with a mask over channels."""
 
-    summed = ChannelQKAttention.summed
+    summed = model.ChannelQKAttention.summed
 
 
-class MSSelfAttention(SpikingSelfAttention):
+class MSSelfAttention(model.SpikingSelfAttention):
     """SSA of membrane inputs: `x_lif` comes first, and no neuron last."""
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF):
@@ -104,7 +90,7 @@ class MSBlock(nn.Module):
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratios is {mlp_ratio}; no hidden channel is left of {dim}")
         self.mlp = MSMLP(dim, int(dim * mlp_ratio), lif)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = model.DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(x))
@@ -160,7 +146,7 @@ class MSEmbedding(nn.Module):
         return x + conv_bn(spikes, shortcut.embed_conv, shortcut.embed_bn, first.embed_lif)
 
 
-class MSHST(HST):
+class MSHST(model.HST):
     """HST with membrane shortcuts, and one more neuron before the head. Keywords: see HST.
 
     No neuron of it runs over T*B, so cross_sample_lif=True raises ValueError.
@@ -183,4 +169,4 @@ class MSHST(HST):
 @register_model
 def MSQKFormer(T=4, pretrained=False, drop_path_rate=None, **kwargs):
     """MS-QKFormer 4-384 of the CIFAR experiments; keywords: see MSHST and HST."""
-    return QKFormer(T, pretrained, drop_path_rate, kind=MSHST, **kwargs)
+    return model.QKFormer(T, pretrained, drop_path_rate, kind=MSHST, **kwargs)

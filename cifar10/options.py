@@ -38,8 +38,8 @@ MODEL = {
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
         choices=("lif", "if", "plif"), fixed=learns_tau),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
-    "v_threshold": NetworkKey(float, 1.0, "where a neuron fires; attn_lif does at half of it", 1e-6,
-        1e6),
+    "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
+        1e-6, 1e6),
     "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid behind a spike's gradient",
         1e-6, 1e6, scripts=("train",)),
     "backend": MachineKey(str, "auto", "what computes the neurons",
@@ -48,21 +48,19 @@ MODEL = {
     "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed in the backward pass", 1, 3,
+    "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 3,
         length=(0, 3)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
-    "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
-        "rank 0 (broadcast) or the mean over the ranks (reduce)",
-        choices=("", "broadcast", "reduce")),
+    "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
+        "ranks' mean (reduce)", choices=("", "broadcast", "reduce")),
     "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {
     "dataset": Key(str, DATASET, "data set; digits needs no download, folder is a folder of images",
         flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
-    "data_path": Key(Path, "./data", "folder that the data set is in, or is downloaded to; of "
-        "dataset: folder, the one with train/ and val/ in it", flags=("-data-dir",),
-        aliases=("data_dir",)),
+    "data_path": Key(Path, "./data", "where the data set is, or is downloaded to; of dataset: "
+        "folder that of train/ and val/", flags=("-data-dir",), aliases=("data_dir",)),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "img_size": Key(int, 32, "height and width of the network's input", 4, 4096),
@@ -84,16 +82,15 @@ DATA = {
 
 AUGMENTATION = {
     "no_aug": TrainKey(bool, False, "no augmentation but mixup and cutmix"),
-    "scale": TrainKey([float], [1.0, 1.0], "smallest and largest share of the area that the "
-        "random crop keeps", 0.01, 1, length=(2, 2), rising=True),
-    "ratio": TrainKey([float], [1.0, 1.0], "smallest and largest aspect of the random crop", 0.01,
-        100, length=(2, 2), rising=True),
+    "scale": TrainKey([float], [1.0, 1.0], "bounds of the random crop's area", 0.01, 1,
+        length=(2, 2), rising=True),
+    "ratio": TrainKey([float], [1.0, 1.0], "bounds of the random crop's aspect", 0.01, 100,
+        length=(2, 2), rising=True),
     "hflip": TrainKey(float, 0.5, "probability of a horizontal flip", 0, 1),
     "vflip": TrainKey(float, 0.0, "probability of a vertical flip", 0, 1),
-    "color_jitter": TrainKey(float, 0.0, "strength of colour jitter, without aa only", 0, 10,
-        null=True),
-    "aa": TrainKey(str, "rand-m9-n1-mstd0.4-inc1", "policy of timm's automatic augmentation; none "
-        "turns it off", null=True,
+    "color_jitter": TrainKey(float, 0.0, "colour jitter, without aa only", 0, 10, null=True),
+    "aa": TrainKey(str, "rand-m9-n1-mstd0.4-inc1", "timm's automatic augmentation, or none",
+        null=True,
         pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
         r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
@@ -101,36 +98,33 @@ AUGMENTATION = {
         choices=("bicubic", "bilinear", "nearest", "lanczos", "random")),
     "mixup": TrainKey(float, 0.5, "alpha of mixup's Beta distribution; 0: no mixup", 0, 100),
     "cutmix": TrainKey(float, 0.0, "alpha of cutmix's Beta distribution; 0: no cutmix", 0, 100),
-    "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares; "
-        "turns cutmix on", 0, 1, length=(2, 2), rising=True),
+    "cutmix_minmax": TrainKey([float], None, "bounds of the cut's side, as shares; turns cutmix on",
+        0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 1.0, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
-    "mixup_mode": TrainKey(str, "batch", "one draw of mixup for each batch, pair or element of a "
-        "batch", choices=("batch", "pair", "elem")),
-    "mixup_off_epoch": TrainKey(int, 0, "first epoch without mixup and cutmix; 0: none", 0,
-        100_000),
+    "mixup_mode": TrainKey(str, "batch", "one draw for each", choices=("batch", "pair", "elem")),
+    "mixup_off_epoch": TrainKey(int, 0, "first epoch without either; 0: none", 0, 100_000),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
     "reprob": TrainKey(float, 0.25, "probability of random erasing", 0, 1),
-    "remode": TrainKey(str, "const", "content of an erased rectangle: zeros, one random colour or "
-        "random pixels", choices=("const", "rand", "pixel")),
+    "remode": TrainKey(str, "const", "content of an erased rectangle",
+        choices=("const", "rand", "pixel")),
     "recount": TrainKey(int, 1, "most rectangles that are erased in an image", 1, 1000),
 }
 
 OPTIMISATION = {
     "epochs": TrainKey(int, 400, "epochs before those of cooldown_epochs", 1, 100_000),
-    "start_epoch": TrainKey(int, None, "first epoch; none: the checkpoint's next", 0, 100_000,
-        back=""),
+    "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
         pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="timm's own, no bnb or fused"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
-    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own", 0,
-        0.999999, null=True, length=(2, 2)),
+    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
+        0, 0.999999, null=True, length=(2, 2)),
     "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one", 0, 0.999999),
     "weight_decay": TrainKey(float, 6e-2, "weight decay; 1-D parameters have none", 0, 100),
     "clip_grad": TrainKey(float, None, "bound of the gradient; none: not clipped", 1e-10, 1e10),
-    "clip_mode": TrainKey(str, "norm", "what clip_grad bounds: the norm, each value, or the norm "
-        "of each layer relative to its weights (agc)", choices=("norm", "value", "agc")),
-    "sched": TrainKey(str, "cosine", "schedule of the learning rate, by timm's name",
+    "clip_mode": TrainKey(str, "norm", "what clip_grad bounds; agc: each layer's norm, relative "
+        "to its weights", choices=("norm", "value", "agc")),
+    "sched": TrainKey(str, "cosine", "schedule of the learning rate",
         choices=("cosine", "tanh", "step", "poly")),
     "lr": TrainKey(float, 1e-3, "peak learning rate, for any number of ranks", 1e-10, 100),
     "min_lr": TrainKey(float, 1e-5, "learning rate at the end of the schedule", 0, 100),
@@ -139,8 +133,8 @@ OPTIMISATION = {
     "cooldown_epochs": TrainKey(int, 10, "epochs at min_lr, after the schedule", 0, 100_000),
     "decay_epochs": TrainKey(float, 30, "epochs between two steps of sched: step", 1, 100_000),
     "decay_rate": TrainKey(float, 0.1, "factor of one step of sched: step", 0, 1),
-    "lr_noise": TrainKey([float], None, "shares of the epochs at which noise of lr begins and ends",
-        0, 1, length=(1, 2), rising=True),
+    "lr_noise": TrainKey([float], None, "when noise of lr begins and ends, as shares", 0, 1,
+        length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of lr_noise, as a share of lr", 0, 10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of lr_noise", 0, 10),
     "lr_cycle_mul": TrainKey(float, 1.0, "factor of a cosine cycle's length", 1, 100),
@@ -151,8 +145,7 @@ OPTIMISATION = {
     "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", 0, 1),
     "model_ema_force_cpu": TrainKey(bool, False, "it is kept on the CPU, and not tested"),
     "amp": Key(bool, True, "mixed precision, in training and testing"),
-    "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
-        choices=("float16", "bfloat16")),
+    "amp_dtype": Key(str, "float16", "float16 needs a GPU", choices=("float16", "bfloat16")),
     "eval_amp": Key(bool, True, "mixed precision in testing, where amp is on"),
 }
 
@@ -166,8 +159,8 @@ RUN = {
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
-    "finetune": TrainKey(Path, None, "weights to start from; a head of another number of classes "
-        "is made new", aliases=("initial_checkpoint",)),
+    "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
+        aliases=("initial_checkpoint",)),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress", 1, 1_000_000,

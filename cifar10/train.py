@@ -33,12 +33,8 @@ class Trainer(Run):
     def __init__(self, start):
         super().__init__(start, data, options)
         cfg = self.cfg
-        self.erase = RandomErasing(
-            0.0 if cfg.no_aug else cfg.reprob,
-            mode=cfg.remode,
-            max_count=cfg.recount,
-            device=str(self.ranks.device),
-        )
+        reprob, device = 0.0 if cfg.no_aug else cfg.reprob, str(self.ranks.device)
+        self.erase = RandomErasing(reprob, mode=cfg.remode, max_count=cfg.recount, device=device)
         self.criterion = LabelSmoothingCrossEntropy(cfg.smoothing)
         if data.mixes(cfg):
             self.criterion = SoftTargetCrossEntropy()
@@ -50,16 +46,14 @@ class Trainer(Run):
 
         Returns images per second.
         """
-        cfg, meter, optimizer = self.cfg, self.meter, self.optimizer
-        loader = data.train_loader(
-            cfg, self.train_set, self.epoch, meter.steps, self.ranks, self.seed
-        )
-        autocast = make_autocast(cfg, self.ranks)
+        cfg, ranks, meter, optimizer = self.cfg, self.ranks, self.meter, self.optimizer
+        loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, ranks, self.seed)
+        autocast = make_autocast(cfg, ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]
         bar = Progress(loader, self, cfg.log_interval)
         for step, (images, targets) in enumerate(bar, start=meter.steps + 1):
-            images = self.erase(images).contiguous(memory_format=layout(cfg, self.ranks))
+            images = self.erase(images).contiguous(memory_format=layout(cfg, ranks))
             with autocast():
                 loss = self.criterion(self.ddp(images), targets)
             optimizer.zero_grad()

@@ -79,8 +79,7 @@ def check(cfg):
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller")
     _, height, width = input_shape(cfg)
     if cfg.batch_size * cfg.time_step * (height // 4) * (width // 4) == 1:
-        small = f"batch_size 1 at {height} x {width} pixels and time_step 1"
-        raise UserError(f"{small} leaves BatchNorm a single value a channel; make one larger")
+        raise UserError(f"batch_size 1, {height} x {width}, T = 1 leave BatchNorm a single value")
 
 
 def input_shape(cfg):

@@ -33,8 +33,8 @@ MODEL = {
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
         choices=("lif", "if", "plif"), fixed=learns_tau),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
-    "v_threshold": NetworkKey(float, 1.0, "where a neuron fires; attn_lif does at half of it", 1e-6,
-        1e6),
+    "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
+        1e-6, 1e6),
     "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid behind a spike's gradient",
         1e-6, 1e6, scripts=("train",)),
     "backend": MachineKey(str, "auto", "what computes the neurons",
@@ -43,12 +43,11 @@ MODEL = {
     "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed in the backward pass", 1, 2,
+    "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 2,
         length=(0, 2)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
-    "dist_bn": TrainKey(str, "broadcast", "running statistics that are tested and saved: those of "
-        "rank 0 (broadcast) or the mean over the ranks (reduce)",
-        choices=("", "broadcast", "reduce")),
+    "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
+        "ranks' mean (reduce)", choices=("", "broadcast", "reduce")),
 }
 
 DATA = {
@@ -67,33 +66,30 @@ DATA = {
 
 AUGMENTATION = {
     "no_aug": TrainKey(bool, False, "no augmentation but mixup, cutmix and T_train"),
-    "T_train": TrainKey(int, None, "frames drawn of the T for a training batch; none: all", 1,
-        1024),
+    "T_train": TrainKey(int, None, "frames drawn of the T for a training batch; none: all",
+        1, 1024),
     "mixup": TrainKey(float, 0.5, "alpha of mixup's Beta distribution; 0: no mixup", 0, 100),
     "cutmix": TrainKey(float, 0.0, "alpha of cutmix's Beta distribution; 0: no cutmix", 0, 100),
-    "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares; "
-        "turns cutmix on", 0, 1, length=(2, 2), rising=True),
+    "cutmix_minmax": TrainKey([float], None, "bounds of the cut's side, as shares; turns cutmix on",
+        0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 0.5, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
-    "mixup_mode": TrainKey(str, "batch", "one draw of mixup for each batch, pair or element of a "
-        "batch", choices=("batch", "pair", "elem")),
-    "mixup_off_epoch": TrainKey(int, 75, "first epoch without mixup and cutmix; 0: none", 0,
-        100_000),
+    "mixup_mode": TrainKey(str, "batch", "one draw for each", choices=("batch", "pair", "elem")),
+    "mixup_off_epoch": TrainKey(int, 75, "first epoch without either; 0: none", 0, 100_000),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
 }
 
 OPTIMISATION = {
     "epochs": TrainKey(int, 192, "epochs before those of cooldown_epochs", 1, 100_000),
-    "start_epoch": TrainKey(int, None, "first epoch; none: the checkpoint's next", 0, 100_000,
-        back=""),
+    "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
         pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="timm's own, no bnb or fused"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
-    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own", 0,
-        0.999999, null=True, length=(2, 2)),
+    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
+        0, 0.999999, null=True, length=(2, 2)),
     "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one", 0, 0.999999),
     "weight_decay": TrainKey(float, 0.06, "weight decay; 1-D parameters have none", 0, 100),
-    "sched": TrainKey(str, "cosine", "schedule of the learning rate, by timm's name",
+    "sched": TrainKey(str, "cosine", "schedule of the learning rate",
         choices=("cosine", "tanh", "step", "poly")),
     "lr": TrainKey(float, 1e-3, "peak learning rate, for any number of ranks", 1e-10, 100),
     "min_lr": TrainKey(float, 2e-5, "learning rate at the end of the schedule", 0, 100),
@@ -102,8 +98,8 @@ OPTIMISATION = {
     "cooldown_epochs": TrainKey(int, 10, "epochs at min_lr, after the schedule", 0, 100_000),
     "decay_epochs": TrainKey(float, 20, "epochs between two steps of sched: step", 1, 100_000),
     "decay_rate": TrainKey(float, 0.1, "factor of one step of sched: step", 0, 1),
-    "lr_noise": TrainKey([float], None, "shares of the epochs at which noise of lr begins and ends",
-        0, 1, length=(1, 2), rising=True),
+    "lr_noise": TrainKey([float], None, "when noise of lr begins and ends, as shares", 0, 1,
+        length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of lr_noise, as a share of lr", 0, 10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of lr_noise", 0, 10),
     "lr_cycle_mul": TrainKey(float, 1.0, "factor of a cosine cycle's length", 1, 100),
@@ -114,8 +110,7 @@ OPTIMISATION = {
     "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", 0, 1),
     "model_ema_force_cpu": TrainKey(bool, False, "it is kept on the CPU, and not tested"),
     "amp": Key(bool, True, "mixed precision, in training and testing"),
-    "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
-        choices=("float16", "bfloat16")),
+    "amp_dtype": Key(str, "float16", "float16 needs a GPU", choices=("float16", "bfloat16")),
     "eval_amp": Key(bool, False, "mixed precision in testing, where amp is on"),
 }
 
@@ -129,8 +124,8 @@ RUN = {
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
-    "finetune": TrainKey(Path, None, "weights to start from; a head of another number of classes "
-        "is made new", aliases=("initial_checkpoint",)),
+    "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
+        aliases=("initial_checkpoint",)),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does", aliases=("eval",),

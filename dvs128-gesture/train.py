@@ -46,11 +46,9 @@ class Trainer(Run):
 
         Returns samples per second.
         """
-        cfg, meter, optimizer = self.cfg, self.meter, self.optimizer
-        loader = data.train_loader(
-            cfg, self.train_set, self.epoch, meter.steps, self.ranks, self.seed
-        )
-        autocast = make_autocast(cfg, self.ranks)
+        cfg, ranks, meter, optimizer = self.cfg, self.ranks, self.meter, self.optimizer
+        loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, ranks, self.seed)
+        autocast = make_autocast(cfg, ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]
         bar = Progress(loader, self, cfg.log_interval)

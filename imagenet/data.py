@@ -111,8 +111,8 @@ def check(cfg):
     if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
         raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller")
     if cfg.batch_size * cfg.time_step * (cfg.img_size // 16) ** 2 == 1:
-        small = f"batch_size 1 at img_size {cfg.img_size} and time_step 1"
-        raise UserError(f"{small} leaves BatchNorm a single value a channel; make one larger")
+        size = cfg.img_size
+        raise UserError(f"batch_size 1, img_size {size}, T = 1 leave BatchNorm a single value")
 
 
 def input_shape(cfg):

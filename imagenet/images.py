@@ -121,8 +121,7 @@ def list_split(root, train):
         raise UserError(f"no folder {folder.absolute()}; it needs a folder for each class")
     classes = list_classes(folder)
     if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
-        only = f"different classes; only {names[differ[0] not in classes]}/ has {differ[0]}"
-        raise UserError(f"{root}: train/ and val/ are of {only}")
+        raise UserError(f"{root}: only {names[differ[0] not in classes]}/ has class {differ[0]}")
     samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
     for label, name in enumerate(classes):
         paths = list_images(folder / name, others)

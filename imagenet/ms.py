@@ -11,29 +11,15 @@ from timm.models import register_model
 from torch import nn
 
 if __package__:  # inside a package of your own
-    from .model import (
-        HST,
-        ChannelQKAttention,
-        DropPath,
-        SpikingSelfAttention,
-        TokenQKAttention,
-        build,
-    )
+    from . import model
     from .spiking import MultiStepLIF, conv_bn, conv_bn_lif
 else:
-    from model import (
-        HST,
-        ChannelQKAttention,
-        DropPath,
-        SpikingSelfAttention,
-        TokenQKAttention,
-        build,
-    )
+    import model
     from spiking import MultiStepLIF, conv_bn, conv_bn_lif
 
 
 # Copied from cifar10/ms.py
-class MSTokenQKAttention(TokenQKAttention):
+class MSTokenQKAttention(model.TokenQKAttention):
     """Q-K token attention of membrane inputs: `proj_lif` comes first, and no neuron last."""
 
     def forward(self, x):
@@ -45,11 +31,11 @@ class MSTokenQKAttention(TokenQKAttention):
 class MSChannelQKAttention(MSTokenQKAttention):
     """The same with a mask over channels."""
 
-    summed = ChannelQKAttention.summed
+    summed = model.ChannelQKAttention.summed
 
 
 # Copied from cifar10/ms.py
-class MSSelfAttention(SpikingSelfAttention):
+class MSSelfAttention(model.SpikingSelfAttention):
     """SSA of membrane inputs: `x_lif` comes first, and no neuron last."""
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF):
@@ -111,7 +97,7 @@ class MSBlock(nn.Module):
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratios is {mlp_ratio}; no hidden channel is left of {dim}")
         self.mlp = MSMLP(dim, int(dim * mlp_ratio), lif)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = model.DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(x))
@@ -164,7 +150,7 @@ class MSEmbedding(nn.Module):
         return x + conv_bn(spikes, self.proj_res_conv, self.proj_res_bn, self.init_lif)
 
 
-class MSHST(HST):
+class MSHST(model.HST):
     """HST with membrane shortcuts: a last neuron before the head. Keywords: see HST.
 
     No layer of it runs over T*B: ValueError for a cross_sample_lif of True.
@@ -192,18 +178,18 @@ class MSHST(HST):
 def MSQKFormer_10_384(T=4, pretrained=False, drop_path_rate=None, **kwargs):
     """MS-QKFormer-10-384, 16.47 M parameters; keywords: see MSHST and HST."""
     kwargs = {"embed_dims": 384, "num_heads": 6, **kwargs}
-    return build(T, pretrained, drop_path_rate, kwargs, MSHST)
+    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)
 
 
 @register_model
 def MSQKFormer_10_512(T=4, pretrained=False, drop_path_rate=None, **kwargs):
     """MS-QKFormer-10-512, 29.08 M parameters; keywords: see MSHST and HST."""
     kwargs = {"embed_dims": 512, "num_heads": 8, **kwargs}
-    return build(T, pretrained, drop_path_rate, kwargs, MSHST)
+    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)
 
 
 @register_model
 def MSQKFormer_10_768(T=4, pretrained=False, drop_path_rate=None, **kwargs):
     """MS-QKFormer-10-768, 64.96 M parameters; keywords: see MSHST and HST."""
     kwargs = {"embed_dims": 768, "num_heads": 12, **kwargs}
-    return build(T, pretrained, drop_path_rate, kwargs, MSHST)
+    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)

@@ -14,9 +14,7 @@ PUBLISHED = {
 
 
 def images_per_step(cfg, world_size):
-    """The effective batch: images of all ranks and all micro-steps behind one step of the
-    optimizer.
-    """
+    """Images of all ranks and all micro-steps behind one step of the optimizer."""
     return cfg.batch_size * cfg.accum_iter * world_size
 
 
@@ -50,11 +48,8 @@ def parameter_groups(model, weight_decay, layer_decay):
         early, decays = not name.startswith(("stage3.", "head.")), parameter.dim() > 1
         if (early, decays) not in groups:
             scale = layer_decay ** (len(model.stage3) + 1) if early else 1.0
-            groups[early, decays] = {
-                "params": [],
-                "weight_decay": weight_decay * decays,
-                "lr_scale": scale,
-            }
+            decay = {"weight_decay": weight_decay * decays, "lr_scale": scale}
+            groups[early, decays] = {"params": [], **decay}
         groups[early, decays]["params"].append(parameter)
     return list(groups.values())
 
@@ -74,9 +69,7 @@ def set_lr(optimizer, lr):
 
 
 def differences(cfg, world_size):
-    """A line that says how images a step and learning rate differ from the published run's, or
-    None.
-    """
+    """A line where images a step and learning rate are not the published run's, or None."""
     published = PUBLISHED.get((cfg.model, cfg.img_size))
     images, lr = images_per_step(cfg, world_size), peak_lr(cfg, world_size)
     if published is None or (images == published[0] and math.isclose(lr, published[1])):
@@ -86,10 +79,6 @@ def differences(cfg, world_size):
 
 
 def mean_lr(cfg, peak, epoch, micro_steps):
-    """The mean learning rate over an epoch's micro-steps, which the release's log calls
-    train_lr.
-    """
-    return (
-        math.fsum(learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps))
-        / micro_steps
-    )
+    """The mean over an epoch's micro-steps, which the release's log calls train_lr."""
+    rates = (learning_rate(cfg, peak, epoch, step, micro_steps) for step in range(micro_steps))
+    return math.fsum(rates) / micro_steps

@@ -39,8 +39,8 @@ MODEL = {
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
         choices=("lif", "if", "plif"), fixed=learns_tau),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
-    "v_threshold": NetworkKey(float, 1.0, "where a neuron fires; attn_lif does at half of it", 1e-6,
-        1e6),
+    "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
+        1e-6, 1e6),
     "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid behind a spike's gradient",
         1e-6, 1e6, scripts=("train",)),
     "backend": MachineKey(str, "auto", "what computes the neurons",
@@ -49,7 +49,7 @@ MODEL = {
     "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed in the backward pass", 1, 3,
+    "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 3,
         length=(0, 3)),
     "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
@@ -73,24 +73,22 @@ DATA = {
 }
 
 AUGMENTATION = {
-    "color_jitter": TrainKey(float, None, "strength of colour jitter, without aa only", 0, 10),
-    "aa": TrainKey(str, "rand-m9-mstd0.5-inc1", "policy of timm's automatic augmentation; none "
-        "turns it off", null=True,
+    "color_jitter": TrainKey(float, None, "colour jitter, without aa only", 0, 10),
+    "aa": TrainKey(str, "rand-m9-mstd0.5-inc1", "timm's automatic augmentation, or none", null=True,
         pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
         r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
     "mixup": TrainKey(float, 0.0, "alpha of mixup's Beta distribution; 0: no mixup", 0, 100),
     "cutmix": TrainKey(float, 0.0, "alpha of cutmix's Beta distribution; 0: no cutmix", 0, 100),
-    "cutmix_minmax": TrainKey([float], None, "smallest and largest side of the cut, as shares; "
-        "turns cutmix on", 0, 1, length=(2, 2), rising=True),
+    "cutmix_minmax": TrainKey([float], None, "bounds of the cut's side, as shares; turns cutmix on",
+        0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 1.0, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
-    "mixup_mode": TrainKey(str, "batch", "one draw of mixup for each batch, pair or element of a "
-        "batch", choices=("batch", "pair", "elem")),
+    "mixup_mode": TrainKey(str, "batch", "one draw for each", choices=("batch", "pair", "elem")),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
     "reprob": TrainKey(float, 0.25, "probability of random erasing", 0, 1),
-    "remode": TrainKey(str, "pixel", "content of an erased rectangle: zeros, one random colour or "
-        "random pixels", choices=("const", "rand", "pixel")),
+    "remode": TrainKey(str, "pixel", "content of an erased rectangle",
+        choices=("const", "rand", "pixel")),
     "recount": TrainKey(int, 1, "most rectangles that are erased in an image", 1, 1000),
 }
 
@@ -98,8 +96,8 @@ OPTIMISATION = {
     "epochs": TrainKey(int, 200, "epochs in all", 1, 100_000),
     "start_epoch": TrainKey(int, 0, "first epoch of a run that starts from the weights of finetune",
         0, 100_000, back=""),
-    "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer", 1,
-        65536),
+    "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer",
+        1, 65536),
     "lr": TrainKey(float, None, "peak learning rate; none: it follows from blr", 1e-10, 100),
     "blr": TrainKey(float, 6e-4, "peak learning rate for 256 images a step; lr is blr x images a "
         "step / 256", 1e-10, 100),
@@ -116,8 +114,7 @@ OPTIMISATION = {
     "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", 0, 1),
     "model_ema_force_cpu": TrainKey(bool, False, "it is kept on the CPU, and not tested"),
     "amp": Key(bool, True, "mixed precision, in training and testing"),
-    "amp_dtype": Key(str, "float16", "type of mixed precision; float16 needs a GPU",
-        choices=("float16", "bfloat16")),
+    "amp_dtype": Key(str, "float16", "float16 needs a GPU", choices=("float16", "bfloat16")),
     "eval_amp": Key(bool, True, "mixed precision in testing, where amp is on"),
 }
 

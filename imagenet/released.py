@@ -39,11 +39,9 @@ def load_released(settings, ranks, path: Path | None = None) -> tuple[Tested, di
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
         return load_tested(settings, options, data, ranks, path), {}
-    logger.info(
-        f"{path}: the release's {released.model} at {released.img_size}, {released.top1:.2f} % in "
-        "the paper; its authors withdrew that figure in May 2026, since one neuron mixes the "
-        "images of a batch (cross_sample_lif)"
-    )
+    paper = f"the release's {released.model} at {released.img_size}, {released.top1:.2f} %"
+    why = "since one neuron mixes the images of a batch (cross_sample_lif)"
+    logger.info(f"{path}: {paper} in the paper, which its authors withdrew in May 2026, {why}")
     known = {"img_size": released.img_size, "cross_sample_lif": True}
     if released.batch:  # under the release's semantics the figure depends on it
         known["val_batch_size"] = released.batch

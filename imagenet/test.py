@@ -47,9 +47,8 @@ def predict(cfg, ranks, model, names):
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
             path = Path(images.samples[index][0]).relative_to(cfg.predict)
             named = [names[number] for number in classes] if names else []
-            rows.append(
-                (index, [str(path), *classes, *(f"{value:.6f}" for value in values), *named])
-            )
+            shares = [f"{value:.6f}" for value in values]
+            rows.append((index, [str(path), *classes, *shares, *named]))
     rows = sorted(row for share in ranks.gather(rows) for row in share)
     if not rows:
         raise UserError(f"predict: no image in {cfg.predict} can be read")
@@ -71,13 +70,10 @@ def class_names(cfg, recorded, classes):
 def read_wnids(cfg, classes):
     """The first word of every line of the label file, line i for class i."""
     try:
-        wnids = [
-            line.split()[0]
-            for line in Path(cfg.labels).read_text("utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        lines = Path(cfg.labels).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {cfg.labels} can't be read: {error}") from None
+    wnids = [line.split()[0] for line in lines if line.strip()]
     if len(wnids) != classes:
         lines = f"{len(wnids)} lines, but the network has {classes} classes"
         raise UserError(f"labels: {cfg.labels} has {lines}")
@@ -117,16 +113,14 @@ def write_predictions(path, rows, column):
 def main(argv=None):
     settings = read_settings(options, argv, "test", "Test QKFormer on ImageNet.")
     ranks = enter(settings)
-    if settings.predict:
-        predictions = Path(settings.predictions)
-        ranks.from_main(lambda: check_predictions(predictions))
     if not settings.predict:
         measure_released(settings, ranks)
         return 0
+    predictions = Path(settings.predictions)
+    ranks.from_main(lambda: check_predictions(predictions))
     tested, _ = load_released(settings, ranks)
     cfg = tested.cfg
-    classes = tested.model.num_classes
-    column, names = class_names(cfg, tested.classes, classes)
+    column, names = class_names(cfg, tested.classes, tested.model.num_classes)
     rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)
     ranks.from_main(lambda: write_predictions(predictions, rows, column))
     return 0

@@ -136,8 +136,7 @@ def main(argv=None):
     start = begin(settings, options)
     cfg = start.cfg
     if cfg.start_epoch and not start.path:
-        without = "but neither finetune nor resume names weights to go on from"
-        raise UserError(f"start_epoch is {cfg.start_epoch}, {without}")
+        raise UserError(f"start_epoch is {cfg.start_epoch}; finetune or resume must name weights")
     data.check(cfg)
     random_seed(cfg.seed, start.ranks.rank)
     torch.backends.cudnn.benchmark = not cfg.deterministic

@@ -247,7 +247,7 @@ def test_weights_of_another_folder():
         (imagenet, cifar10.model.QKFormer(**small), "QKFormer for CIFAR"),
         (events, cifar10.ms.MSQKFormer(**small), "MSQKFormer for CIFAR"),
     ):
-        wrong = rf"a.pth: {words}, another architecture than this folder's"
+        wrong = rf"a.pth: {words}, but this folder is for"
         for config in ({}, {"input_size": 48, "img_size": "none"}):
             with pytest.raises(folder.config.UserError, match=wrong):
                 recorded(folder, {"model": weights.state_dict(), "config": config})
@@ -259,7 +259,7 @@ def test_weights_of_another_network():
         {f"backbone.{n}": v for n, v in weights.items()},
         {"fc.weight": weights["head.bias"]},
     ):
-        wrong = f"a.pth: weights of another network: it has {next(iter(content))}, "
+        wrong = f"a.pth: weights of another network: {next(iter(content))}, "
         with pytest.raises(UserError, match=wrong):
             recorded(cifar10, {"model": content})
 

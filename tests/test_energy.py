@@ -240,7 +240,7 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys, monkeypatch):
     for argv, words in (
         ([alone], "alone.pth: no data set's folder is above it; name one: --folder cifar10"),
         ([alone, "--folder", "cifar10"], "not a checkpoint, or not whole"),
-        ([path, "--folder", "imagenet"], "another architecture than this folder's"),
+        ([path, "--folder", "imagenet"], "but this folder is for"),
         ([path, "--", "--dimm", "3"], "unknown flag --dimm; is dim meant?"),
     ):
         with pytest.raises(SystemExit) as end:

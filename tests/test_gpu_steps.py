@@ -231,7 +231,7 @@ def test_a_step_waits_for_nothing(name, trainer, monkeypatch):
             monkeypatch.setattr(torch.Tensor, method, lambda *a, f=known: (waits.note(), f(*a))[1])
         before = [p.detach().clone() for p in run.model.parameters()]
         run.train_epoch()
-    assert run.meter.steps == run.steps and waits.functions == {"_read"}
+    assert run.meter.steps == run.steps and waits.functions == {"flush"}
     changed = [not torch.equal(*p) for p in zip(before, run.model.parameters(), strict=True)]
     assert any(changed)
 

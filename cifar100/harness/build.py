@@ -102,13 +102,11 @@ def read_shapes(options, weights, path, recorded):
     """{key: value} that the shapes of weights tell; a recorded value where it fits these shapes."""
     known, family = next((row[:2] for row in FAMILIES if row[2] in weights), (None, None))
     if known not in (None, options.DATA_SET):
-        other = f"another architecture than this folder's, which is for {options.DATA_SET}"
-        raise UserError(f"{path}: {family} for {known}, {other}")
+        raise UserError(f"{path}: {family} for {known}, but this folder is for {options.DATA_SET}")
     hidden = {match[1]: weights[match[0]].shape for match in map(HIDDEN.match, weights) if match}
     odd = any(len(shape) != 4 or 0 in shape for shape in hidden.values())
     if family is None or not hidden or odd:
-        names = ", ".join([*weights][:3])
-        raise UserError(f"{path}: weights of another network: it has {names}, …")
+        raise UserError(f"{path}: weights of another network: {', '.join([*weights][:3])}, …")
     wide, dim = hidden[max(hidden)][:2]
     ratio = recorded.get("mlp_ratio", 0)
     if int(dim * ratio) != wide:
@@ -226,20 +224,16 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
 
 
 def layout(cfg, ranks):
-    """The memory format of images and weights.
-
-    On a CPU channels_last has no effect: in PyTorch 2.11 the backward pass of a 1x1 convolution of
-    stride 2 may overrun its memory.
+    """The memory format of images and weights. On a CPU never channels_last: in PyTorch 2.11 the
+    backward pass of a 1x1 convolution of stride 2 may overrun its memory.
     """
     on = getattr(cfg, "channels_last", False) and ranks.device.type != "cpu"
     return torch.channels_last if on else torch.contiguous_format
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
-    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why).
-
-    With `new_head`, a head of another number of classes, or none, is left as it was initialised; a
-    line says so.
+    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why). With
+    `new_head`, a head of another number of classes, or none, stays as it was initialised.
     """
     setting = cfg.cross_sample_lif
     cross_sample_lif, semantics = resolve_semantics(setting, checkpoint, path, cfg.model)
@@ -327,10 +321,8 @@ def digest(path):
 
 
 def load(options, data, path, device="cpu"):
-    """What a checkpoint holds, for use from Python.
-
-    Returns (model in eval mode, transform of a sample, such as a PIL image, to the model's input,
-    names of the classes or None). UserError as test.py has it.
+    """(model in eval mode, transform of a sample, such as a PIL image, to the model's input, names
+    of the classes or None) of a checkpoint, for use from Python. UserError as test.py has it.
     """
     settings = read_settings(options, ["--device", device])
     ranks = Ranks(settings.device, alone=True)

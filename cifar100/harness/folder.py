@@ -44,11 +44,8 @@ def find_checkpoint(settings) -> Path:
     root = root_of(settings)
     if settings.named and (settings.file.parent / "best.pth").is_file():
         return settings.file.parent / "best.pth"  # -c output/a/args.yaml
-    if settings.experiment:
-        paths = [run / "best.pth" for run in runs_of(root, settings.experiment)]
-    else:
-        paths = root.glob("*/best.pth")
-    paths = [path for path in paths if path.is_file()]
+    runs = runs_of(root, settings.experiment) if settings.experiment else root.glob("*")
+    paths = [run / "best.pth" for run in runs if (run / "best.pth").is_file()]
     if not paths:
         name = f" of {settings.experiment}" if settings.experiment else ""
         none = f"there is no best.pth{name} under {root}"
@@ -74,10 +71,8 @@ def read_args(folder) -> dict:
 
 
 def find_run(settings):
-    """(folder of a run to go on in or None, checkpoint to resume or None).
-
-    `resume: auto` means the run of this experiment; where none was named, that of the default yml
-    or else the newest.
+    """(folder of a run to go on in or None, checkpoint to resume or None). auto: the run of this
+    experiment; where none was named, that of the default yml or else the newest.
     """
     if not settings.resume:
         return None, None
@@ -100,9 +95,8 @@ def find_run(settings):
 def open_run(settings):
     """(folder of this run, checkpoint to resume or None, whether the folder's run goes on).
 
-    Only a run that goes on writes to a folder that holds a run; any other gets a folder with a
-    number behind its name. The folder is this process's until it ends: a run that would go on there
-    meanwhile ends with an error.
+    Only a run that goes on writes to a folder that holds a run; any other gets a number behind its
+    name. The folder is this process's until it ends; another run there is an error.
     """
     root, experiment = root_of(settings), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
@@ -128,10 +122,8 @@ CLAIMED = []  # files that are open, and so locked, until this process ends
 
 
 def claim(folder):
-    """Make a folder and lock it for this process; False if another one has it.
-
-    The lock is the system's, so it ends with the process, whatever ends it. Loader workers have no
-    part in it.
+    """Make a folder and lock it for this process; False if another one has it. The lock is the
+    system's, so it ends with the process, whatever ends it.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,15 +214,10 @@ def writing(folder):
 
 class RunLog:
     """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over
-    steps.
+    steps: TensorBoard drops all points of a folder from one x on.
 
-    A resumed run drops what was written from its first epoch and step on, since it does them again.
-    TensorBoard drops all points of a folder from one x on. So curves over steps have a folder of
-    their own.
-
-    Args:
-        folder: the run's.
-        epoch, step: the first ones that this run does; `step` counts over all epochs.
+    What was written from the run's first `epoch` and `step` (over all epochs) on is dropped, since
+    they are done again.
     """
 
     def __init__(self, folder, epoch, step):

@@ -41,13 +41,9 @@ def peak_memory_mb(device):
 
 
 class Progress:
-    """Where an epoch stands: a bar where rank 0 has a terminal, else lines, the first one after
-    the first step, then every `interval` steps and every 30 s.
-
-    Args:
-        steps: iterable of the epoch's remaining steps.
-        run: the Trainer: its epoch of num_epochs, meter, steps of an epoch and global_batch.
-        interval: steps between lines; the last step has one too.
+    """Where an epoch of the Trainer `run` stands, whose remaining `steps` it iterates over: a bar
+    where rank 0 has a terminal, else lines, after the first and the last step, every `interval`
+    steps and every 30 s.
     """
 
     def __init__(self, steps, run, interval):
@@ -130,19 +126,17 @@ class LossMeter:
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
         stopped = torch.full_like(loss, bool(stop), dtype=torch.float32)
         status = torch.stack([loss.detach().float(), stopped])
-        pending, self.pending = self.pending, to_host(self.ranks.sum(status))
-        self._read(pending)
+        status = to_host(self.ranks.sum(status))
+        self.flush()
+        self.pending = status
         if self.ranks.world_size == 1:
             self.stop = bool(stop)
 
     def flush(self):
-        pending, self.pending = self.pending, None
-        self._read(pending)
-
-    def _read(self, pending):
-        if pending is None:
+        """Read the loss of the last step."""
+        if self.pending is None:
             return
-        status, copied = pending
+        (status, copied), self.pending = self.pending, None
         if copied is not None:
             copied.synchronize()
         loss, stop = status.tolist()

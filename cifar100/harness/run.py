@@ -96,10 +96,7 @@ class Run:
     A Trainer adds the recipe: it sets criterion, optimizer, num_epochs and, if it has one,
     scheduler, calls prepare(), and has train_epoch() and course(), the learning rates.
 
-    Args:
-        start: what begin() gives.
-        data: the folder's module, with build_dataset, train_loader, test_loader and input_shape.
-        options: its table of keys.
+    start: what begin() gives. data, options: the folder's modules.
     """
 
     samples = "images"  # what a batch is of

@@ -51,8 +51,7 @@ def save_checkpoint(state: dict, path: Path):
     except (OSError, RuntimeError) as error:
         if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
             error = error.__context__
-        said = f"can't be written ({error}); an older file there is untouched"
-        raise UserError(f"{path}: {said}") from None
+        raise UserError(f"{path}: can't be written ({error}); an older one is as it was") from None
 
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
@@ -202,8 +201,8 @@ def number(checkpoint, name, default, path, low=-1):
     """A number of the default's type, from `low` on, in a checkpoint; the default if it lacks."""
     value = checkpoint.get(name, default)
     if type(value) is not type(default) or not low <= value < 1e15:
-        said = f"{path}: can't be resumed: its {name} is {reprlib.repr(value)}"
-        raise UserError(f"{said}; --finetune takes its weights alone")
+        said = reprlib.repr(value)
+        raise UserError(f"{path}: its {name} is {said}; --finetune takes its weights alone")
     return value
 
 

@@ -22,11 +22,8 @@ class LostWorker(UserError):
 
 
 class Batches(Dataset):
-    """One item is one whole batch, made from (indices, seed).
-
-    All randomness of a batch comes from its seed. So it is the same whatever process makes it and
-    whatever came before, and a run that is resumed within an epoch goes on with the very next
-    batch.
+    """One item is one whole batch, made from (indices, seed). All its randomness comes from the
+    seed, so it is the same whatever process makes it, and whatever came before.
     """
 
     def __init__(self, dataset, collate):
@@ -128,11 +125,8 @@ def train_batches(size, batch_size, seed, epoch, ranks):
 
 
 def test_batches(size, batch_size, ranks):
-    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order, the last
-    one may be short.
-
-    Batches are whole and in order because under cross_sample_lif an image's logits depend on its
-    batch.
+    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order. They are
+    whole, but for the last, because under cross_sample_lif logits depend on the batch.
     """
     starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
     return [(range(start, min(start + batch_size, size)), 0) for start in starts]

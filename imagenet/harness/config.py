@@ -278,8 +278,9 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             try:
                 value = keys[name].convert(text)
             except ValueError as wanted:
-                said = f"{spelled} is {shown(text)}; it must be {wanted}"
-                raise UserError(f"{where}: {said}") from None
+                raise UserError(
+                    f"{where}: {spelled} is {shown(text)}; it must be {wanted}"
+                ) from None
             other, before = here.setdefault(name, (spelled, value))
             if before != value:
                 raise UserError(

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -224,10 +223,6 @@ def explain(error):
     scarce = "can't allocate memory|can't start new thread|failed to map segment"
     if isinstance(error, MemoryError) or re.search(scarce, text):
         return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
-    if "Too many open files" in str(error):
-        return "too many open files; raise the limit (ulimit -n 4096) or set workers: 0"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-        return f"{error.strerror}: perhaps in /dev/shm (docker run --shm-size=8g, or workers: 0)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or type(error).__name__}: {error.strerror}"
     if type(error).__module__ == "torch._inductor.exc":
