@@ -259,7 +259,8 @@ class Run:
             if self.meter.steps > self.steps:
                 raise UserError(f"{path}: its step is {steps}; an epoch has {self.steps} here")
         if had != self.global_batch:
-            logger.info(f"warning: {path} had {had} {self.samples} a step, not {self.global_batch}")
+            now = f"{self.global_batch} {self.samples} a step"
+            logger.info(f"warning: {now}, but {path} had {had}")
         if not getattr(cfg, "no_resume_opt", False):
             opt = getattr(cfg, "opt", "adamw")
             load_optimizer(self.optimizer, self.scaler, checkpoint, path, opt)

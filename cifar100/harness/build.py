@@ -257,7 +257,8 @@ def check_classes(checkpoint, path, classes):
     names = checkpoint.get("classes")
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         names = []
-    had = len(names) or len(checkpoint["model"].get("head.weight", ()))
+    head = checkpoint["model"].get("head.weight")
+    had = len(names) or (*getattr(head, "shape", ()), 0)[0]
     if had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
