@@ -89,6 +89,12 @@ def test_deep_nesting_beside_a_checkpoint(tmp_path):
     assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
 
 
+def test_a_name_of_a_megabyte():
+    """Its start is printed, and what it could do to a terminal is not done."""
+    said = load("cifar10").log.escaped("\x1b[2J" + "x" * 10**6)
+    assert said.startswith("\\x1b[2Jxxx") and len(said) < 10_010
+
+
 # Images
 
 

@@ -20,7 +20,8 @@ class Plain(logging.Formatter):
 
 
 def escaped(text: str) -> str:
-    """Control characters as \\x1b, line breaks as \\n."""
+    """Control characters as \\x1b, line breaks as \\n; of a name of a megabyte the start."""
+    text = text if len(text) < 9999 else f"{text[:9999]}..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
