@@ -1,4 +1,4 @@
-# Copied from cifar10/model.py with num_classes=10->num_classes=100
+# Copied from cifar10/model.py with num_classes=10->num_classes=100, "num_classes": 10->"num_classes": 100
 """QKFormer for CIFAR: a hierarchical spiking transformer (HST) with Q-K attention.
 
 Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024.
@@ -22,6 +22,7 @@ from torch import nn
 if __package__:  # inside a package of your own
     from .spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -32,6 +33,7 @@ if __package__:  # inside a package of your own
 else:
     from spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -68,8 +70,7 @@ class Attention(nn.Module):
             setattr(self, f"{name}_conv", nn.Conv1d(dim, dim, 1, bias=False))
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
             setattr(self, f"{name}_lif", lif())
-        self.attn_lif = lif()
-        self.attn_lif.v_threshold /= 2
+        self.attn_lif = lif(v_threshold=lif.v_threshold / 2)
         self.proj_conv = nn.Conv1d(dim, dim, 1)
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
@@ -221,7 +222,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(nn.Module):
+class HST(Stages):
     """Hierarchical spiking transformer: three stages of D/4, D/2, D channels, a SPEDS before each.
 
     Args:
@@ -278,6 +279,10 @@ class HST(nn.Module):
             raise ValueError(f"checkpoint_stages is {stages}; the stages are 1, 2 and 3")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
         self.checkpoint_stages = tuple(checkpoint_stages)
+        self.feature_info = [
+            {"num_chs": embed_dims >> (2 - i), "reduction": 2**i, "module": f"stage{i + 1}"}
+            for i in range(3)
+        ]
         lif = self.lif = neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
@@ -306,46 +311,42 @@ class HST(nn.Module):
         return x.expand(self.T, *x.shape)
 
     def forward_features(self, x):
-        """Images, or frames [T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
+        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims, H / 4, W / 4]."""
         x = x if x.dim() == 5 else self.frames(x)
         for index in (1, 2, 3):
             x = self.run_stage(index, x)
-        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
+        return x
 
     def forward(self, x):
         """Images [B, C, H, W] -> logits [B, num_classes]. ValueError for a wrong shape."""
         return self.forward_head(self.forward_features(self.frames(x)))
 
-    def reset_classifier(self, num_classes, global_pool=None):
-        """A new head; 0 classes: none. `global_pool` is timm's; here it always is the mean."""
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes)
-            timm.layers.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            self.head.to(next(self.parameters()))  # on the device and of the type of the network
-
-    def get_classifier(self):
-        return self.head
+    def pool(self, x):
+        """[T, B, C, H, W] -> [T, B, C], the mean over space."""
+        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
 
     def forward_head(self, x, pre_logits=False):
-        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone.
+        """What forward_features gives -> logits [B, num_classes]; with pre_logits the means alone.
 
         In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
         """
+        x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
         return x.mean(0) if pre_logits else self.head(x.mean(0))
 
 
+CFG = {  # a pretrained_cfg of timm's
+    "input_size": (3, 32, 32),
+    "num_classes": 100,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "crop_pct": 1.0,
+    "first_conv": "patch_embed1.proj_conv",
+}
+
+
 @register_model
-def QKFormer(T=4, pretrained=False, drop_path_rate=None, kind=HST, **kwargs):
-    """HST-4-384 of the paper's CIFAR experiments; keywords: see HST, or timm's drop_path_rate."""
-    if pretrained:
-        raise ValueError("pretrained is True, but no weights come with the model; load some")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # of timm.create_model
-        kwargs.pop(key, None)
-    if drop_path_rate is not None:
-        kwargs["drop_path"] = drop_path_rate
-    return kind(T=T, **kwargs)
+def QKFormer(T=4, pretrained=False, **kwargs):
+    """HST-4-384 of the paper's CIFAR experiments; keywords: see HST and Stages.create."""
+    return HST.create("QKFormer", pretrained, CFG, T=T, **kwargs)

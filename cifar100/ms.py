@@ -162,12 +162,12 @@ class MSHST(model.HST):
         super().__init__(*args, **kwargs)
         self.head_lif = self.lif()
 
-    def forward_features(self, x):
-        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
-        return self.head_lif(super().forward_features(x))
+    def pool(self, x):
+        """Membrane inputs [T, B, C, H, W] -> spikes [T, B, C] of the mean over space."""
+        return self.head_lif(super().pool(x))
 
 
 @register_model
-def MSQKFormer(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """MS-QKFormer 4-384 of the CIFAR experiments; keywords: see MSHST and HST."""
-    return model.QKFormer(T, pretrained, drop_path_rate, kind=MSHST, **kwargs)
+def MSQKFormer(T=4, pretrained=False, **kwargs):
+    """MS-QKFormer 4-384 of the CIFAR experiments; keywords: see MSHST, HST and Stages.create."""
+    return MSHST.create("MSQKFormer", pretrained, model.CFG, T=T, **kwargs)

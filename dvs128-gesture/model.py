@@ -21,6 +21,7 @@ from torch import nn
 if __package__:  # inside a package of your own
     from .spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -31,6 +32,7 @@ if __package__:  # inside a package of your own
 else:
     from spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -69,8 +71,7 @@ class Attention(nn.Module):
             setattr(self, f"{name}_conv", nn.Conv1d(dim, dim, 1, bias=False))
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
             setattr(self, f"{name}_lif", lif())
-        self.attn_lif = lif()
-        self.attn_lif.v_threshold /= 2
+        self.attn_lif = lif(v_threshold=lif.v_threshold / 2)
         self.proj_conv = nn.Conv1d(dim, dim, 1)
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
@@ -237,7 +238,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(nn.Module):
+class HST(Stages):
     """Hierarchical spiking transformer: two stages of D/2 and D channels, each behind a SPEDS.
 
     Args:
@@ -293,6 +294,10 @@ class HST(nn.Module):
             raise ValueError(f"checkpoint_stages is {stages}; the stages are 1 and 2")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
         self.checkpoint_stages = tuple(checkpoint_stages)
+        self.feature_info = [
+            {"num_chs": embed_dims >> (1 - i), "reduction": 8 * 2**i, "module": f"stage{i + 1}"}
+            for i in range(2)
+        ]
         lif = self.lif = neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
@@ -321,52 +326,45 @@ class HST(nn.Module):
         return x.transpose(0, 1).to(self.patch_embed1.proj_conv.weight.dtype)
 
     def forward_features(self, x):
-        """Frames [T, B, C, H, W], T first -> [T, B, embed_dims], the mean over space."""
+        """Frames [T, B, C, H, W], T first -> spikes [T, B, embed_dims, H / 16, W / 16]."""
         if x.dim() != 5 or x.shape[2] != self.in_channels:
             want = f"[T, B, {self.in_channels}, H, W]"
             raise ValueError(f"input of shape {list(x.shape)}; forward_features takes {want}")
-        x = self.run_stage(1, x)
-        x = self.run_stage(2, x)
-        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
+        return self.run_stage(2, self.run_stage(1, x))
 
     def forward(self, x):
         """Event counts [B, T, C, H, W], any T -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(self.frames(x)))
 
     # Copied from cifar10/model.py
-    def reset_classifier(self, num_classes, global_pool=None):
-        """A new head; 0 classes: none. `global_pool` is timm's; here it always is the mean."""
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes)
-            timm.layers.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            self.head.to(next(self.parameters()))  # on the device and of the type of the network
-
-    # Copied from cifar10/model.py
-    def get_classifier(self):
-        return self.head
+    def pool(self, x):
+        """[T, B, C, H, W] -> [T, B, C], the mean over space."""
+        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
 
     # Copied from cifar10/model.py
     def forward_head(self, x, pre_logits=False):
-        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone.
+        """What forward_features gives -> logits [B, num_classes]; with pre_logits the means alone.
 
         In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
         """
+        x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
         return x.mean(0) if pre_logits else self.head(x.mean(0))
 
 
+CFG = {  # a pretrained_cfg of timm's; frames are counts, so nothing is normalised
+    "input_size": (2, 128, 128),
+    "num_classes": 11,
+    "mean": (0.0, 0.0),
+    "std": (1.0, 1.0),
+    "crop_pct": 1.0,
+    "first_conv": "patch_embed1.proj_conv",
+}
+
+
 # Copied from cifar10/model.py with T=4->T=16, HST-4-384 of the paper's CIFAR->HST-2-256 of the paper's event
 @register_model
-def QKFormer(T=16, pretrained=False, drop_path_rate=None, kind=HST, **kwargs):
-    """HST-2-256 of the paper's event experiments; keywords: see HST, or timm's drop_path_rate."""
-    if pretrained:
-        raise ValueError("pretrained is True, but no weights come with the model; load some")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # of timm.create_model
-        kwargs.pop(key, None)
-    if drop_path_rate is not None:
-        kwargs["drop_path"] = drop_path_rate
-    return kind(T=T, **kwargs)
+def QKFormer(T=16, pretrained=False, **kwargs):
+    """HST-2-256 of the paper's event experiments; keywords: see HST and Stages.create."""
+    return HST.create("QKFormer", pretrained, CFG, T=T, **kwargs)

@@ -21,6 +21,7 @@ from torch import nn
 if __package__:  # inside a package of your own
     from .spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -31,6 +32,7 @@ if __package__:  # inside a package of your own
 else:
     from spiking import (
         MultiStepLIF,
+        Stages,
         add,
         checkpointed,
         conv_bn_lif,
@@ -69,8 +71,7 @@ class Attention(nn.Module):
             setattr(self, f"{name}_conv", nn.Conv1d(dim, dim, 1, bias=False))
             setattr(self, f"{name}_bn", nn.BatchNorm1d(dim))
             setattr(self, f"{name}_lif", lif())
-        self.attn_lif = lif()
-        self.attn_lif.v_threshold /= 2
+        self.attn_lif = lif(v_threshold=lif.v_threshold / 2)
         self.proj_conv = nn.Conv1d(dim, dim, 1)
         self.proj_bn = nn.BatchNorm1d(dim)
         self.proj_lif = lif()
@@ -233,7 +234,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(nn.Module):
+class HST(Stages):
     """Hierarchical spiking transformer: three stages of D/4, D/2, D channels, a SPEDS before each.
 
     Args:
@@ -290,6 +291,10 @@ class HST(nn.Module):
             raise ValueError(f"checkpoint_stages is {stages}; the stages are 1, 2 and 3")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
         self.checkpoint_stages = tuple(checkpoint_stages)
+        self.feature_info = [
+            {"num_chs": embed_dims >> (2 - i), "reduction": 4 * 2**i, "module": f"stage{i + 1}"}
+            for i in range(3)
+        ]
         lif = self.lif = neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
@@ -319,13 +324,13 @@ class HST(nn.Module):
             raise ValueError(f"input of shape {list(x.shape)}; this model takes {want}")
         return x.expand(self.T, *x.shape)
 
-    # Copied from cifar10/model.py
+    # Copied from cifar10/model.py with / 4->/ 16
     def forward_features(self, x):
-        """Images, or frames [T, B, C, H, W] -> [T, B, embed_dims], the mean over space."""
+        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims, H / 16, W / 16]."""
         x = x if x.dim() == 5 else self.frames(x)
         for index in (1, 2, 3):
             x = self.run_stage(index, x)
-        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
+        return x
 
     # Copied from cifar10/model.py
     def forward(self, x):
@@ -333,55 +338,49 @@ class HST(nn.Module):
         return self.forward_head(self.forward_features(self.frames(x)))
 
     # Copied from cifar10/model.py
-    def reset_classifier(self, num_classes, global_pool=None):
-        """A new head; 0 classes: none. `global_pool` is timm's; here it always is the mean."""
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes)
-            timm.layers.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            self.head.to(next(self.parameters()))  # on the device and of the type of the network
-
-    # Copied from cifar10/model.py
-    def get_classifier(self):
-        return self.head
+    def pool(self, x):
+        """[T, B, C, H, W] -> [T, B, C], the mean over space."""
+        return x.movedim(2, 4).flatten(2, 3).mean(2)  # its gradient has channels innermost
 
     # Copied from cifar10/model.py
     def forward_head(self, x, pre_logits=False):
-        """[T, B, num_features] -> logits [B, num_classes]; with pre_logits the mean over T alone.
+        """What forward_features gives -> logits [B, num_classes]; with pre_logits the means alone.
 
         In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
         """
+        x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
         return x.mean(0) if pre_logits else self.head(x.mean(0))
 
 
-def build(T, pretrained, drop_path_rate, kwargs, kind=HST):
-    """An HST of the given keywords; `drop_path_rate` is timm's name of drop_path."""
-    if pretrained:
-        raise ValueError("pretrained is True, but no weights come with the model; load some")
-    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # of timm.create_model
-        kwargs.pop(key, None)
-    if drop_path_rate is not None:
-        kwargs["drop_path"] = drop_path_rate
-    return kind(T=T, **kwargs)
+SOURCE = "https://github.com/zhouchenlin2096/QKFormer"  # which no longer links to the weights
+CFG = {"input_size": (3, 224, 224), "first_conv": "patch_embed1.proj_conv", "origin_url": SOURCE}
+
+
+def build(name, T, pretrained, kwargs, kind=HST, **cfg):
+    """A model of D channels, the end of its name, and heads of 64; `cfg` goes over CFG."""
+    dim = int(name.rpartition("_")[2])
+    kwargs = {"embed_dims": dim, "num_heads": dim // 64, **kwargs}
+    return kind.create(name, pretrained, CFG | cfg, T=T, **kwargs)
 
 
 @register_model
-def QKFormer_10_384(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """HST-10-384 of the paper, 16.47 M parameters; keywords: see HST."""
-    return build(T, pretrained, drop_path_rate, {"embed_dims": 384, "num_heads": 6, **kwargs})
+def QKFormer_10_384(T=4, pretrained=False, **kwargs):
+    """HST-10-384 of the paper, 16.47 M parameters; keywords: see HST and Stages.create."""
+    notes = ("MD5 of the release's file: 60df416983ae326bb14bdb4566444320",)
+    return build("QKFormer_10_384", T, pretrained, kwargs, notes=notes)
 
 
 @register_model
-def QKFormer_10_512(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """HST-10-512 of the paper, 29.08 M parameters; keywords: see HST."""
-    return build(T, pretrained, drop_path_rate, {"embed_dims": 512, "num_heads": 8, **kwargs})
+def QKFormer_10_512(T=4, pretrained=False, **kwargs):
+    """HST-10-512 of the paper, 29.08 M parameters; keywords: see HST and Stages.create."""
+    notes = ("MD5 of the release's file: 85dd1f94c87ba5ec908fed5d0a3f7f69",)
+    return build("QKFormer_10_512", T, pretrained, kwargs, notes=notes)
 
 
 @register_model
-def QKFormer_10_768(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """HST-10-768 of the paper, 64.96 M parameters; keywords: see HST."""
-    return build(T, pretrained, drop_path_rate, {"embed_dims": 768, "num_heads": 12, **kwargs})
+def QKFormer_10_768(T=4, pretrained=False, **kwargs):
+    """HST-10-768 of the paper, 64.96 M parameters; keywords: see HST and Stages.create."""
+    notes = ("MD5 of the release's file: dc1595408ed1bd40346be2bdaf5015d5",)
+    return build("QKFormer_10_768", T, pretrained, kwargs, notes=notes)

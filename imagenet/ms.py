@@ -169,27 +169,27 @@ class MSHST(model.HST):
                 timm.layers.trunc_normal_(module.weight, std=0.02)
 
     # Copied from cifar10/ms.py
-    def forward_features(self, x):
-        """Images, or frames [T, B, C, H, W] -> spikes [T, B, embed_dims] of the mean over space."""
-        return self.head_lif(super().forward_features(x))
+    def pool(self, x):
+        """Membrane inputs [T, B, C, H, W] -> spikes [T, B, C] of the mean over space."""
+        return self.head_lif(super().pool(x))
+
+
+SOURCE = {"origin_url": "https://github.com/bic-L/MaxFormer/releases/tag/checkpoints"}
 
 
 @register_model
-def MSQKFormer_10_384(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """MS-QKFormer-10-384, 16.47 M parameters; keywords: see MSHST and HST."""
-    kwargs = {"embed_dims": 384, "num_heads": 6, **kwargs}
-    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)
+def MSQKFormer_10_384(T=4, pretrained=False, **kwargs):
+    """MS-QKFormer-10-384, 16.47 M parameters; keywords: see MSHST, HST and Stages.create."""
+    return model.build("MSQKFormer_10_384", T, pretrained, kwargs, MSHST, **SOURCE)
 
 
 @register_model
-def MSQKFormer_10_512(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """MS-QKFormer-10-512, 29.08 M parameters; keywords: see MSHST and HST."""
-    kwargs = {"embed_dims": 512, "num_heads": 8, **kwargs}
-    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)
+def MSQKFormer_10_512(T=4, pretrained=False, **kwargs):
+    """MS-QKFormer-10-512, 29.08 M parameters; keywords: see MSHST, HST and Stages.create."""
+    return model.build("MSQKFormer_10_512", T, pretrained, kwargs, MSHST, **SOURCE)
 
 
 @register_model
-def MSQKFormer_10_768(T=4, pretrained=False, drop_path_rate=None, **kwargs):
-    """MS-QKFormer-10-768, 64.96 M parameters; keywords: see MSHST and HST."""
-    kwargs = {"embed_dims": 768, "num_heads": 12, **kwargs}
-    return model.build(T, pretrained, drop_path_rate, kwargs, MSHST)
+def MSQKFormer_10_768(T=4, pretrained=False, **kwargs):
+    """MS-QKFormer-10-768, 64.96 M parameters; keywords: see MSHST, HST and Stages.create."""
+    return model.build("MSQKFormer_10_768", T, pretrained, kwargs, MSHST, **SOURCE)

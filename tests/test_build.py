@@ -1,6 +1,7 @@
 """From a checkpoint to the network that it holds: configuration, architecture, from Python."""
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -234,6 +235,27 @@ def test_architecture_is_read_off_the_shapes(name, entry):
         again = make(depths=depth, attention=kind, **{**options, "mlp_ratios": read["mlp_ratio"]})
         shapes = [(key, value.shape) for key, value in again.state_dict().items()]
         assert shapes == [(key, value.shape) for key, value in model.state_dict().items()]
+
+
+def test_variants_of_ones_own(monkeypatch, tmp_path):
+    """A model under a name of its own comes back by that name; names of a fork's weights are
+    replaced.
+    """
+    small = {"embed_dims": 32, "num_heads": 2, "depths": 3}
+    mini = functools.partial(cifar10.model.QKFormer, mlp_ratios=1)
+    monkeypatch.setitem(cifar10.options.MODELS, "Mini_QKFormer_32", mini)
+    model = mini(**small)
+    config = {"model": "Mini_QKFormer_32", "dim": 32, "num_heads": 2, "layer": 3, "mlp_ratio": 1}
+    file = {"model": model.state_dict(), "config": config}
+    assert recorded(cifar10, file)["model"] == "Mini_QKFormer_32"
+    weights = {name.replace("tssa", "cssa"): value for name, value in file["model"].items()}
+    torch.save({"config": config, "model": weights}, path := tmp_path / "a.pth")
+    load = functools.partial(cifar10.build.load, cifar10.options, cifar10.data, path)
+    with pytest.raises(UserError, match=r"stage1.0.cssa"):
+        load()
+    loaded = load(rename={"cssa": "tssa"})[0]
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model.eval()(x))
 
 
 def test_weights_of_another_folder():

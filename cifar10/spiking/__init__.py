@@ -6,10 +6,12 @@ neuron.py the neurons, layer.py the layers, spikes.py what the backward pass kee
 
 from .layer import conv_bn, conv_bn_lif, conv_bn_lif_each
 from .neuron import MultiStepLIF, neuron_maker
+from .plain import Stages
 from .spikes import add, checkpointed, matmul
 
 __all__ = [
     "MultiStepLIF",
+    "Stages",
     "add",
     "checkpointed",
     "conv_bn",

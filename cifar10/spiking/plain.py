@@ -10,8 +10,9 @@ v[-1] = 0 in every call. The surrogate gradient is that of a sigmoid with slope 
 ds/dh = alpha * g * (1 - g), g = sigmoid(alpha * (h - v_threshold)). The membrane is kept in float32
 (float64 for float64 input), whatever the type of the input. Tensors are [T, B, C, H, W].
 
-A copy of this file, named spiking.py, beside model.py is all that a model needs besides torch and
-timm; the rest of the folder computes the same in less time and memory.
+Stages, at the end, gives a network timm's methods. A copy of this file, named spiking.py, beside
+model.py is all that a model needs besides torch and timm; the rest of the folder computes the same
+in less time and memory.
 """
 
 import math
@@ -20,6 +21,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -96,6 +100,7 @@ class MultiStepLIF(nn.Module):
     """
 
     kind = "lif"
+    v_threshold = 1.0  # where none is given
 
     def __init__(
         self, tau=2.0, v_threshold=1.0, backend="auto", fused=True, alpha=ALPHA, byte_spikes=True
@@ -131,7 +136,8 @@ def neuron_maker(
     byte_spikes=True,
     kinds=NEURONS,
 ):
-    """What makes a model's neurons, called with no argument.
+    """What makes a model's neurons, called with no argument, or with v_threshold to have another
+    than its own, `.v_threshold`.
 
     `neuron` is a key of `kinds`, or a class that takes the arguments of MultiStepLIF, which the
     others are. ValueError for an unknown neuron, and for a tau of neurons that have none.
@@ -141,7 +147,10 @@ def neuron_maker(
         raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(kinds)}")
     if neuron == "if" and tau != 2.0:
         raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    return partial(kind, tau, v_threshold, backend, fused, surrogate_alpha, byte_spikes)
+    maker = partial(kind, tau=tau, v_threshold=v_threshold, backend=backend, fused=fused)
+    maker = partial(maker, alpha=surrogate_alpha, byte_spikes=byte_spikes)
+    maker.v_threshold = v_threshold
+    return maker
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -163,13 +172,15 @@ def masked(x, mask):
 
 
 def conv_bn(x, conv, bn, lif=None, pool=False, mask=None):
-    """bn(conv(x)) of all T*B samples; a Conv1d gets the H*W tokens as one dimension. `pool`: a 3x3
-    max-pool of stride 2 comes last. `mask`: see masked. `lif`, the neuron before, is not used.
+    """bn(conv(x)) of all T*B samples. A convolution with a weight of three dimensions, or without
+    one but with a BatchNorm1d, gets the H*W tokens as one. `pool`: a 3x3 max-pool of stride 2 comes
+    last. `mask`: see masked. `lif`, the neuron before, is not used.
     """
     x = x if mask is None else masked(x, mask)
     steps, space = x.shape[:2], x.shape[3:]
-    x = x.flatten(0, 1)
-    x = bn(conv(x.flatten(2))).unflatten(2, space) if isinstance(conv, nn.Conv1d) else bn(conv(x))
+    x, weight = x.flatten(0, 1), getattr(conv, "weight", None)
+    tokens = weight.dim() == 3 if torch.is_tensor(weight) else isinstance(bn, nn.BatchNorm1d)
+    x = bn(conv(x.flatten(2))).unflatten(2, space) if tokens else bn(conv(x))
     x = F.max_pool2d(x, 3, 2, 1) if pool else x
     return x.unflatten(0, steps)
 
@@ -210,3 +221,114 @@ class Recomputation:
         for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
             bn.momentum = momentum
             bn.num_batches_tracked.copy_(batches)
+
+
+# The network among timm's -------------------------------------------------------------------------
+
+NEUTRAL = {"drop_rate": 0, "attn_drop_rate": 0, "drop_block_rate": None, "qkv_bias": False}
+NEUTRAL |= {"qk_scale": None, "drop_connect_rate": None}
+UNUSED = ("sr_ratios", "norm_layer", "img_size")  # by the release's models too; any size works
+
+
+class Stages(nn.Module):
+    """A network of stages, each `patch_embed1` and the blocks `stage1` or so, with timm's methods.
+
+    A subclass has checkpoint_stages, num_features, feature_info (of each stage), frames(x), pool(x)
+    and run_stage(index, x), and calls reset_classifier.
+    """
+
+    global_pool = "avg"
+
+    @classmethod
+    def create(cls, name, pretrained, cfg, **kwargs):
+        """A model by timm's builder; with features_only=True what gives the maps of its stages.
+
+        Args:
+            name: of the model.
+            pretrained: whether to load the weights that the pretrained_cfg names.
+            cfg: the pretrained_cfg where none is given.
+            **kwargs: the class's, or in_chans, drop_path_rate and global_pool as timm has them.
+
+        Raises ValueError for what the model does not have.
+        """
+        for key, neutral in NEUTRAL.items():
+            if (value := kwargs.pop(key, neutral)) not in (neutral, None):
+                raise ValueError(f"{key} is {value}, which {name} does not have; leave it out")
+        kwargs = {key: value for key, value in kwargs.items() if key not in UNUSED}
+        for theirs, ours in (("in_channels", "in_chans"), ("drop_path_rate", "drop_path")):
+            if (value := kwargs.pop(theirs, None)) is not None:
+                kwargs[ours] = value
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or {**cfg, "classifier": "head"}
+
+        def make(in_chans, num_classes, global_pool="avg", **rest):
+            try:
+                model = cls(in_channels=in_chans, num_classes=num_classes, **rest)
+            except TypeError as error:  # a keyword that nothing knows
+                raise TypeError(str(error).replace("neuron_maker()", name)) from None
+            if global_pool != "avg":
+                model.reset_classifier(num_classes, global_pool)
+            return model
+
+        features = {"out_indices": None, "feature_cls": "getter"}  # None: of all stages
+        return build_model_with_cfg(make, name, pretrained, feature_cfg=features, **kwargs)
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        """A new head; 0 classes: none. global_pool: "avg" or, without a head, "" (maps)."""
+        pool = global_pool if global_pool is not None else self.global_pool
+        if pool not in ("avg", "") or (num_classes and not pool):
+            raise ValueError(f"global_pool is {pool!r}; there is 'avg', or '' with num_classes=0")
+        self.num_classes, self.global_pool = num_classes, pool
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(next(self.parameters()))  # on the device and of the type of the network
+
+    def get_classifier(self):
+        return self.head
+
+    def set_grad_checkpointing(self, enable=True):
+        self.checkpoint_stages = tuple(range(1, len(self.feature_info) + 1)) if enable else ()
+
+    def no_weight_decay(self):
+        return set()  # biases and parameters of one dimension are left out by timm itself
+
+    def group_matcher(self, coarse=False):
+        blocks = [(r"^patch_embed(\d+)", (-1,)), (r"^stage(\d+)\.(\d+)", None)]
+        return {"stem": "^$", "blocks": r"^(?:patch_embed|stage)(\d+)" if coarse else blocks}
+
+    def prune_intermediate_layers(self, indices=None, prune_norm=False, prune_head=True):
+        """Take off what forward_intermediates does not need for these stages; their list."""
+        indices, last = feature_take_indices(len(self.feature_info), indices)
+        for index in range(last + 2, len(self.feature_info) + 1):
+            delattr(self, f"patch_embed{index}")
+            delattr(self, f"stage{index}")
+        if prune_head:
+            self.reset_classifier(0, "")
+        return indices
+
+    def forward_intermediates(
+        self,
+        x,
+        indices=None,
+        norm=False,
+        stop_early=False,
+        output_fmt="NCHW",
+        intermediates_only=False,
+        steps=False,
+    ):
+        """Images or frames -> (forward_features, maps of the stages `indices`, from 0), as in timm.
+
+        Maps are the mean over T, [B, C, H, W]; with `steps` [T, B, C, H, W]. norm: there is none.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; there is 'NCHW'")
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        x, maps = self.frames(x), []
+        stop = last + 1 if stop_early or intermediates_only else len(self.feature_info)
+        for index in range(stop):
+            x = self.run_stage(index + 1, x)
+            if index in taken:
+                maps.append(x if steps else x.mean(0))
+        return maps if intermediates_only else (x, maps)

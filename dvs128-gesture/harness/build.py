@@ -119,9 +119,10 @@ def read_shapes(options, weights, path, recorded):
     # What is recorded counts: a token and a channel attention, or one of your own, look alike.
     kinds = recorded.get("attention", kinds)
     plif = any(LEARNT.search(name) for name in weights)
-    name = next((n for n in (family, f"{family}_10_{dim}") if n in options.MODELS), None)
+    names = recorded.get("model"), family, f"{family}_10_{dim}"  # the first: a variant of your own
+    name = next((n for n in names if n in options.MODELS), f"{family}_10_384")
     found = {
-        "model": name or recorded.get("model") or f"{family}_10_384",  # a width that no model has
+        "model": name,
         "layer": sum(1 for name in weights if HIDDEN.match(name)),
         "dim": dim,
         "mlp_ratio": ratio,
@@ -269,16 +270,20 @@ def check_classes(checkpoint, path, classes):
 # Testing ------------------------------------------------------------------------------------------
 
 
-def load_tested(settings, options, data, ranks, path=None, known=None) -> Tested:
+def load_tested(settings, options, data, ranks, path=None, known=None, rename=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
 
     Args:
         path: of the checkpoint; None: settings say which.
         known: {key: value} of what the file does not record.
+        rename: {part of a weight's name in the file: what it is here}.
     """
     path = path or find_checkpoint(settings)
     checkpoint = load_checkpoint(path, settings.use_ema)
+    for theirs, ours in (rename or {}).items():
+        weights = checkpoint["model"].items()
+        checkpoint["model"] = {name.replace(theirs, ours): value for name, value in weights}
     recorded, sha256 = recorded_values(options, checkpoint, path), digest(path)
     if checkpoint.get("cross_sample_lif") is not True:  # else the figure depends on the batch
         recorded.pop("val_batch_size", None)
@@ -321,11 +326,12 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(options, data, path, device="cpu"):
+def load(options, data, path, device="cpu", rename=None):
     """(model in eval mode, transform of a sample, such as a PIL image, to the model's input, names
-    of the classes or None) of a checkpoint, for use from Python. UserError as test.py has it.
+    of the classes or None) of a checkpoint, for use from Python. UserError as test.py has it;
+    rename: see load_tested.
     """
     settings = read_settings(options, ["--device", device])
     ranks = Ranks(settings.device, alone=True)
-    tested = load_tested(settings, options, data, ranks, Path(path))
+    tested = load_tested(settings, options, data, ranks, Path(path), rename=rename)
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

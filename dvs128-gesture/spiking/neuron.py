@@ -41,6 +41,8 @@ class MultiStep:
     cupy is asked for and can't run.
     """
 
+    v_threshold = 1.0  # where none is given
+
     def __init__(
         self,
         tau=2.0,
