@@ -170,6 +170,62 @@ def test_other_logs(tmp_path, capsys):
     assert "after 106 epochs you have 83.30 %, the release had 83.30 %" in capsys.readouterr().out
 
 
+# As the release's scripts print: CIFAR's by timm, ImageNet's, the event data sets'.
+PRINTED = {
+    "cifar10": """INFO:train:Train: {e} [   0/781 (  0%)]  Loss:  2.398279 (2.3983)  Time: 5.436s,   11.77/s  (5.436s,   11.77/s)  LR: 1.000e-05  Data: 1.023 (1.023)
+Train: {e} [ 780/781 (100%)]  Loss:  2.298279 ({train})  Time: 0.136s,  411.77/s  (0.156s,  409.77/s)  LR: 1.000e-05  Data: 0.023 (0.023)
+Test: [   0/156]  Time: 0.636 (0.636)  Loss:  1.9222 (1.9222)  Acc@1: 32.8125 (32.8125)  Acc@5: 82.8125 (82.8125)
+Test: [ 156/156]  Time: 0.036 (0.066)  Loss:  1.8222 ({test})  Acc@1: 37.5000 ({top1})  Acc@5: 87.5000 (83.5200)
+""",
+    "hst_10_384": """Epoch: [{e}]  [   0/5004]  eta: 10:29:28  lr: 0.000000  loss: 6.9556 (6.9556)  time: 7.5476  data: 4.3  max mem: 15811
+Epoch: [{e}] Total time: 0:29:09 (0.3495 s / it)
+Averaged stats: lr: 0.000240  loss: 6.3127 ({train})
+Test:  [   0/1563]  eta: 1:29:28  loss: 4.1000 (4.1000)  acc1: 12.5000 (12.5000)  acc5: 25.0000 (25.0000)  time: 3.4  data: 3.1  max mem: 17867
+* Acc@1 {top1} Acc@5 12.688 loss {test}
+""",
+    "cifar10-dvs": """Epoch: [{e}]  [  0/562]  eta: 0:38:35  lr: 1e-05  img/s: 4.153  loss: 2.3012 (2.3012)  acc1: 12.5000 (12.5000)  time: 4.1  max mem: 3290
+Epoch: [{e}]  [512/562]  eta: 0:00:05  lr: 1e-05  img/s: 164.153  loss: 2.2000 ({train})  acc1: 12.5000 (16.3499)  time: 0.1  max mem: 3290
+Test:  [ 0/63]  eta: 0:01:00  loss: 2.1000 (2.1000)  acc1: 25.0000 (25.0000)  time: 1.0  max mem: 3290
+ * Acc@1 = {top1}, Acc@5 = 76.2, loss = {test}
+""",
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_what_the_release_prints(name, tmp_path, capsys):
+    epochs = [(2.2741, 2.2037172941934493, 22.4), (2.0587, 1.822283184717572, 31.7)]
+    text = "".join(
+        PRINTED[name].format(e=e, train=train, test=test, top1=top1)
+        for e, (train, test, top1) in enumerate(epochs)
+    )
+    text += PRINTED[name].format(e=2, train=1, test=1, top1=1).splitlines()[0]  # not done yet
+    (tmp_path / "train.log").write_text("a line of something else\n" + text)
+    run = curves.read_run(tmp_path / "train.log")
+    assert [tuple(values.values()) for values in run.epochs.values()] == epochs
+    picture = tmp_path / "a.png"
+    assert curves.main([str(tmp_path / "train.log"), "--curve", name, "--out", str(picture)]) == 0
+    assert "after 2 epochs you have 31.70 %, the release had" in capsys.readouterr().out
+
+
+def test_another_data_set_is_compared_with_nothing(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [20.0, 99.0], CIFAR | {"dataset": "digits"})
+    assert curves.main([str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "dataset digits (torch/cifar10)" in text and "nothing to compare it with" in text
+    assert "after 2 epochs you have 99.00 %\n" in text and "the release had" not in text
+
+    def grey():
+        picture = np.asarray(Image.open(run / "curves.png").convert("RGB"))
+        return (picture == 0x8A).all(-1).sum()  # the colour of the release's curves
+
+    without = grey()
+    same = write_run(tmp_path / "same", [20.0, 30.0], CIFAR)
+    assert curves.main([str(run), str(same)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("the release had") == 1 and text.count("nothing to compare") == 1
+    assert grey() > without + 500
+
+
 def test_runs_that_go_on(tmp_path, capsys):
     """A line that is being written does not count; a run without an epoch says so, with nothing
     drawn.

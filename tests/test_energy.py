@@ -8,7 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from neurobench.metrics.static import Footprint
+from neurobench.metrics.utils.layers.macs import single_layer_MACs
+from neurobench.models import TorchModel
 from spikingjelly.activation_based import op_counter
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
 import energy
@@ -180,6 +184,53 @@ def test_counts_are_those_of_spikingjelly_and_of_shapes(modules, sizes):
     assert compared >= 8
 
 
+@pytest.mark.parametrize("modules, sizes", CASES)
+def test_the_counters_rule_is_neurobenchs(modules, sizes):
+    """Effective operations of each layer, which kind they are, sparsity and footprint."""
+    model = tiny(modules, fused=False, **sizes)
+    images, seen, fired, hooks = sample(model), {}, [], []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            hook = lambda _, args, out, name=name: seen.update({name: args[0]})  # noqa: E731
+            hooks.append(module.register_forward_hook(hook))
+        elif isinstance(module, BaseNode):
+            hooks.append(module.register_forward_hook(lambda _, args, out: fired.append(out)))
+    with torch.inference_mode():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    theirs = {name: single_layer_MACs(x, model.get_submodule(name)) for name, x in seen.items()}
+    counter = counted(model, images)
+    rows = table(counter)
+    kinds = set()
+    for name, (operations, spiking) in theirs.items():
+        times = model.T if name == "patch_embed1.proj_conv" and modules is not gesture else 1
+        assert rows[name].effective * times * len(images) == pytest.approx(operations, rel=1e-12)
+        if name not in ("patch_embed1.proj_conv", "head"):
+            assert rows[name].binary == spiking
+            kinds.add(spiking)
+        price = 0.9 if rows[name].binary else 4.6
+        assert rows[name].counters == pytest.approx(1e-9 * price * rows[name].effective)
+    assert kinds == {True, False} or sizes.get("ms")  # sums of spikes are there
+    zeros = sum((out == 0).sum().item() for out in fired) / sum(out.numel() for out in fired)
+    assert energy.sparsity(counter) == pytest.approx(zeros)
+    assert energy.footprint(model) == Footprint()(TorchModel(model))
+    for name, rates in energy.step_rates(counter).items():
+        assert math.fsum(rates) / len(rates) == pytest.approx(counter.neurons[name].rate)
+        assert len(rates) == (5 if modules is gesture else model.T)
+
+
+def test_memory_is_spikingjellys():
+    """It reads the first convolution's weights at every step; its neurons keep no state here."""
+    model = tiny(depths=3, fused=False)
+    images = sample(model)
+    with torch.no_grad():
+        report = op_counter.estimate_simple_energy(model, images)
+    rows = energy.count(counted(model, images))
+    ours = sum(row.memory * (model.T if row == rows[0] else 1) for row in rows) * len(images)
+    assert ours == pytest.approx(1e-9 * report.energy_memory_pj, rel=1e-9)
+
+
 def test_batches_add_up_and_nothing_is_changed():
     model = tiny(depths=3)
     images, state = sample(model, 7), {k: v.clone() for k, v in model.state_dict().items()}
@@ -204,7 +255,7 @@ def test_report_names_silent_neurons(tmp_path, capsys):
     assert result["images"] == 3 and "stage3" in text and "paper" not in text
     silent = [name for name, rate in result["neurons"].items() if rate == 0]
     assert silent[:2] == ["stage2.0.tssa.q_lif", "stage2.0.tssa.attn_lif"]
-    assert f"silent: {len(silent)} of {len(counter.neurons)} neurons, {silent[0]}, " in text
+    assert f"silent layers: {len(silent)} of {len(counter.neurons)}: {silent[0]}, " in text
     with pytest.raises(SystemExit, match=r"energy-best.csv can't be written"):
         energy.report(counter, tmp_path / "gone" / "best.pth")
 

@@ -3,11 +3,12 @@
 Usage:
     python tools/curves.py cifar10/output/cifar10                        # writes curves.png there
     python tools/curves.py imagenet/output/imagenet imagenet/output/imagenet-2 --out both.png
-    python tools/curves.py log.txt --curve hst_10_512     # the release's log, or timm's summary.csv
+    python tools/curves.py log.txt --curve hst_10_512     # of a log, say what it belongs to
 
 A run is a folder of ours, still running or not, or a log: our log.txt or that of the release's
-ImageNet script (one JSON a line), timm's summary.csv, or one of the curves themselves. What it is
-compared with follows from its args.yaml.
+ImageNet script (one JSON a line), what one of the release's scripts printed, timm's summary.csv, or
+one of the curves themselves. What it is compared with follows from its args.yaml; a run on another
+data set is compared with nothing.
 """
 
 import argparse
@@ -116,14 +117,16 @@ def table(run, release):
     wanted = {step * 10**power for step in (1, 2, 5) for power in range(4)}
     shown = [epoch for epoch in run.epochs if epoch + 1 in wanted or epoch == last]
     shown = shown if len(run.epochs) > 10 else list(run.epochs)
-    heads = (f"{head:>12}{'release':>9}" for head in ("train loss", "test loss", "top-1 %"))
+    other = f"{'release':>9}" if release.epochs else ""
+    heads = (f"{head:>12}{other}" for head in ("train loss", "test loss", "top-1 %"))
     lines = [f"{'after':>7}{''.join(heads)}"]
     for epoch in shown:
         theirs = release.epochs.get(epoch)
         line = f"{epoch + 1:7d}"
         for name, digits in (("train_loss", 3), ("test_loss", 3), ("top1", 2)):
             line += f"{run.epochs[epoch][name]:12.{digits}f}"
-            line += f"{theirs[name]:9.{digits}f}" if theirs else f"{'-':>9}"
+            if release.epochs:
+                line += f"{theirs[name]:9.{digits}f}" if theirs else f"{'-':>9}"
         lines.append(line)
     return lines
 
@@ -170,7 +173,7 @@ def duration(seconds):
 
 def draw(runs, release, published, path):
     """Write the picture: loss on the left, accuracy on the right, the release in grey under the
-    runs.
+    runs, or None.
     """
     matplotlib.rcParams.update(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -178,7 +181,7 @@ def draw(runs, release, published, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for run, colour, order in [
-        (release, GREY, 1),
+        *([(release, GREY, 1)] if release else []),
         *((run, COLOURS[i % 5], 2) for i, run in enumerate(runs)),
     ]:
         style = {"color": colour, "zorder": order, "linewidth": 1.6 if order == 2 else 1.3}
@@ -189,17 +192,15 @@ def draw(runs, release, published, path):
         )
         label = f"{run.name}, best {run.best:.2f} %" if run.epochs else None
         right.plot(*run.series("top1"), **style, label=label)
-    right.axhline(
-        published.top1,
-        color=GREY,
-        linewidth=0.8,
-        linestyle=":",
-        label=f"paper, {published.top1:.2f} %",
-    )
+    if release:
+        paper = f"paper, {published.top1:.2f} %"
+        right.axhline(published.top1, color=GREY, linewidth=0.8, linestyle=":", label=paper)
+        figure.suptitle(published.title)
     left.set(ylabel="loss")
     right.set(ylabel="top-1 %", ylim=(0, 101))
     ours, theirs = (
-        max((max(run.epochs, default=0) for run in group), default=0) for group in (runs, [release])
+        max((max(run.epochs, default=0) for run in group), default=0)
+        for group in (runs, [release] if release else [])
     )
     for axes in (left, right):
         axes.set_xlabel("epochs done")
@@ -209,7 +210,6 @@ def draw(runs, release, published, path):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(frameon=False, fontsize=9)
-    figure.suptitle(published.title)
     try:
         figure.savefig(path, dpi=150)
     except (
@@ -251,24 +251,29 @@ def compare(paths, curve=None, out=None):
             f"{published.title}: no log of the release's is known; the paper has "
             f"{published.top1:.2f} %"
         )
+    alike = False  # whether a run is on the published run's data
     for run in runs:
         print(f"\n{run.name}")
-        if other := differences(run, published):
+        other, theirs = differences(run, published), release
+        if other:
             print(f"not the published run: {', '.join(other)}")
-            if other[0].startswith("dataset "):
-                run.name += f" on {run.config['dataset']}"  # the picture has to say so too
+        if other and other[0].startswith("dataset "):
+            print("another data set, so there is nothing to compare it with")
+            run.name += f" on {run.config['dataset']}"  # the picture has to say so too
+            theirs = Run("release")
         if not run.epochs:
             print("no complete epoch yet")
             continue
-        print("\n".join(table(run, release)))
-        print(verdict(run, release))
+        alike = alike or theirs is release
+        print("\n".join(table(run, theirs)))
+        print(verdict(run, theirs))
         if line := cost(run, published):
             print(line)
     if not any(run.epochs for run in runs):
         return None
     first = Path(paths[0])
     out = Path(out) if out else (first if first.is_dir() else first.parent) / "curves.png"
-    draw([run for run in runs if run.epochs], release, published, out)
+    draw([run for run in runs if run.epochs], release if alike else None, published, out)
     print(f"\ndrawn to {out}")
     return out
 

@@ -22,7 +22,17 @@ and of SSA. SOPs of a layer are the firing rate of its input x T x its MACs in o
   not counted.
 - The linear head is no part of the formula: its row counts MACs (SOPs where it reads spikes), but
   the sums leave it out.
-- ANN equivalent: 4.6 pJ for each MAC of the same layers, once for an image, T times for frames.
+- ANN equivalent: 4.6 pJ for each MAC of the same layers, once for an image, T times for frames. In
+  8 bits a MAC costs 0.23 pJ.
+
+Beside it, "counters": the rule of NeuroBench and of spikingjelly's counters. A layer's operations
+are those whose input is not 0, padding left out; they are accumulates at 0.9 pJ where all of the
+layer's inputs are 0 or 1, and MACs at 4.6 pJ where a 2 is among them. Effective ACs, effective
+MACs, activation sparsity and footprint are NeuroBench's names.
+
+"memory" is the term of spikingjelly's estimate_simple_energy, 24.96 pJ a byte: 4 bytes of a weight
+for each of these operations (each MAC, where a 2 is among the inputs) and of a bias for each
+output. A membrane is read and written at each step.
 """
 
 import csv
@@ -33,6 +43,7 @@ import sys
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
@@ -40,6 +51,8 @@ import models
 
 stage_of = models.load("cifar10").firing.stage_of
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
+MAC8 = 0.23e-9  # in 8 bits, an addition 0.03 and a multiplication 0.2
+BYTE = 24.96e-9
 # The paper's firing rates, of the outputs of neurons: HST-10-768 at 224 x 224 with T = 4, stages 1
 # and 2. It has none for v_lif, which is here for its place in the table.
 PAPER = {
@@ -66,6 +79,10 @@ class Row(NamedTuple):
     sops: float | None  # of an image; None where MACs are counted
     energy: float  # mJ an image
     ann: float  # likewise
+    effective: float  # operations of an image whose input is not 0
+    binary: bool  # whether all inputs are 0 or 1
+    counters: float  # mJ, by the rule of the counters
+    memory: float  # mJ
 
 
 class Sums(NamedTuple):
@@ -73,6 +90,10 @@ class Sums(NamedTuple):
     sops: float
     energy: float
     ann: float
+    counters: float
+    memory: float
+    effective_acs: float
+    effective_macs: float
 
 
 class Tally:
@@ -83,12 +104,17 @@ class Tally:
         self.macs = 0  # multiply-accumulates for them
         self.passes = 0  # samples x time steps
         self.real = False  # whether the values are real numbers, not spikes or sums of spikes
+        self.binary = True  # whether they are all 0 or 1
+        self.effective = 0  # operations with a value that is not 0
+        self.biases = 0  # that were added
+        self.steps = 0  # sums of the values of each time step, of neurons
         self.sums = torch.zeros(2, dtype=torch.float64)  # of the values; of those that are not 0
 
     def add(self, x, macs=0, passes=0):
         self.values += x.numel()
         self.macs += macs
         self.passes += passes
+        self.binary = self.binary and bool(((x == 0) | (x == 1)).all())
         sums = torch.stack([x.sum(dtype=torch.float64), x.count_nonzero().double()])
         self.sums = self.sums.to(x.device) + sums
 
@@ -147,14 +173,29 @@ class Counter:
             tally.real = image or (linear and x.dim() == 2)  # [B, D]: a mean over T
             passes = x.numel() // x.shape[-1] if linear else len(x)
             tally.add(x, output.numel() * module.weight[0].numel(), passes)
+            tally.effective += effective(module, x)
+            tally.biases += 0 if module.bias is None else output.numel()
 
         return hook
 
     def _neuron(self, name):
         def hook(module, args, output):
-            self.neurons.setdefault(name, Tally()).add(output)
+            tally = self.neurons.setdefault(name, Tally())
+            tally.add(output)
+            # [T, B, ...], or [T*B, 1, ...] where it runs on from sample to sample
+            tally.steps += output.double().reshape(self.T, -1).sum(1).cpu()
 
         return hook
+
+
+def effective(module, x):
+    """How many multiplications of a layer have an input that is not 0."""
+    if isinstance(module, nn.Linear):
+        return x.count_nonzero().item() * module.out_features
+    conv = F.conv1d if x.dim() == 3 else F.conv2d
+    taps = torch.ones_like(module.weight[:1], dtype=torch.float32)
+    seen = conv((x != 0).float(), taps, None, module.stride, module.padding)
+    return int(seen.sum(dtype=torch.float64).item()) * module.out_channels
 
 
 def count(counter):
@@ -183,7 +224,8 @@ def products(counter, name, attention):
     rows = []
     for what, tally, each in work:
         macs = tally.values * each / (counter.images * counter.T)
-        rows.append(make_row(counter, f"{name}: {what}", tally, macs, counter.T, spikes=True))
+        row = make_row(counter, f"{name}: {what}", tally, macs, counter.T, spikes=True)
+        rows.append(row._replace(memory=0.0))  # it has no weights
     return rows
 
 
@@ -193,7 +235,17 @@ def make_row(counter, name, tally, macs, steps, spikes):
     sops = tally.rate * steps * macs if spikes else None
     energy = AC * sops if spikes else MAC * macs * steps
     once = counter.static or stage == "head"
-    return Row(name, stage, *rates, steps, macs, sops, energy, MAC * macs * (1 if once else steps))
+    ann = MAC * macs * (1 if once else steps)
+    share = steps * counter.images / tally.passes if tally.passes else 1  # 1 / T of an image
+    done = tally.effective * share / counter.images
+    if ": " in name:  # a product
+        done = tally.nonzero * steps * macs
+    binary = tally.binary and spikes
+    weights = done if binary else macs * steps
+    bytes_read = 4 * (weights + tally.biases * share / counter.images)
+    rule = (AC if binary else MAC) * done
+    row = (name, stage, *rates, steps, macs, sops, energy, ann, done, binary, rule)
+    return Row(*row, BYTE * bytes_read)
 
 
 def add_up(rows):
@@ -202,7 +254,9 @@ def add_up(rows):
     for row in rows:
         for stage in (row.stage, "all"):
             if row.stage != "head":
-                stages.setdefault(stage, []).append((row.macs, row.sops or 0, row.energy, row.ann))
+                work = (row.effective, 0) if row.binary else (0, row.effective)
+                values = row.macs, row.sops or 0, row.energy, row.ann, row.counters, row.memory
+                stages.setdefault(stage, []).append((*values, *work))
     return {
         stage: Sums(*map(math.fsum, zip(*stages[stage], strict=True)))
         for stage in sorted(stages, key=lambda stage: (stage == "all", stage))
@@ -236,14 +290,16 @@ def is_published(model):
 
 def describe(counter, rows, sums):
     """The report's lines."""
-    lines = [f"{'layer':34}{'rate':>8}{'nonzero':>9}{'MACs':>10}{'steps':>6}{'SOPs':>10}{'mJ':>10}"]
+    heads = f"{'MACs':>10}{'steps':>6}{'SOPs':>10}{'mJ':>10}{'counters':>10}{'memory':>10}"
+    lines = [f"{'layer':34}{'rate':>8}{'nonzero':>9}{heads}"]
     for row in rows:
         rates = "    real         "
         if row.rate is not None:
             rates = f"{row.rate:8.4f}{row.nonzero:9.4f}"
         sops = "" if row.sops is None else number(row.sops)
         work = f"{number(row.macs):>10}{row.steps:6g}{sops:>10}"
-        lines.append(f"{row.layer:34}{rates}{work}{row.energy:10.4g}")
+        energies = f"{row.energy:10.4g}{row.counters:10.4g}{row.memory:10.4g}"
+        lines.append(f"{row.layer:34}{rates}{work}{energies}")
 
     stages, published = [stage for stage in sums if stage != "all"], is_published(counter.model)
     titles = "".join(f"{stage:>10}" for stage in stages)
@@ -255,10 +311,17 @@ def describe(counter, rows, sums):
             cells += [f"{PAPER[name][0]:17.4f}{PAPER[name][1]:10.4f}"]
         lines.append(f"{name:36}{''.join(cells)}".rstrip())
 
+    lines += ["", "outputs by time step"]
+    for stage in stages:
+        steps = [rates for name, rates in step_rates(counter).items() if stage_of(name) == stage]
+        if steps:
+            means = [math.fsum(values) / len(steps) for values in zip(*steps, strict=True)]
+            lines.append(f"{stage:10}" + "".join(f"{mean:8.4f}" for mean in means))
     silent = [name for name, tally in counter.neurons.items() if tally.rate == 0]
     more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
-    named = f"silent: {len(silent)} of {len(counter.neurons)} neurons, {', '.join(silent[:5])}"
-    lines += [named + more, ""] if silent else [""]
+    named = f"silent layers: {len(silent)} of {len(counter.neurons)}: {', '.join(silent[:5])}"
+    usual = "; before training it is usual that attn_lif and what reads it are among them"
+    lines += [named + more + usual, ""] if silent else [""]
     total = sums["all"]
     for stage in stages:
         share = sums[stage].energy / total.energy if total.energy else 0
@@ -270,8 +333,38 @@ def describe(counter, rows, sums):
         *lines,
         f"energy: {total.energy:.4g} mJ an image, the mean of {counter.images:,}; T = {counter.T}, "
         f"{number(total.macs)} MACs a step, {number(total.sops)} SOPs",
-        f"ANN equivalent: {total.ann:.4g} mJ, {times}; the head, in neither: {head:.2g} mJ",
+        f"ANN equivalent: {total.ann:.4g} mJ, {times}; in 8 bits {total.ann * MAC8 / MAC:.4g} mJ; "
+        f"the head, in none: {head:.2g} mJ",
+        f"by the counters' rule: {total.counters:.4g} mJ, {number(total.effective_acs)} effective "
+        f"ACs, {number(total.effective_macs)} effective MACs",
+        f"memory, in none of these: {total.memory:.4g} mJ for weights, "
+        f"{membranes(counter):.4g} mJ for membranes",
+        f"activation sparsity {sparsity(counter):.4f}, footprint {footprint(counter.model):,} B",
     ]
+
+
+def step_rates(counter):
+    """{neuron: [mean output at each time step]}."""
+    return {
+        name: (tally.steps * counter.T / tally.values).tolist()
+        for name, tally in counter.neurons.items()
+    }
+
+
+def membranes(counter):
+    """mJ an image for reading and writing 4 bytes of each neuron at each step."""
+    return 8 * BYTE * sum(tally.values for tally in counter.neurons.values()) / counter.images
+
+
+def sparsity(counter):
+    """The share of the neurons' outputs that is 0."""
+    tallies = counter.neurons.values()
+    return 1 - sum(t.sums[1].item() for t in tallies) / sum(t.values for t in tallies)
+
+
+def footprint(model):
+    """Bytes of parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def number(value):
@@ -302,7 +395,12 @@ def report(counter, path):
         "unit": "mJ an image",
         **sums["all"]._asdict(),
         "stages": {stage: sums[stage]._asdict() for stage in sums if stage != "all"},
+        "ann_8_bits": sums["all"].ann * MAC8 / MAC,
+        "membranes": membranes(counter),
+        "sparsity": sparsity(counter),
+        "footprint": footprint(counter.model),
         "neurons": {name: tally.rate for name, tally in counter.neurons.items()},
+        "steps": step_rates(counter),
         "blocks": block_rates(counter),
         "layers": [row._asdict() for row in rows],
     }

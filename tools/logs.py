@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,16 @@ NAMES = {
     "test_loss": ("test_loss", "eval_loss"),
     "top1": ("test_acc1", "eval_top1"),
 }
+
+
+# What scripts print; the mean of an epoch is in brackets. TRAIN: timm's (CIFAR) and torchvision's
+# (ImageNet, events) lines of a step; MEANS: ImageNet's of an epoch; TESTED: timm's of the last
+# batch; RESULT: ImageNet's and the event scripts' of a test.
+MEAN = r"\bloss: +\S+ \( *(\S+)\)"
+TRAIN = re.compile(rf"(?:Train: (\d+) |Epoch: \[(\d+)\]).*?{MEAN}", re.I)
+MEANS = re.compile(rf"Averaged stats: .*?{MEAN}")
+TESTED = re.compile(rf"Test: +\[ *(\d+)/ *\1\].*?{MEAN}.*?Acc@1: +\S+ \( *(\S+)\)", re.I)
+RESULT = re.compile(r"\* +Acc@1 (?:= )?([\d.]+),? +Acc@5 (?:= )?[\d.]+,? +loss (?:= )?([\d.]+)")
 
 
 class CurveError(Exception):
@@ -68,7 +79,10 @@ def read_run(path):
         raise CurveError(f"{error.filename}: can't be read: {error.strerror}") from None
     except yaml.YAMLError:
         raise CurveError(f"{folder / 'args.yaml'}: not a yml") from None
-    rows = read_csv(text) if path.suffix == ".csv" else read_json(text, path)
+    if path.suffix == ".csv":
+        rows = read_csv(text)
+    else:
+        rows = read_console(text) or read_json(text, path)
     name = folder.name if path.name in ("log.txt", "summary.csv") else path.stem
     return Run(
         name,
@@ -84,6 +98,24 @@ def read_csv(text):
     lines = text.splitlines()
     rows = list(csv.DictReader(lines))
     return rows[:-1] if rows and (None in rows[-1].values() or not text.endswith("\n")) else rows
+
+
+def read_console(text):
+    """The epochs in what a script printed; one without its test is left out."""
+    rows = {}
+    for line in text.splitlines():
+        if found := TRAIN.search(line):
+            epoch = int(found[1] or found[2])
+            rows[epoch] = {"epoch": epoch, "train_loss": found[3]}
+        elif not rows:
+            continue
+        elif found := MEANS.search(line):
+            rows[epoch]["train_loss"] = found[1]
+        elif found := TESTED.search(line):
+            rows[epoch] |= {"test_loss": found[2], "test_acc1": found[3]}
+        elif found := RESULT.search(line):
+            rows[epoch] |= {"test_loss": found[2], "test_acc1": found[1]}
+    return [row for row in rows.values() if "test_acc1" in row]
 
 
 def read_json(text, path):
