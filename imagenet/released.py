@@ -8,7 +8,7 @@ import data
 import options
 from harness.build import Tested, load_tested, measure
 from harness.config import read_settings
-from harness.folder import find_checkpoint
+from harness.folder import fetch, find_checkpoint
 from harness.log import logger
 from harness.process import Ranks
 
@@ -31,14 +31,14 @@ RELEASED = {
 }
 
 
-def load_released(settings, ranks, path: Path | None = None) -> tuple[Tested, dict]:
+def load_released(settings, ranks, path: Path | None = None, rename=None) -> tuple[Tested, dict]:
     """(the checkpoint to test, {"published_top1": the paper's} where it is one of the release's and
     tested at its own size).
     """
     path = path or find_checkpoint(settings)
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
-        return load_tested(settings, options, data, ranks, path), {}
+        return load_tested(settings, options, data, ranks, path, rename=rename), {}
     paper = f"the release's {released.model} at {released.img_size}, {released.top1:.2f} %"
     why = "since one neuron mixes the images of a batch (cross_sample_lif)"
     logger.info(f"{path}: {paper} in the paper, which its authors withdrew in May 2026, {why}")
@@ -65,12 +65,12 @@ def measure_released(settings, ranks, path: Path | None = None):
         logger.info(f"top-1: measured {metrics.top1:.2f} %, published {top1:.2f} %")
 
 
-def load(path, device="cpu"):
+def load(path, device="cpu", rename=None):
     """(model in eval mode, transform of a PIL image to its input, names of the classes or None) of
-    a checkpoint, for use from Python. UserError as test.py has it.
+    a checkpoint, for use from Python. UserError as test.py has it; rename: see load_tested.
     """
     settings = read_settings(options, ["--device", device])
-    tested, _ = load_released(settings, Ranks(device, alone=True), Path(path))
+    tested, _ = load_released(settings, Ranks(device, alone=True), fetch(path), rename)
     thousand = tested.model.num_classes == 1000
     names = tested.classes or (data.class_names() if thousand else None)
     return tested.model.eval(), data.input_transform(tested.cfg), names

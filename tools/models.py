@@ -85,6 +85,7 @@ def open_checkpoint(path, folder, flags, say=True):
     say: whether the lines of the log are printed.
     """
     path = Path(path).absolute()
+    path = path / "model.safetensors" if (path / "model.safetensors").is_file() else path
     above = [one.parent.name for one in path.parents if one.name == "output"]
     folder = folder or next((name for name in above if name in DATA_SETS), None)
     if folder is None:

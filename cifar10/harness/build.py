@@ -19,7 +19,7 @@ from spiking.neuron import resolve_backend
 
 from .checkpoint import load_checkpoint, load_weights
 from .config import Config, read_settings
-from .folder import find_checkpoint, read_args, write_result
+from .folder import fetch, find_checkpoint, read_args, write_result
 from .graph import graphed
 from .log import UserError, logger, typed
 from .meters import Metrics, evaluate, make_autocast
@@ -333,5 +333,5 @@ def load(options, data, path, device="cpu", rename=None):
     """
     settings = read_settings(options, ["--device", device])
     ranks = Ranks(settings.device, alone=True)
-    tested = load_tested(settings, options, data, ranks, Path(path), rename=rename)
+    tested = load_tested(settings, options, data, ranks, fetch(path), rename=rename)
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

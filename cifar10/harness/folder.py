@@ -4,19 +4,26 @@ import atexit
 import contextlib
 import errno
 import fcntl
+import hashlib
+import http.client
 import itertools
 import json
 import os
 import re
 import time
+import urllib.parse
 from pathlib import Path
 
+import torch
 import yaml
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from .log import HERE, UserError, logger
+
+MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
+ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
 
 CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
     "train_loss": "loss/train",
@@ -37,10 +44,33 @@ def root_of(settings):
     return Path(settings.output) if settings.output else HERE / "output"
 
 
+def fetch(name: str | Path) -> Path:
+    """The file that a checkpoint's name means: a path, a folder that tools/export.py wrote, or a
+    URL or a key of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name, as
+    torch.hub has it, is verified. UserError where it can't be downloaded.
+    """
+    path = Path(name)
+    url = str(name) if path.exists() else ASSETS.get(str(name), str(name))
+    if not url.startswith(("https://", "http://")):
+        return path / "model.safetensors" if path.is_dir() else path
+    file = urllib.parse.urlparse(url).path.rpartition("/")[2] or "checkpoint"
+    cache = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:8])
+    path, known = cache / file, torch.hub.HASH_REGEX.search(file)
+    try:
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), known and known[1])
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: can't be downloaded: {error}") from None
+    checksum = "its checksum fits" if known else "no checksum of it is known here"
+    logger.info(f"{url}: {path}; {checksum}")
+    return path
+
+
 def find_checkpoint(settings) -> Path:
     """The checkpoint to test: the named one, the named run's best.pth, or the one written last."""
     if settings.checkpoint:
-        return Path(settings.checkpoint)
+        return fetch(settings.checkpoint)
     root = root_of(settings)
     if settings.named and (settings.file.parent / "best.pth").is_file():
         return settings.file.parent / "best.pth"  # -c output/a/args.yaml

@@ -9,6 +9,7 @@ bare state dicts.
 """
 
 import argparse
+import json
 import math
 import os
 import pathlib
@@ -64,7 +65,12 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    checkpoint = read_file(path)
+    checkpoint, beside = read_file(path), path.with_name("config.json")
+    if path.name == "model.safetensors" and beside.is_file():  # of tools/export.py
+        try:
+            checkpoint = {"model": checkpoint, **json.loads(beside.read_text())["qkformer"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            logger.info(f"{beside}: holds no configuration of ours")
     held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
     plain = next((held[name] for name in WEIGHTS if name in held), None)
     averaged = next((held[name] for name in EMA if name in held), None)
