@@ -1,6 +1,7 @@
 """From a checkpoint to the network that it holds: configuration, architecture, from Python."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -244,6 +245,9 @@ def test_variants_of_ones_own(monkeypatch, tmp_path):
     small = {"embed_dims": 32, "num_heads": 2, "depths": 3}
     mini = functools.partial(cifar10.model.QKFormer, mlp_ratios=1)
     monkeypatch.setitem(cifar10.options.MODELS, "Mini_QKFormer_32", mini)
+    key = cifar10.options.KEYS["model"]  # as with the variant in model.py
+    known = dataclasses.replace(key, choices=(*cifar10.options.MODELS,))
+    monkeypatch.setitem(cifar10.options.KEYS, "model", known)
     model = mini(**small)
     config = {"model": "Mini_QKFormer_32", "dim": 32, "num_heads": 2, "layer": 3, "mlp_ratio": 1}
     file = {"model": model.state_dict(), "config": config}
