@@ -2,8 +2,9 @@
 
 `conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
 function of autograd. That works in channels_last, shows a static image once instead of T times, and
-normalises, integrates and fires in one pass over memory (ops.py). For the backward pass it saves
-the convolution's output and the layer's input, spikes as bytes (spikes.py).
+normalises, integrates and fires in one pass over memory (ops.py). On a CPU convolutions of spikes
+add up rows of the weight (events.py). For the backward pass it saves the convolution's output and
+the layer's input, spikes as bits or bytes (spikes.py).
 
 Both paths compute the same function, to rounding. The fused path does not call the modules, so it
 is taken only where each module has exactly the type and the methods that it knows (fusible.py).
@@ -14,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import ops, plain
-from .fusible import autocast, can_fuse
-from .spikes import mark, masked, save, wants_bytes
+from . import events, ops, plain
+from .fusible import autocast, autocast_type, can_fuse
+from .spikes import largest, mark, masked, save, wants_bytes
 
 aten = torch.ops.aten
 MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
@@ -71,7 +72,7 @@ class Options(NamedTuple):
     """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
 
     repeats: how often a step of x is shown, T where x is an image. save_bytes: whether the spikes
-    are wanted as bytes too.
+    are wanted as bytes too. events: whether the convolution is one of events.py.
     """
 
     T: int
@@ -82,6 +83,7 @@ class Options(NamedTuple):
     pool: bool
     neuron: ops.Constants | None
     save_bytes: bool
+    events: bool
 
 
 def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
@@ -109,7 +111,11 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
             pairs = zip(bns, lifs, strict=True)
             rates = join(ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs)
     small = fires and lif.byte_spikes and wants_bytes()
-    options = Options(T, T // len(x), stride, padding, float(bn.eps), pool, neuron, small)
+    eps, by_events = (
+        float(bn.eps),
+        getattr(lif, "events", True) and takes_events(x, weight, bn.training),
+    )
+    options = Options(T, T // len(x), stride, padding, eps, pool, neuron, small, by_events)
     if bn.training:
         bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
         args = (x, weight, bias, gamma, beta, rates, options)
@@ -118,7 +124,7 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         if fires:
             return mark(out, 1, small) if lif.byte_spikes else out
     else:
-        y = convolve(x, weight, options)
+        y = convolve(x, weight, options)[0]
         affine = running_affine(y, convs, bns, sign)
         y = ops.pool(y)[0] if pool else y
         if fires:
@@ -144,10 +150,33 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def takes_events(x, weight, training):
+    """Whether the convolution of x is a sum of events: in training where x is spikes, or frames
+    that differ from step to step. In evaluation always: its sums do not depend on the batch.
+    """
+    same = x.dtype == weight.dtype == autocast_type(x) and not torch.compiler.is_compiling()
+    if not same or not events.available(x.device.type, x.dtype):
+        return False
+    frames = len(x) > 1 and not x.requires_grad  # of event data
+    return not training or largest(x) is not None or frames
+
+
 def convolve(x, weight, options):
-    """[T, B, C, H, W] -> [T*B, C', H', W'] in channels_last, in autocast's type, without a bias."""
-    x, weight = channels_last(autocast(x.flatten(0, 1))), channels_last(autocast(weight))
-    return channels_last(F.conv2d(x, weight, None, options.stride, options.padding))
+    """[T, B, C, H, W] -> ([T*B, C', H', W'] in channels_last, in autocast's type, without a bias;
+    what events.find says of x, or None).
+    """
+    if options.events:
+        x = rows(save(x))
+        found = events.find(x, weight.dtype)
+        args = (weight, options.stride, options.padding)
+        return events.convolve(x.shape, found[0], found[2], *args), found
+    x, weight = rows(autocast(x)), channels_last(autocast(weight))
+    return channels_last(F.conv2d(x, weight, None, options.stride, options.padding)), None
+
+
+def rows(x):
+    """[T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last."""
+    return channels_last(x.flatten(0, -4))
 
 
 class ConvBNLIF(torch.autograd.Function):
@@ -158,7 +187,7 @@ class ConvBNLIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, rates, options):
-        y = convolve(x, weight, options)
+        y, found = convolve(x, weight, options)
         if options.repeats * y.numel() == y.shape[1]:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
         norm = ops.batch_norm(y, gamma, beta, options.eps, options.repeats)
@@ -169,16 +198,23 @@ class ConvBNLIF(torch.autograd.Function):
             out, small = ops.fire(pooled, options.T, *args)
         else:
             out, small = ops.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
-        ctx.options, ctx.dtype, ctx.has_bias = options, x.dtype, bias is not None
-        ctx.save_for_backward(save(x), y, weight, gamma, rates, norm)
+        ctx.options, ctx.shape, ctx.dtype, ctx.has_bias = (
+            options,
+            x.shape,
+            x.dtype,
+            bias is not None,
+        )
+        sparse = found and found[1] <= events.DENSE
+        bits, x = (found[0], found[2]) if sparse else (None, save(x))
+        ctx.save_for_backward(x, bits, y, weight, gamma, rates, norm)
         ctx.mark_non_differentiable(norm, small)
         return out, norm, small
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        x, y, weight, gamma, rates, norm = ctx.saved_tensors
-        options, steps, y = ctx.options, x.shape[:2], channels_last(y)
+        x, bits, y, weight, gamma, rates, norm = ctx.saved_tensors
+        options, steps, y = ctx.options, ctx.shape[:2], channels_last(y)
         # y is that already, unless a hook on saved tensors has changed the layout.
         pooled, taps = ops.pool(y) if options.pool else (y, None)
         if options.neuron:
@@ -196,8 +232,15 @@ class ConvBNLIF(torch.autograd.Function):
             out = grad if options.neuron else torch.empty_like(y)
             ops.normalise_backward(grad, y, out, factors)
             grad = out
-        wants_x = ctx.needs_input_grad[0]
-        grad_x, grad_weight = convolution_backward(grad, x, weight, options, wants_x)
+        grad_weight, wanted = None, [ctx.needs_input_grad[0], bits is None]
+        if bits is not None:
+            shape = (ctx.shape[:2].numel(), *ctx.shape[2:])
+            args = (grad, weight, options.stride, options.padding)
+            grad_weight = events.weight_gradient(shape, bits, x, *args)
+            # Nothing reads its values.
+            x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        grad_x, dense = convolution_backward(grad, rows(x), weight, options, wanted)
+        grad_weight = dense if grad_weight is None else grad_weight
         grad_x = None if grad_x is None else grad_x.unflatten(0, steps).to(ctx.dtype)
         # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
         grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
@@ -208,26 +251,30 @@ class ConvBNLIF(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, grad_rates, None
 
 
-def convolution_backward(grad, x, weight, options, wants_x):
-    x, weight = channels_last(x.flatten(0, 1)), channels_last(weight.to(grad.dtype))
-    x, stride = x.to(grad.dtype), options.stride
+def convolution_backward(grad, x, weight, options, wanted):
+    """(gradient of x, of weight), each None where it is not wanted; all are [N, C, H, W]."""
+    if not any(wanted):
+        return None, None
+    x, weight, stride = x.to(grad.dtype), channels_last(weight.to(grad.dtype)), options.stride
     # On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
     # out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
     products = grad.is_cuda or grad.dtype == torch.float64 or stride != (1, 1)
     if products and weight.shape[2:] == (1, 1) and options.padding == (0, 0):
         seen = x[:, :, :: stride[0], :: stride[1]]  # rows of channels, matrix products of them
-        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_weight = sum_over_rows(rows, seen.permute(0, 2, 3, 1).flatten(0, 2))[:, :, None, None]
-        if not wants_x:
+        pixels, grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2), None
+        if wanted[1]:
+            sums = sum_over_rows(pixels, seen.permute(0, 2, 3, 1).flatten(0, 2))
+            grad_weight = sums[:, :, None, None]
+        if not wanted[0]:
             return None, grad_weight
-        grad_seen = (rows @ weight.flatten(1)).unflatten(0, (len(x), *seen.shape[2:]))
+        grad_seen = (pixels @ weight.flatten(1)).unflatten(0, (len(x), *seen.shape[2:]))
         grad_seen = grad_seen.permute(0, 3, 1, 2)
         if stride == (1, 1):
             return grad_seen, grad_weight
         grad_x = torch.zeros_like(x)
         grad_x[:, :, :: stride[0], :: stride[1]] = grad_seen
         return grad_x, grad_weight
-    args = (None, stride, options.padding, [1, 1], False, [0, 0], 1, [wants_x, True, False])
+    args = (None, stride, options.padding, [1, 1], False, [0, 0], 1, [*wanted, False])
     return aten.convolution_backward(grad, x, weight, *args)[:2]
 
 

@@ -76,12 +76,16 @@ class Build(NamedTuple):
 @functools.cache
 def host_library(build):
     """The kernels as a shared library, compiled in a fraction of a second."""
+    return build_library(SOURCE, *HOST_OPTIONS, *build.defines(HOST_CTYPES))
+
+
+def build_library(source, *options):
+    """C++ as a shared library. Raises OSError or ValueError where that can't be built."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    options = [*HOST_OPTIONS, *build.defines(HOST_CTYPES)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
         files = ["-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
-        run_alone([*compiler, *options, *files], SOURCE, COMPILER_SECONDS)
+        run_alone([*compiler, *options, *files], source, COMPILER_SECONDS)
         return ctypes.CDLL(path)
 
 

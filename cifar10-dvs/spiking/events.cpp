@@ -1,0 +1,336 @@
+// Convolutions of spikes on a CPU: rows of the weight are added up, only where an input is not 0.
+//
+// Where inputs are not 0 is known from bits, 64 channels a word. An output pixel sees a patch of
+// depth = taps * channels inputs, whose words are cut out of those of its pixels. The loop over the
+// bits of some words, `add_rows`, keeps a tile of outputs in registers. The weight's gradient is
+// the same sum with pixels and depth exchanged: the words are transposed, and rows of the output's
+// gradient are added up. Each output has its sum in one order, whatever the batch and the threads.
+//
+// Values that are not 1 count as they are, so that any input is right; a dense one takes longer.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+typedef uint64_t word;
+typedef scalar_t real;
+typedef unsigned char byte;
+#if defined(__AVX512F__)
+constexpr int LANES = 64 / sizeof(real);
+#elif defined(__AVX__)
+constexpr int LANES = 32 / sizeof(real);
+#else
+constexpr int LANES = 16 / sizeof(real);
+#endif
+typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
+constexpr int WORDS = 4;     // whose bits a tile has rows for, so that it stays in a near cache
+constexpr int PIXELS = 128;  // that are summed before the next tile
+
+struct Shape {
+    long images, height, width, channels, out_height, out_width, out_channels;
+    long kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
+};
+
+// Bits -------------------------------------------------------------------------------------------
+
+// Bits of the places of x that are not 0. Returns how many these are, or minus that where one of
+// them is not 1.
+template <class In>
+static long find(long pixels, long channels, const In* x, word* bits) {
+    const long blocks = (channels + 63) / 64;
+    long count = 0, others = 0;
+    _Pragma("omp parallel for reduction(+ : count, others)") for (long i = 0; i < pixels * blocks;
+                                                                 ++i) {
+        const In* start = x + i / blocks * channels + i % blocks * 64;
+        const int n = std::min(64L, channels - i % blocks * 64);
+        byte found[64] = {}, other = 0;
+        if (n == 64) {
+            for (int k = 0; k < 64; ++k) {
+                found[k] = start[k] != 0;
+                other |= found[k] & (start[k] != 1);
+            }
+        } else {
+            for (int k = 0; k < n; ++k) {
+                found[k] = start[k] != 0;
+                other |= found[k] & (start[k] != 1);
+            }
+        }
+        word some = 0;
+        for (int k = 0; k < 8; ++k) {  // eight bytes, 0 or 1, to eight bits
+            word eight;
+            memcpy(&eight, found + 8 * k, 8);
+            some |= (eight * 0x0102040810204080 >> 56) << 8 * k;
+        }
+        bits[i] = some;
+        count += __builtin_popcountll(some);
+        others += other;
+    }
+    return others ? -count : count;
+}
+
+static void transpose(word* square) {  // of 64 x 64 bits
+    word mask = 0xffffffff;
+    for (int j = 32; j; j >>= 1, mask ^= mask << j)
+        for (int high = 0; high < 64; high += 2 * j)
+            for (int k = high; k < high + j; ++k) {
+                const word swapped = (square[k] >> j ^ square[k + j]) & mask;
+                square[k] ^= swapped << j;
+                square[k + j] ^= swapped;
+            }
+}
+
+// Patches ----------------------------------------------------------------------------------------
+
+struct Corner {  // of a patch, in its image; it may be outside
+    long first, y, x;
+};
+
+struct Patches {
+    struct Piece {  // of a word: `count` channels of one pixel of the patch, from channel `from` on
+        long y, x, from, count, shift;
+    };
+    const Shape shape;
+    const word* bits;
+    const long depth, words;
+    std::vector<std::vector<Piece>> pieces;  // of each word
+    std::vector<long> place;                 // of each input, from the corner on
+
+    Patches(const Shape& s, const word* bits)
+        : shape(s), bits(bits), depth(s.kernel_height * s.kernel_width * s.channels),
+          words((depth + 63) / 64), pieces(words), place(words * 64) {
+        for (long k = 0; k < depth;) {
+            const long tap = k / s.channels, from = k % s.channels;
+            const long y = tap / s.kernel_width, x = tap % s.kernel_width;
+            const long count = std::min(s.channels - from, 64 - k % 64);
+            pieces[k / 64].push_back({y, x, from, count, k % 64});
+            for (long i = 0; i < count; ++i, ++k)
+                place[k] = (y * s.width + x) * s.channels + from + i;
+        }
+    }
+    long pixels() const { return shape.images * shape.out_height * shape.out_width; }
+    Corner corner(long pixel) const {
+        const long x = pixel % shape.out_width, y = pixel / shape.out_width % shape.out_height;
+        const long image = pixel / shape.out_width / shape.out_height;
+        return {image * shape.height * shape.width, y * shape.stride_y - shape.pad_y,
+                x * shape.stride_x - shape.pad_x};
+    }
+    long start(const Corner& corner) const {
+        return (corner.first + corner.y * shape.width + corner.x) * shape.channels;
+    }
+    word get(const Corner& corner, long index) const {
+        const long blocks = (shape.channels + 63) / 64;
+        word found = 0;
+        for (const Piece& piece : pieces[index]) {
+            const long y = corner.y + piece.y, x = corner.x + piece.x;
+            if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) continue;
+            const word* row = bits + (corner.first + y * shape.width + x) * blocks;
+            const long block = piece.from / 64, low = piece.from % 64;
+            word some = row[block] >> low;
+            if (low + piece.count > 64) some |= row[block + 1] << (64 - low);
+            if (piece.count < 64) some &= (word(1) << piece.count) - 1;
+            found |= some << piece.shift;
+        }
+        return found;
+    }
+};
+
+// Sums -------------------------------------------------------------------------------------------
+
+// Which rows of a tile a row of outputs adds up, and with what values, where these are not all 1.
+template <class In>
+struct Events {
+    static constexpr bool ones = std::is_void<In>();
+    static constexpr int MOST = 64 * WORDS;  // of a row
+    const In* x;
+    std::vector<int> count;
+    std::vector<uint16_t> row;
+    std::vector<real> value;
+
+    Events(const In* x, int rows) : x(x), count(rows), row(rows * MOST), value(ones ? 0 : rows * MOST) {}
+    // Append the bits of a word, whose values are those of x + place + places[bit].
+    void add(int r, int first, word bits, long place, const long* places) {
+        int n = count[r];
+        for (; bits; bits &= bits - 1, ++n) {
+            const int bit = __builtin_ctzll(bits);
+            row[r * MOST + n] = first + bit;
+            if constexpr (!ones) value[r * MOST + n] = x[place + places[bit]];
+        }
+        count[r] = n;
+    }
+    void clear() { std::fill(count.begin(), count.end(), 0); }
+};
+
+// Adds to each of `rows` outputs the rows of `tile` that its events name. A row of the tile has V
+// vectors, one of outputs `width` numbers.
+template <int V, class In>
+static void add_rows(int rows, const Events<In>& events, const real* tile, real* out, long stride,
+                     int width, bool first) {
+    for (int r = 0; r < rows; ++r, out += stride) {
+        const uint16_t* row = events.row.data() + r * events.MOST;
+        const real* value = events.value.data() + r * events.MOST;
+        const int count = events.count[r];
+        if (!count && !first) continue;
+        vec sum[V], narrow[V];
+        const bool whole = width == V * LANES;
+        for (int j = 0; j < V; ++j) sum[j] = vec{};
+        if (!first && whole) {
+            for (int j = 0; j < V; ++j) memcpy(sum + j, out + j * LANES, sizeof(vec));
+        } else if (!first) {
+            memcpy(narrow, out, width * sizeof(real));
+            for (int j = 0; j < V; ++j) sum[j] = narrow[j];
+        }
+        for (int i = 0; i < count; ++i) {
+            const vec* from = (const vec*)tile + row[i] * V;
+            if constexpr (events.ones) {
+                for (int j = 0; j < V; ++j) sum[j] += from[j];
+            } else {
+                for (int j = 0; j < V; ++j) sum[j] += value[i] * from[j];
+            }
+        }
+        if (whole) {
+            for (int j = 0; j < V; ++j) memcpy(out + j * LANES, sum + j, sizeof(vec));
+        } else {
+            for (int j = 0; j < V; ++j) narrow[j] = sum[j];
+            memcpy(out, narrow, width * sizeof(real));
+        }
+    }
+}
+
+template <class In>
+static auto adder(int vectors) {
+    return vectors == 1 ? add_rows<1, In> : vectors == 2 ? add_rows<2, In>
+         : vectors == 4 ? add_rows<4, In> : vectors == 6 ? add_rows<6, In> : add_rows<8, In>;
+}
+
+struct Tiles {  // of `channels` outputs, all but the last of the same width
+    const long channels, all = (channels + LANES - 1) / LANES, count = (all + 7) / 8;
+    const long used = (all + count - 1) / count * LANES;  // numbers of a tile
+    const int vectors = used == LANES ? 1 : (used / LANES + 1) / 2 * 2;
+    const long row = vectors * LANES;  // numbers in memory
+    int width(long tile) const { return std::min(channels - tile * used, used); }
+};
+
+struct Memory {  // for vectors
+    std::vector<vec> vectors;
+    Memory(long reals) : vectors((reals + LANES - 1) / LANES) {}
+    real* get() { return (real*)vectors.data(); }
+};
+
+template <class In>
+static void convolve(const Patches& patches, const In* x, const real* weight, real* y) {
+    const long depth = patches.depth, pixels = patches.pixels(), words = patches.words;
+    const Tiles tiles{patches.shape.out_channels};
+    const long size = words * 64 * tiles.row;
+    Memory packed(tiles.count * size);
+    _Pragma("omp parallel for") for (long tile = 0; tile < tiles.count; ++tile)
+        for (long some = 0; some < depth; some += 64)
+            for (int j = 0; j < tiles.width(tile); ++j)
+                for (long k = some; k < std::min(some + 64, depth); ++k)
+                    packed.get()[tile * size + k * tiles.row + j] =
+                        weight[(tile * tiles.used + j) * depth + k];
+    const auto add = adder<In>(tiles.vectors);
+    _Pragma("omp parallel") {
+        Events<In> events(x, PIXELS);
+        Corner corners[PIXELS];
+        _Pragma("omp for schedule(dynamic)") for (long start = 0; start < pixels;
+                                                  start += PIXELS) {
+            const int rows = std::min(long(PIXELS), pixels - start);
+            for (int r = 0; r < rows; ++r) corners[r] = patches.corner(start + r);
+            for (long t = 0; t < words; t += WORDS) {
+                events.clear();
+                for (int r = 0; r < rows; ++r)
+                    for (long i = t; i < std::min(t + WORDS, words); ++i)
+                        events.add(r, 64 * (i - t), patches.get(corners[r], i),
+                                   patches.start(corners[r]), patches.place.data() + 64 * i);
+                for (long tile = 0; tile < tiles.count; ++tile)
+                    add(rows, events, packed.get() + tile * size + 64 * t * tiles.row,
+                        y + start * tiles.channels + tile * tiles.used, tiles.channels,
+                        tiles.width(tile), t == 0);
+            }
+        }
+    }
+}
+
+// The gradient of the weight, [out channels, depth]. Each of `parts` of the pixels has its own sum;
+// how many there are depends on shapes alone. `threads` share these, and the words.
+template <class In>
+static void weight_gradient(const Patches& patches, const In* x, const real* grad, real* out,
+                            long threads) {
+    const long depth = patches.depth, pixels = patches.pixels(), words = patches.words;
+    const Tiles tiles{patches.shape.out_channels};
+    const long size = depth * tiles.channels, most = 64 * WORDS;
+    const long parts = std::max(1L, std::min({16L, (1L << 22) / size, pixels / (4 * most)}));
+    const long groups = std::min((2 * threads + parts - 1) / parts, words);
+    Memory partial(parts * size);
+    const auto add = adder<In>(tiles.vectors);
+    _Pragma("omp parallel for schedule(dynamic)") for (long task = 0; task < parts * groups;
+                                                       ++task) {
+        const long part = task / groups, group = task % groups;
+        const long begin = part * pixels / parts, end = (part + 1) * pixels / parts;
+        Memory packed(tiles.count * most * tiles.row);
+        Events<In> events(x, 64);
+        Corner corners[most];
+        long places[most];
+        word square[64];
+        for (long start = begin; start < end; start += most) {
+            const int rows = std::min(most, end - start);
+            for (int r = 0; r < rows; ++r) {
+                corners[r] = patches.corner(start + r);
+                places[r] = patches.start(corners[r]);
+                for (long c = 0; c < tiles.count; ++c)
+                    memcpy(packed.get() + (c * most + r) * tiles.row,
+                           grad + (start + r) * tiles.channels + c * tiles.used,
+                           tiles.width(c) * sizeof(real));
+            }
+            for (long t = group * words / groups; t < (group + 1) * words / groups; ++t) {
+                events.clear();
+                for (int i = 0; i < rows; i += 64) {
+                    for (int r = 0; r < 64; ++r)
+                        square[r] = i + r < rows ? patches.get(corners[i + r], t) : 0;
+                    transpose(square);
+                    for (int k = 0; k < 64; ++k)
+                        events.add(k, i, square[k], patches.place[64 * t + k], places + i);
+                }
+                for (long c = 0; c < tiles.count; ++c)
+                    add(std::min(64L, depth - 64 * t), events, packed.get() + c * most * tiles.row,
+                        partial.get() + part * size + 64 * t * tiles.channels + c * tiles.used,
+                        tiles.channels, tiles.width(c), start == begin);
+            }
+        }
+    }
+    _Pragma("omp parallel for") for (long c = 0; c < tiles.channels; c += 16)
+        for (long some = 0; some < depth; some += 64)
+            for (long j = c; j < std::min(c + 16, tiles.channels); ++j)
+                for (long k = some; k < std::min(some + 64, depth); ++k) {
+                    real sum = 0;
+                    for (long part = 0; part < parts; ++part)
+                        sum += partial.get()[part * size + k * tiles.channels + j];
+                    out[j * depth + k] = sum;
+                }
+}
+
+extern "C" {
+long find(long pixels, long channels, const void* x, bool bytes, word* bits) {
+    return bytes ? find(pixels, channels, (const byte*)x, bits)
+                 : find(pixels, channels, (const real*)x, bits);
+}
+
+// x: the inputs' values, bytes or reals; null where all are 0 or 1.
+void convolve(const Shape* shape, const word* bits, const void* x, bool bytes, const real* weight,
+              real* y) {
+    const Patches patches(*shape, bits);
+    if (!x) return convolve<void>(patches, x, weight, y);
+    bytes ? convolve(patches, (const byte*)x, weight, y)
+          : convolve(patches, (const real*)x, weight, y);
+}
+
+void weight_gradient(const Shape* shape, const word* bits, const void* x, bool bytes,
+                     const real* grad, real* out, long threads) {
+    const Patches patches(*shape, bits);
+    if (!x) return weight_gradient<void>(patches, x, grad, out, threads);
+    bytes ? weight_gradient(patches, (const byte*)x, grad, out, threads)
+          : weight_gradient(patches, (const real*)x, grad, out, threads);
+}
+}
