@@ -5,12 +5,13 @@ Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", N
 Parameter names are those of the authors' release, whose checkpoints load as they are. Tensors are
 [T, B, C, H, W]: T time steps, B samples. The neuron integrates over T; all else merges T and B.
 
-Four functions stand for the expressions at their right; spiking/plain.py has them in plain PyTorch.
+Five functions stand for the expressions at their right; spiking/plain.py has them in plain PyTorch.
 The rest of spiking/ computes the same in less time and memory.
     conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); pool=True: max_pool in front of lif; mask=m:
                                     of x * m, where m has one value for a head's token or channel
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
     add(x, y), matmul(x, y)         x + y, x @ y
+    linear(x, layer, lif)           layer(x)
 """
 
 from functools import partial
@@ -27,6 +28,7 @@ if __package__:  # inside a package of your own
         checkpointed,
         conv_bn_lif,
         conv_bn_lif_each,
+        linear,
         matmul,
         neuron_maker,
     )
@@ -38,6 +40,7 @@ else:
         checkpointed,
         conv_bn_lif,
         conv_bn_lif_each,
+        linear,
         matmul,
         neuron_maker,
     )
@@ -255,7 +258,7 @@ class HST(Stages):
         cross_sample_lif: see SpikingSelfAttention.
         checkpoint_stages: stages (1, 2) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
-            fused, byte_spikes: see MultiStep in spiking/neuron.py.
+            fused, byte_spikes, events: see MultiStep in spiking/neuron.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """
@@ -351,7 +354,7 @@ class HST(Stages):
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
-        return x.mean(0) if pre_logits else self.head(x.mean(0))
+        return x.mean(0) if pre_logits else linear(x.mean(0), self.head, self.lif)
 
 
 CFG = {  # a pretrained_cfg of timm's; frames are counts, so nothing is normalised

@@ -40,6 +40,7 @@ MODEL = {
     "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": MachineKey(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
+    "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
     "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),

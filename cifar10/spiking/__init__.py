@@ -4,7 +4,7 @@ plain.py says what is computed, in PyTorch alone. The rest computes it in less t
 neuron.py the neurons, layer.py the layers, spikes.py what the backward pass keeps.
 """
 
-from .layer import conv_bn, conv_bn_lif, conv_bn_lif_each
+from .layer import conv_bn, conv_bn_lif, conv_bn_lif_each, linear
 from .neuron import MultiStepLIF, neuron_maker
 from .plain import Stages
 from .spikes import add, checkpointed, matmul
@@ -17,6 +17,7 @@ __all__ = [
     "conv_bn",
     "conv_bn_lif",
     "conv_bn_lif_each",
+    "linear",
     "matmul",
     "neuron_maker",
 ]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import events, ops, plain
-from .fusible import autocast, autocast_type, can_fuse
+from .fusible import autocast, autocast_type, can_fuse, changed
 from .spikes import largest, mark, masked, save, wants_bytes
 
 aten = torch.ops.aten
@@ -63,6 +63,21 @@ def conv_bn_lif_each(x, *layers):
             part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)
         ]
     return [conv_bn_lif(x, *layer) for layer in layers]
+
+
+def linear(x, layer, lif):
+    """layer(x) of [N, features]. In evaluation on a CPU the sums of a row do not depend on the
+    others, nor on their number. `lif`: what makes the model's neurons.
+    """
+    may = lif.keywords["fused"] and lif.keywords["events"] and type(layer) is torch.nn.Linear
+    if layer.training or torch.is_grad_enabled() or not may or changed(layer) is not None:
+        return layer(x)
+    pixels, weight = x[:, :, None, None], layer.weight[:, :, None, None]
+    if not x.numel() or ops.observed() is not None or not takes_events(pixels, weight, False):
+        return layer(x)
+    bits, _, values = events.find(pixels, x.dtype)
+    y = events.convolve(pixels.shape, bits, values, weight, (1, 1), (0, 0)).flatten(1)
+    return y if layer.bias is None else y + layer.bias
 
 
 # The fused path -----------------------------------------------------------------------------------
@@ -113,7 +128,7 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
     small = fires and lif.byte_spikes and wants_bytes()
     eps, by_events = (
         float(bn.eps),
-        getattr(lif, "events", True) and takes_events(x, weight, bn.training),
+        lif.events and takes_events(x, weight, bn.training),
     )
     options = Options(T, T // len(x), stride, padding, eps, pool, neuron, small, by_events)
     if bn.training:

@@ -95,15 +95,22 @@ def check(tau, v_threshold, alpha):
 
 
 class MultiStepLIF(nn.Module):
-    """The neuron as a module. Arguments: see MultiStep in neuron.py; backend, fused and byte_spikes
-    choose between ways to compute the same, of which there is one here.
+    """The neuron as a module. Arguments: see MultiStep in neuron.py; backend, fused, byte_spikes
+    and events choose between ways to compute the same, of which there is one here.
     """
 
     kind = "lif"
     v_threshold = 1.0  # where none is given
 
     def __init__(
-        self, tau=2.0, v_threshold=1.0, backend="auto", fused=True, alpha=ALPHA, byte_spikes=True
+        self,
+        tau=2.0,
+        v_threshold=1.0,
+        backend="auto",
+        fused=True,
+        alpha=ALPHA,
+        byte_spikes=True,
+        events=True,
     ):
         super().__init__()
         check(tau, v_threshold, alpha)
@@ -134,6 +141,7 @@ def neuron_maker(
     backend="auto",
     fused=True,
     byte_spikes=True,
+    events=True,
     kinds=NEURONS,
 ):
     """What makes a model's neurons, called with no argument, or with v_threshold to have another
@@ -147,8 +155,8 @@ def neuron_maker(
         raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(kinds)}")
     if neuron == "if" and tau != 2.0:
         raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    maker = partial(kind, tau=tau, v_threshold=v_threshold, backend=backend, fused=fused)
-    maker = partial(maker, alpha=surrogate_alpha, byte_spikes=byte_spikes)
+    paths = {"backend": backend, "fused": fused, "byte_spikes": byte_spikes, "events": events}
+    maker = partial(kind, tau=tau, v_threshold=v_threshold, alpha=surrogate_alpha, **paths)
     maker.v_threshold = v_threshold
     return maker
 
@@ -187,6 +195,10 @@ def conv_bn(x, conv, bn, lif=None, pool=False, mask=None):
 
 def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
     return lif(conv_bn(x, conv, bn, lif, pool, mask))
+
+
+def linear(x, layer, lif=None):
+    return layer(x)
 
 
 def conv_bn_lif_each(x, *layers):

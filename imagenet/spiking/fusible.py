@@ -12,6 +12,7 @@ from .ops import charge_of, observed
 METHODS = {
     nn.Conv1d: ("forward", "_conv_forward"),
     nn.Conv2d: ("forward", "_conv_forward"),
+    nn.Linear: ("forward",),
     nn.BatchNorm1d: ("forward",),
     nn.BatchNorm2d: ("forward",),
     nn.SyncBatchNorm: ("forward",),
@@ -98,7 +99,7 @@ def settings(conv, bn, lif):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
     tau = lif.tau if lif.kind == "lif" else None  # PLIF's differ, and are tensors
-    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.backend, lif.byte_spikes
+    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.backend, lif.byte_spikes, lif.events
     return *shape, bn.training, bn.eps, *neuron
 
 

@@ -32,6 +32,8 @@ class MultiStep:
         alpha: slope of the surrogate gradient, > 0. Default 4.0.
         byte_spikes: whether spikes may wait for the backward pass as bytes where `fused` is set,
             see spikes.py. Default True.
+        events: whether a layer that ends in it may add up rows of its weight where its input
+            spikes, on a CPU and where `fused` is set, see events.py. Default True.
 
     Attributes of the node may be set afterwards. With v_reset, detach_reset or decay_input other
     than above, a surrogate_function that is no sigmoid, or store_v_seq, spikingjelly's functional
@@ -51,6 +53,7 @@ class MultiStep:
         fused=True,
         alpha=ALPHA,
         byte_spikes=True,
+        events=True,
     ):
         plain.check(tau, v_threshold, alpha)
         if backend not in BACKENDS:
@@ -66,6 +69,7 @@ class MultiStep:
         self.backend = backend
         self.fused = fused
         self.byte_spikes = byte_spikes
+        self.events = events
 
     def supported_step_mode(self):
         return ("m",)
