@@ -128,7 +128,7 @@ def test_byte_spikes_false(file):
     found = []
     for byte_spikes in (True, False):
         torch.manual_seed(0)
-        options = {"embed_dims": 32, "num_heads": 2, "depths": 3}
+        options = {"embed_dims": 32, "num_heads": 2, "depths": 3, "events": False}
         build = kind.MSQKFormer if file == "ms" else kind.QKFormer
         model = build(byte_spikes=byte_spikes, **options).train()
         types = []

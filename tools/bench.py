@@ -12,6 +12,7 @@ Usage:
 
 What is compared:
     fast          the folder's model as it comes
+    dense         fast, with dense convolutions (events: false); not by default
     plain         fused: false, backend: torch; module by module, the neuron in PyTorch
     release-like  fused: false, backend: spikingjelly; as in the authors' release
     spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
@@ -21,7 +22,8 @@ What is compared:
 They take turns, so that a machine that warms up or slows down does so for all; figures are medians
 over the rounds, with the spread between the quartiles. On a GPU in float16 mixed precision, timed
 by CUDA events, memory is the peak of allocated tensors; on a CPU in float32, memory is what
-autograd saves for the backward pass. --dtype bfloat16 on a CPU counts the memory of 16-bit mixed
+autograd saves for the backward pass. Inference is with the running statistics of the very input,
+so that neurons fire as in training. --dtype bfloat16 on a CPU counts the memory of 16-bit mixed
 precision.
 """
 
@@ -44,6 +46,7 @@ import predict
 import traffic
 from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
 
+OURS = {"fast": (), "dense": (), "compiled": (), "checkpointed": (1, 2)}  # stages computed again
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
 # Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the
 # default.
@@ -65,8 +68,8 @@ def build(name, path, T, modules):
     if path == "spikingjelly":
         peer = getattr(qkformer, name.lower(), None)
         return peer(T=T) if peer else None
-    if path in ("fast", "compiled", "checkpointed"):
-        return entry(T=T, checkpoint_stages=(1, 2) if path == "checkpointed" else ())
+    if path in OURS:
+        return entry(T=T, events=path != "dense", checkpoint_stages=OURS[path])
     return entry(T=T, backend="torch" if path == "plain" else "spikingjelly", fused=False)
 
 
@@ -92,6 +95,19 @@ class Candidate:
         self.memory = 0.0
         if compiled:
             self.model.compile(dynamic=False)
+
+    @torch.no_grad()
+    def adopt_statistics(self):
+        """Makes running statistics those of this input."""
+        bns = [
+            m for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+        ]
+        for momentum in (1.0, 0.1):
+            for bn in bns:
+                bn.momentum = momentum
+            if momentum == 1.0:
+                self.model.train()
+                self.loss()
 
     def loss(self):
         functional.reset_net(self.model)
@@ -159,6 +175,7 @@ def bench(name, batch, T, size, paths, rounds, device, dtype):
         for _ in range(2):  # compiles kernels, chooses algorithms
             candidate.train()
             candidate.infer()
+        candidate.adopt_statistics()
         candidate.memory = candidate.measure_memory() - held / 2**20
         candidates[path] = candidate
     return measure(candidates, name, batch, T, size, rounds), candidates
@@ -248,7 +265,7 @@ def main():
         "--published", action="store_true", help="the published batches of all models, and growth"
     )
     parser.add_argument(
-        "--paths", nargs="+", default=PATHS, choices=(*PATHS, "compiled", "checkpointed")
+        "--paths", nargs="+", default=PATHS, choices=tuple({**OURS, **dict.fromkeys(PATHS)})
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,6 +17,7 @@
 typedef uint64_t word;
 typedef scalar_t real;
 typedef unsigned char byte;
+#define UNROLL _Pragma("GCC unroll 8")
 #if defined(__AVX512F__)
 constexpr int LANES = 64 / sizeof(real);
 #elif defined(__AVX__)
@@ -174,25 +175,25 @@ static void add_rows(int rows, const Events<In>& events, const real* tile, real*
         if (!count && !first) continue;
         vec sum[V], narrow[V];
         const bool whole = width == V * LANES;
-        for (int j = 0; j < V; ++j) sum[j] = vec{};
+        UNROLL for (int j = 0; j < V; ++j) sum[j] = vec{};
         if (!first && whole) {
-            for (int j = 0; j < V; ++j) memcpy(sum + j, out + j * LANES, sizeof(vec));
+            UNROLL for (int j = 0; j < V; ++j) memcpy(sum + j, out + j * LANES, sizeof(vec));
         } else if (!first) {
             memcpy(narrow, out, width * sizeof(real));
-            for (int j = 0; j < V; ++j) sum[j] = narrow[j];
+            UNROLL for (int j = 0; j < V; ++j) sum[j] = narrow[j];
         }
         for (int i = 0; i < count; ++i) {
             const vec* from = (const vec*)tile + row[i] * V;
             if constexpr (events.ones) {
-                for (int j = 0; j < V; ++j) sum[j] += from[j];
+                UNROLL for (int j = 0; j < V; ++j) sum[j] += from[j];
             } else {
-                for (int j = 0; j < V; ++j) sum[j] += value[i] * from[j];
+                UNROLL for (int j = 0; j < V; ++j) sum[j] += value[i] * from[j];
             }
         }
         if (whole) {
-            for (int j = 0; j < V; ++j) memcpy(out + j * LANES, sum + j, sizeof(vec));
+            UNROLL for (int j = 0; j < V; ++j) memcpy(out + j * LANES, sum + j, sizeof(vec));
         } else {
-            for (int j = 0; j < V; ++j) narrow[j] = sum[j];
+            UNROLL for (int j = 0; j < V; ++j) narrow[j] = sum[j];
             memcpy(out, narrow, width * sizeof(real));
         }
     }

@@ -19,7 +19,7 @@ DENSE = 0.4
 
 @functools.cache
 def library(dtype):
-    options = [*HOST_OPTIONS, "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
+    options = [*HOST_OPTIONS, "-O2", "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
     found = build_library(SOURCE, *options)
     found.find.restype = ctypes.c_long
     return found
