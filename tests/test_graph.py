@@ -35,7 +35,7 @@ def make(name, options):
     """(Graph, model whose neurons fire, batches)."""
     folder, file, function, shape = MODELS[name]
     build = getattr(getattr(load(folder), file), function)
-    model = Golden.fill(build(embed_dims=32, num_heads=2, T=2, **options)).float()
+    model = Golden.fill(build(embed_dims=32, num_heads=2, T=2, events=False, **options)).float()
     generator = torch.Generator().manual_seed(0)
     batches = [2 * torch.rand(shape, generator=generator) for _ in range(3)]
     return load(folder).graph.Graph, model, batches
@@ -200,7 +200,7 @@ def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
     words += ["--model-ema", "true", "--model-ema-decay", 0.5]
     found = []
     for on in ("false", "true"):
-        place = ["--output", tmp_path, "--cuda_graph", on]
+        place = ["--output", tmp_path, "--cuda_graph", on, "--events", "false"]
         assert cifar10.train.main(on_cpu([*words, *place, "--experiment", on])) == 0
         run = tmp_path / on
         cifar10.test.main(on_cpu([*place, "--checkpoint", run / "best.pth"]))
@@ -219,7 +219,7 @@ def test_trainers_of_other_data_sets(cuda, trainer, monkeypatch, name):
     monkeypatch.setattr(load(name).graph, "obstacle", lambda *_: None)
     found = []
     for on in ("false", "true"):
-        run = trainer(name, "--cuda_graph", on)
+        run = trainer(name, "--cuda_graph", on, "--events", "false")
         torch.manual_seed(0)
         run.train_epoch()
         averaged = run.ema.module.state_dict() if run.ema else {}

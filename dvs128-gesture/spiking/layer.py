@@ -169,7 +169,8 @@ def takes_events(x, weight, training):
     """Whether the convolution of x is a sum of events: in training where x is spikes, or frames
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
-    same = x.dtype == weight.dtype == autocast_type(x) and not torch.compiler.is_compiling()
+    # A mode that looks at operations, such as a graph's, would not see these.
+    same = x.dtype == weight.dtype == autocast_type(x) and not ops.is_called_as_operator()
     if not same or not events.available(x.device.type, x.dtype):
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
