@@ -65,6 +65,17 @@ def test_tested_is_the_run_written_last(tmp_path):
         found(*output, "--experiment", "b")
 
 
+@pytest.mark.parametrize("left", ["", "dataset: digits\ndim: 16\n", "dataset: [digits"])
+def test_a_damaged_args_yaml(tmp_path, caplog, left):
+    """The run behind it is still one of its experiment, and a line names the file."""
+    caplog.set_level("INFO")
+    make(tmp_path / "a", 1)
+    make(tmp_path / "a-2", 0)
+    (tmp_path / "a-2" / "args.yaml").write_text(left)
+    assert opened(tmp_path, resume="auto")[1] == tmp_path / "a-2" / "last.pth"
+    assert f"{tmp_path / 'a-2' / 'args.yaml'} is damaged" in caplog.text
+
+
 def test_the_run_to_go_on_with_is_the_one_written_last(tmp_path):
     """Of one experiment; of all where none is named."""
     for age, name in enumerate("abc"):

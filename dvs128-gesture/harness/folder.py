@@ -87,8 +87,16 @@ def runs_of(root, experiment):
     """The folders of an experiment's runs. The name does not tell: run-2 is the second run of
     `run`, or the first of `run-2`.
     """
-    folders = [path.parent for path in root.glob("*/args.yaml")]
-    return [run for run in folders if str(read_args(run).get("experiment", run.name)) == experiment]
+    return [path.parent for path in root.glob("*/args.yaml") if experiment_of(path) == experiment]
+
+
+def experiment_of(path):
+    """The experiment in a run's args.yaml; if that is damaged, the folder's name without number."""
+    name = read_args(path.parent).get("experiment")
+    if name is None:
+        name = re.sub(r"-\d+$", "", path.parent.name)
+        logger.info(f"warning: {path} is damaged; its run is taken for one of {name}")
+    return str(name)
 
 
 def read_args(folder) -> dict:
