@@ -81,6 +81,7 @@ def kill_when(condition, folder, *args):
     assert run.wait(60) == -signal.SIGKILL
 
 
+@pytest.mark.long
 @ONCE
 def test_killed_and_restarted(folder, tmp_path):
     """Killed while events are made, while frames are made and in training; the same command ends as
@@ -132,6 +133,7 @@ def test_training_on_two_ranks(folder, tmp_path, data_path):
     assert evaluate(folder, cfg, best, True).loss != line["test_loss"]
 
 
+@pytest.mark.long
 @ONCE
 def test_testing_on_two_ranks(folder, data_path, trained):
     """Each sample once, in one rank's batches: the result is one rank's in the release's semantics

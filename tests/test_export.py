@@ -33,6 +33,7 @@ def checkpoint(folder, name="cifar10", path="best.pth", **config):
     return folder / path, model
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["QKFormer", "MSQKFormer"])
 def test_export(name, tmp_path, monkeypatch, capsys):

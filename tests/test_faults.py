@@ -99,7 +99,9 @@ def test_lost_worker(act):
 def test_a_run_that_lost_a_worker(tmp_path, monkeypatch):
     """It is saved as of its last step, and the line says how to go on."""
     words = "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --img-size 8 --batch-size 128"
-    args = on_cpu([*words.split(), "--workers", 1, "--epochs", 1, "--output", tmp_path])
+    args = on_cpu(
+        [*words.split(), "--warmup-epochs", 0, "--workers", 1, "--epochs", 1, "--output", tmp_path]
+    )
     item, parent = cifar10.batches.Batches.__getitem__, os.getpid()
 
     def lost(batches, key):

@@ -133,10 +133,7 @@ def cuda_on_host(monkeypatch, tmp_path):
 @compiled
 @pytest.mark.parametrize(
     "dtype",
-    [
-        torch.float64,
-        *(pytest.param(d, marks=pytest.mark.long) for d in (torch.float32, torch.half)),
-    ],
+    [pytest.param(d, marks=pytest.mark.long) for d in (torch.float64, torch.float32, torch.half)],
 )
 def test_cuda_side_on_host(cuda_on_host, dtype):
     for T, steps, C in ((4, 4, 48), (4, 1, 33), (16, 16, 200)):

@@ -3,7 +3,7 @@
     FUZZ=10000 python -m pytest -n 0 -s -m long tests/test_fuzz.py
 
 FUZZ is the number of files of each kind (default 1000), SEED where they start (default 0); a line for
-each kind says how many were read and refused. Without -m long each kind gets 12 seconds.
+each kind says how many were read and refused. Without -m long each kind gets 4 seconds.
 """
 
 import io
@@ -269,7 +269,7 @@ def place(tmp_path, monkeypatch):
 
 @KINDS
 def test_a_few(kind, place):
-    read, refused = fuzz(kind, place, FUZZ, 12)
+    read, refused = fuzz(kind, place, FUZZ, 4)
     assert read and refused
 
 

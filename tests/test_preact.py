@@ -87,6 +87,7 @@ def test_checkpoint_stages(name, on):
     assert saved[1] < 0.7 * saved[0]
 
 
+@pytest.mark.long
 @compiled
 def test_model_compiles(monkeypatch):
     model, x = make_model("cifar10", depths=3)

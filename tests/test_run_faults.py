@@ -21,7 +21,7 @@ runs, runtime, engine = cifar10.folder, cifar10.process, cifar10.meters
 read_settings = cifar10.config.read_settings
 NARROW = (
     "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --img-size 8 --batch-size 512 "
-    "--device cpu"
+    "--warmup-epochs 0 --device cpu"
 ).split()
 
 

@@ -132,7 +132,17 @@ def test_finetune(trained_on_images, tmp_path, train):
         (5, "has a head of 3 classes, here there are 5; a new one is made"),
     ):
         more = ("--num-classes", classes) if classes else ()
-        text = train("--finetune", path, "--lr", 1e-9, "--experiment", f"tuned{classes}", *more)
+        text = train(
+            "--finetune",
+            path,
+            "--lr",
+            1e-9,
+            "--min-lr",
+            0,
+            "--experiment",
+            f"tuned{classes}",
+            *more,
+        )
         assert f"{path}: {words}" in text and "T = 2" in text, text
         old, new = weights_of(path), weights_of(tmp_path / f"tuned{classes}" / "last.pth")
         name = "stage3.0.ssa.q_conv.weight"

@@ -1,7 +1,7 @@
 // Convolutions of spikes on a CPU: rows of the weight are added up, only where an input is not 0.
 //
 // Where inputs are not 0 is known from bits, 64 channels a word. An output pixel sees a patch of
-// depth = taps * channels inputs, whose words are cut out of those of its pixels. The loop over the
+// depth = taps * channels inputs, whose words are put together from those of its pixels. The loop over the
 // bits of some words, `add_rows`, keeps a tile of outputs in registers. The weight's gradient is
 // the same sum with pixels and depth exchanged: the words are transposed, and rows of the output's
 // gradient are added up. Each output has its sum in one order, whatever the batch and the threads.
@@ -13,6 +13,9 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 typedef uint64_t word;
 typedef scalar_t real;
@@ -36,39 +39,59 @@ struct Shape {
 
 // Bits -------------------------------------------------------------------------------------------
 
+// Of 64 inputs: bits of those that are not 0, and of those that are 1.
+struct Found {
+    word some, ones;
+};
+
+template <class In>
+static Found look(const In* x) {
+    byte some[64], ones[64];
+    for (int k = 0; k < 64; ++k) some[k] = x[k] != 0, ones[k] = x[k] == 1;
+    Found found = {0, 0};
+    for (int k = 0; k < 64; k += 8) {  // eight bytes, 0 or 1, to eight bits
+        word eight[2];
+        memcpy(eight, some + k, 8);
+        memcpy(eight + 1, ones + k, 8);
+        found.some |= (eight[0] * 0x0102040810204080 >> 56) << k;
+        found.ones |= (eight[1] * 0x0102040810204080 >> 56) << k;
+    }
+    return found;
+}
+
+#ifdef __AVX2__
+template <>
+Found look(const float* x) {
+    Found found = {0, 0};
+    for (int k = 0; k < 64; k += 8) {
+        const __m256 v = _mm256_loadu_ps(x + k);
+        const __m256 some = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+        const __m256 ones = _mm256_cmp_ps(v, _mm256_set1_ps(1), _CMP_EQ_OQ);
+        found.some |= word(unsigned(_mm256_movemask_ps(some))) << k;
+        found.ones |= word(unsigned(_mm256_movemask_ps(ones))) << k;
+    }
+    return found;
+}
+#endif
+
 // Bits of the places of x that are not 0. Returns how many these are, or minus that where one of
 // them is not 1.
 template <class In>
 static long find(long pixels, long channels, const In* x, word* bits) {
-    const long blocks = (channels + 63) / 64;
-    long count = 0, others = 0;
-    _Pragma("omp parallel for reduction(+ : count, others)") for (long i = 0; i < pixels * blocks;
-                                                                 ++i) {
-        const In* start = x + i / blocks * channels + i % blocks * 64;
-        const int n = std::min(64L, channels - i % blocks * 64);
-        byte found[64] = {}, other = 0;
-        if (n == 64) {
-            for (int k = 0; k < 64; ++k) {
-                found[k] = start[k] != 0;
-                other |= found[k] & (start[k] != 1);
-            }
-        } else {
-            for (int k = 0; k < n; ++k) {
-                found[k] = start[k] != 0;
-                other |= found[k] & (start[k] != 1);
-            }
+    const long blocks = (channels + 63) / 64, whole = channels / 64;
+    long count = 0, ones = 0;
+    _Pragma("omp parallel for reduction(+ : count, ones)") for (long i = 0; i < pixels; ++i) {
+        const In* row = x + i * channels;
+        In rest[64] = {};
+        memcpy(rest, row + 64 * whole, (channels - 64 * whole) * sizeof(In));
+        for (long b = 0; b < blocks; ++b) {
+            const Found found = look(b < whole ? row + 64 * b : rest);
+            bits[i * blocks + b] = found.some;
+            count += __builtin_popcountll(found.some);
+            ones += __builtin_popcountll(found.ones);
         }
-        word some = 0;
-        for (int k = 0; k < 8; ++k) {  // eight bytes, 0 or 1, to eight bits
-            word eight;
-            memcpy(&eight, found + 8 * k, 8);
-            some |= (eight * 0x0102040810204080 >> 56) << 8 * k;
-        }
-        bits[i] = some;
-        count += __builtin_popcountll(some);
-        others += other;
     }
-    return others ? -count : count;
+    return ones < count ? -count : count;
 }
 
 static void transpose(word* square) {  // of 64 x 64 bits
@@ -89,25 +112,17 @@ struct Corner {  // of a patch, in its image; it may be outside
 };
 
 struct Patches {
-    struct Piece {  // of a word: `count` channels of one pixel of the patch, from channel `from` on
-        long y, x, from, count, shift;
-    };
     const Shape shape;
     const word* bits;
-    const long depth, words;
-    std::vector<std::vector<Piece>> pieces;  // of each word
-    std::vector<long> place;                 // of each input, from the corner on
+    const long depth, words, blocks;
+    std::vector<long> place;  // of each input, from the corner on
 
     Patches(const Shape& s, const word* bits)
         : shape(s), bits(bits), depth(s.kernel_height * s.kernel_width * s.channels),
-          words((depth + 63) / 64), pieces(words), place(words * 64) {
-        for (long k = 0; k < depth;) {
-            const long tap = k / s.channels, from = k % s.channels;
-            const long y = tap / s.kernel_width, x = tap % s.kernel_width;
-            const long count = std::min(s.channels - from, 64 - k % 64);
-            pieces[k / 64].push_back({y, x, from, count, k % 64});
-            for (long i = 0; i < count; ++i, ++k)
-                place[k] = (y * s.width + x) * s.channels + from + i;
+          words((depth + 63) / 64), blocks((s.channels + 63) / 64), place(words * 64) {
+        for (long k = 0; k < depth; ++k) {
+            const long tap = k / s.channels, y = tap / s.kernel_width, x = tap % s.kernel_width;
+            place[k] = (y * s.width + x) * s.channels + k % s.channels;
         }
     }
     long pixels() const { return shape.images * shape.out_height * shape.out_width; }
@@ -120,20 +135,26 @@ struct Patches {
     long start(const Corner& corner) const {
         return (corner.first + corner.y * shape.width + corner.x) * shape.channels;
     }
-    word get(const Corner& corner, long index) const {
-        const long blocks = (shape.channels + 63) / 64;
-        word found = 0;
-        for (const Piece& piece : pieces[index]) {
-            const long y = corner.y + piece.y, x = corner.x + piece.x;
-            if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) continue;
-            const word* row = bits + (corner.first + y * shape.width + x) * blocks;
-            const long block = piece.from / 64, low = piece.from % 64;
-            word some = row[block] >> low;
-            if (low + piece.count > 64) some |= row[block + 1] << (64 - low);
-            if (piece.count < 64) some &= (word(1) << piece.count) - 1;
-            found |= some << piece.shift;
-        }
-        return found;
+    // The bits of a patch, one pixel's behind the other's.
+    void cut(const Corner& corner, word* out) const {
+        word current = 0;
+        int filled = 0;
+        for (long y = corner.y; y < corner.y + shape.kernel_height; ++y)
+            for (long x = corner.x; x < corner.x + shape.kernel_width; ++x) {
+                const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
+                const word* pixel = bits + (corner.first + y * shape.width + x) * blocks;
+                for (long b = 0; b < blocks; ++b) {
+                    const word some = inside ? pixel[b] : 0;
+                    const int count = std::min(64L, shape.channels - 64 * b), left = 64 - filled;
+                    current |= some << filled;
+                    filled += count;
+                    if (filled < 64) continue;
+                    *out++ = current;
+                    current = left < 64 ? some >> left : 0;
+                    filled -= 64;
+                }
+            }
+        if (filled) *out = current;
     }
 };
 
@@ -235,15 +256,19 @@ static void convolve(const Patches& patches, const In* x, const real* weight, re
     _Pragma("omp parallel") {
         Events<In> events(x, PIXELS);
         Corner corners[PIXELS];
+        std::vector<word> bits(PIXELS * words);
         _Pragma("omp for schedule(dynamic)") for (long start = 0; start < pixels;
                                                   start += PIXELS) {
             const int rows = std::min(long(PIXELS), pixels - start);
-            for (int r = 0; r < rows; ++r) corners[r] = patches.corner(start + r);
+            for (int r = 0; r < rows; ++r) {
+                corners[r] = patches.corner(start + r);
+                patches.cut(corners[r], bits.data() + r * words);
+            }
             for (long t = 0; t < words; t += WORDS) {
                 events.clear();
                 for (int r = 0; r < rows; ++r)
                     for (long i = t; i < std::min(t + WORDS, words); ++i)
-                        events.add(r, 64 * (i - t), patches.get(corners[r], i),
+                        events.add(r, 64 * (i - t), bits[r * words + i],
                                    patches.start(corners[r]), patches.place.data() + 64 * i);
                 for (long tile = 0; tile < tiles.count; ++tile)
                     add(rows, events, packed.get() + tile * size + 64 * t * tiles.row,
@@ -272,14 +297,15 @@ static void weight_gradient(const Patches& patches, const In* x, const real* gra
         const long begin = part * pixels / parts, end = (part + 1) * pixels / parts;
         Memory packed(tiles.count * most * tiles.row);
         Events<In> events(x, 64);
-        Corner corners[most];
+        std::vector<word> bits(most * words);
         long places[most];
         word square[64];
         for (long start = begin; start < end; start += most) {
             const int rows = std::min(most, end - start);
             for (int r = 0; r < rows; ++r) {
-                corners[r] = patches.corner(start + r);
-                places[r] = patches.start(corners[r]);
+                const Corner corner = patches.corner(start + r);
+                places[r] = patches.start(corner);
+                patches.cut(corner, bits.data() + r * words);
                 for (long c = 0; c < tiles.count; ++c)
                     memcpy(packed.get() + (c * most + r) * tiles.row,
                            grad + (start + r) * tiles.channels + c * tiles.used,
@@ -289,7 +315,7 @@ static void weight_gradient(const Patches& patches, const In* x, const real* gra
                 events.clear();
                 for (int i = 0; i < rows; i += 64) {
                     for (int r = 0; r < 64; ++r)
-                        square[r] = i + r < rows ? patches.get(corners[i + r], t) : 0;
+                        square[r] = i + r < rows ? bits[(i + r) * words + t] : 0;
                     transpose(square);
                     for (int k = 0; k < 64; ++k)
                         events.add(k, i, square[k], patches.place[64 * t + k], places + i);
