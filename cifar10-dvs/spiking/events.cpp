@@ -30,7 +30,7 @@ constexpr int LANES = 16 / sizeof(real);
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
 constexpr int WORDS = 4;     // whose bits a tile has rows for, so that it stays in a near cache
-constexpr int PIXELS = 128;  // that are summed before the next tile
+constexpr int PIXELS = 64;  // that are summed before the next tile
 
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
