@@ -1,10 +1,11 @@
 // Convolutions of spikes on a CPU: rows of the weight are added up, only where an input is not 0.
 //
 // Where inputs are not 0 is known from bits, 64 channels a word. An output pixel sees a patch of
-// depth = taps * channels inputs, whose words are put together from those of its pixels. The loop over the
-// bits of some words, `add_rows`, keeps a tile of outputs in registers. The weight's gradient is
-// the same sum with pixels and depth exchanged: the words are transposed, and rows of the output's
-// gradient are added up. Each output has its sum in one order, whatever the batch and the threads.
+// depth = taps * channels inputs, whose words are put together from those of its pixels. Of some
+// words at a time they become Events, and `add_rows` keeps a tile of outputs in registers while it
+// adds the rows that these name. The weight's gradient is the same sum with pixels and depth
+// exchanged: the words are transposed, and rows of the output's gradient are added up. Each output
+// has its sum in one order, whatever the batch and the threads.
 //
 // Values that are not 1 count as they are, so that any input is right; a dense one takes longer.
 
@@ -29,7 +30,7 @@ constexpr int LANES = 32 / sizeof(real);
 constexpr int LANES = 16 / sizeof(real);
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
-constexpr int WORDS = 4;     // whose bits a tile has rows for, so that it stays in a near cache
+constexpr int WORDS = 4;    // whose bits a tile has rows for, so that it stays in a near cache
 constexpr int PIXELS = 64;  // that are summed before the next tile
 
 struct Shape {
@@ -170,7 +171,8 @@ struct Events {
     std::vector<uint16_t> row;
     std::vector<real> value;
 
-    Events(const In* x, int rows) : x(x), count(rows), row(rows * MOST), value(ones ? 0 : rows * MOST) {}
+    Events(const In* x, int rows)
+        : x(x), count(rows), row(rows * MOST), value(ones ? 0 : rows * MOST) {}
     // Append the bits of a word, whose values are those of x + place + places[bit].
     void add(int r, int first, word bits, long place, const long* places) {
         int n = count[r];
