@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import rates
 from conftest import Golden, load
 
 
@@ -90,3 +91,14 @@ def test_bytes_are_those_of_the_operators():
     with bench.traffic.Saved(bn) as saved:
         (leaf.exp() * 2).sigmoid()
         assert saved.total == 4 * 2 * x.numel()  # the results of exp and sigmoid
+
+
+def test_time_against_firing_rate(tmp_path, capsys):
+    """Higher thresholds leave fewer inputs and operations; the figures and the picture are kept."""
+    figure = tmp_path / "rates.png"
+    words = f"--model cifar10 --batch 1 --T 2 --size 16 --scales 0.5 2 --rounds 1 --figure {figure}"
+    assert rates.main(words.split()) == 0
+    often, seldom = json.loads(figure.with_suffix(".json").read_text())
+    assert 0 < seldom["nonzero"] < often["nonzero"] < 1 and 0 < seldom["sops"] < often["sops"]
+    assert all(row["fast"] > 0 and row["dense"] > 0 for row in (often, seldom))
+    assert figure.stat().st_size > 10_000 and "spikingjelly" not in often
