@@ -22,7 +22,10 @@ def run(monkeypatch, capsys, *argv):
 
 @pytest.mark.parametrize(
     ("model", "size", "paths"),
-    [pytest.param("QKFormer_10_384", 64, 4, marks=pytest.mark.long), ("cifar10", 32, 3)],
+    [
+        pytest.param("QKFormer_10_384", 64, 4, marks=pytest.mark.long),
+        pytest.param("cifar10", 32, 3, marks=pytest.mark.long),
+    ],
 )
 def test_table(tmp_path, model, size, paths, monkeypatch, capsys):
     args = ["--model", model, "--size", size, "--rounds", 1, "--T", 2, "--batch", 2]

@@ -215,6 +215,7 @@ def test_running_statistics(dtype, momentum):
         start += C
 
 
+@pytest.mark.long
 @compiled
 def test_operators_are_registered_right():
     def check(function, *args):
