@@ -61,7 +61,7 @@ def convolve(x_shape, bits, values, weight, stride, padding):
 
 
 def weight_gradient(x_shape, bits, values, grad, weight, stride, padding):
-    """The weight's gradient, in channels_last; `grad` is that of convolve's output."""
+    """The weight's gradient, in channels_last; `grad`, in channels_last, is that of the output."""
     shape, _ = geometry(x_shape, weight, stride, padding)
     out = torch.empty_like(weight, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
