@@ -1,5 +1,6 @@
 """CIFAR10-DVS through spikingjelly's reader, as frames of event counts."""
 
+import copy
 import math
 from functools import partial
 
@@ -7,7 +8,6 @@ import numpy as np
 import torch
 from spikingjelly.datasets.cifar10_dvs import CIFAR10DVS
 from timm.data.mixup import Mixup, mixup_target
-from torch.utils.data import Subset
 from torchvision.datasets import DatasetFolder
 
 import shapes
@@ -15,6 +15,7 @@ from augment import augment
 from convert import prepare, read_array
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError, logger
+from harness.parts import part
 
 # folder in it: archive
 ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}
@@ -39,9 +40,7 @@ def build_dataset(cfg, train, ranks):
         slow=True,
     )
     dataset = open_frames(cfg, frames, train)
-    classes = dataset.classes
-    dataset = Subset(dataset, split(dataset.targets, train, cfg.split_seed))
-    dataset.classes = classes
+    dataset = part(dataset, split(dataset.targets, train, cfg.split_seed))
     report(len(dataset), train, frames, cfg.dataset != "shapes")
     return dataset
 
@@ -85,6 +84,14 @@ def open_frames(cfg, folder, train):
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
     dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
+    return dataset
+
+
+# Copied from dvs128-gesture/data.py
+def as_tested(cfg, dataset):
+    """A training set whose samples come as in testing."""
+    dataset = copy.copy(dataset)
+    dataset.transform = None
     return dataset
 
 

@@ -60,6 +60,9 @@ DATA = {
         aliases=("nb_classes",), fixed=same),
     "split_seed": Key(int, None, "seed of a random 9 : 1 split of each class; none: the release's "
         "split", 0, 2**31, fixed=str),
+    "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
+        "best.pth; 0: the test set does", 0, 0.9, fixed=same),
+    "train_share": TrainKey(float, 1.0, "share of the rest that trains", 1e-6, 1),
     "batch_size": Key(int, 16, "samples of a training batch, per rank", 1, 65536, flags=("-b",)),
     "val_batch_size": Key(int, None, "samples of a test batch; none: batch_size", 1, 65536,
         flags=("-vb",)),
@@ -131,6 +134,8 @@ RUN = {
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
     "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
         aliases=("initial_checkpoint",)),
+    "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",
+        0, 2, fixed=same),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": Key(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "test_only": TrainKey(bool, False, "test what resume names, as test.py does", aliases=("eval",),

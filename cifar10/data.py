@@ -1,5 +1,6 @@
 """CIFAR-10, CIFAR-100, digits or a folder of images, with timm's transforms and mixup."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Digits(Dataset):
         images, labels = load_digits(return_X_y=True)
         images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         halves = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-        self.images, _, self.labels, _ = halves if train else (halves[1], None, halves[3], None)
+        self.images, self.targets = (halves[0], halves[2]) if train else (halves[1], halves[3])
         self.transform = transform
 
     def __len__(self):
@@ -52,7 +53,7 @@ class Digits(Dataset):
 
     def __getitem__(self, index):
         image = Image.fromarray(self.images[index]).convert("RGB")
-        return self.transform(image), int(self.labels[index])
+        return self.transform(image), int(self.targets[index])
 
 
 class Folder(Dataset):
@@ -127,6 +128,13 @@ def build_dataset(cfg, train, ranks):
         return Folder(cfg.data_path, train, transform)
     ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, slow=True)
     return open_cifar(cfg, train, transform)
+
+
+def as_tested(cfg, dataset):
+    """A training set whose samples come as in testing."""
+    dataset = copy.copy(dataset)
+    dataset.transform = build_transform(cfg, False)
+    return dataset
 
 
 def open_cifar(cfg, train, transform, download=False):

@@ -74,6 +74,9 @@ DATA = {
     "crop_pct": Key(float, 1.0, "share of an image's side that a test keeps", 0.01, 1),
     "interpolation": Key(str, "bicubic", "interpolation in testing",
         choices=("bicubic", "bilinear", "nearest", "lanczos")),
+    "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
+        "best.pth; 0: the test set does", 0, 0.9, fixed=same),
+    "train_share": TrainKey(float, 1.0, "share of the rest that trains", 1e-6, 1),
     "batch_size": TrainKey(int, 64, "images of a batch, per rank", 1, 65536, flags=("-b",)),
     "val_batch_size": Key(int, 64, "images of a test batch", 1, 65536, flags=("-vb",)),
     "workers": MachineKey(int, 8, "processes that load data, per rank", 0, 256, flags=("-j",),
@@ -162,6 +165,8 @@ RUN = {
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
     "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
         aliases=("initial_checkpoint",)),
+    "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",
+        0, 3, fixed=same),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress", 1, 1_000_000,
@@ -186,6 +191,6 @@ NO_EFFECT = by_name({
     "the loader prefetches, in new workers each epoch": "no_prefetcher use_multi_epochs_loader",
     "there is no sched: plateau": "patience_epochs",
     "the data set's split is used, once an epoch and in whole batches": "aug_splits epoch_repeats "
-    "jsd resplit split_bn train_split tta val_split",
+    "jsd resplit split_bn train_split tta",
 })
 # fmt: on

@@ -17,6 +17,7 @@ The rest of spiking/ computes the same in less time and memory.
 from functools import partial
 
 import timm.layers
+import torch
 from timm.models import register_model
 from torch import nn
 
@@ -248,6 +249,7 @@ class HST(Stages):
 
     first_embedding, embedding, block = SPEDSInit, SPEDS, Block  # ms.py has others
     per_step = False  # see forward_head
+    frozen = 0  # see freeze
 
     def __init__(
         self,
@@ -301,9 +303,25 @@ class HST(Stages):
         self.stage3 = stage(2, embed_dims, depths - 2)
         self.reset_classifier(num_classes)  # self.head, one linear layer
 
+    def parts(self, index):
+        return getattr(self, f"patch_embed{index}"), *getattr(self, f"stage{index}")
+
+    def freeze(self, stages):
+        """The first stages learn no more: no gradient; training runs them as evaluation does."""
+        self.frozen = stages
+        for index in range(1, stages + 1):
+            nn.ModuleList(self.parts(index)).requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for index in range(1, self.frozen + 1):
+            nn.ModuleList(self.parts(index)).eval()
+        return self
+
     def run_stage(self, index, x):
-        for module in (getattr(self, f"patch_embed{index}"), *getattr(self, f"stage{index}")):
-            x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and index > self.frozen):
+            for module in self.parts(index):
+                x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
         return x
 
     def frames(self, x):

@@ -1,5 +1,6 @@
 """DVS128 Gesture through spikingjelly's reader, as frames of event counts."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -70,6 +71,13 @@ def open_frames(cfg, folder, train):
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
     dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
+    return dataset
+
+
+def as_tested(cfg, dataset):
+    """A training set whose samples come as in testing."""
+    dataset = copy.copy(dataset)
+    dataset.transform = None
     return dataset
 
 

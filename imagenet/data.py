@@ -6,6 +6,7 @@
 Classes are numbered in the order of their folders' names.
 """
 
+import copy
 import os
 from collections import Counter
 from pathlib import Path
@@ -135,6 +136,14 @@ def build_dataset(cfg, train, ranks):
     samples, classes = list_split(root, train)
     read, transform = read_pixels if train else read_image, build_transform(cfg, train)
     return Images(samples, read, transform, cfg.on_bad_image == "skip", train, classes)
+
+
+def as_tested(cfg, dataset):
+    """A training set whose samples come as in testing."""
+    dataset = copy.copy(dataset)
+    dataset.read, dataset.replace = read_image, False
+    dataset.transform = build_transform(cfg, False)
+    return dataset
 
 
 def find_images(cfg):

@@ -62,6 +62,9 @@ DATA = {
         aliases=("data_dir",)),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
+    "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
+        "best.pth; 0: the test set does", 0, 0.9, fixed=same),
+    "train_share": TrainKey(float, 1.0, "share of the rest that trains", 1e-6, 1),
     "batch_size": TrainKey(int, 32, "training images of a micro-step, per rank", 1, 65536,
         flags=("-b",)),
     "val_batch_size": Key(int, 32, "images of a test batch; under cross_sample_lif the result "
@@ -129,6 +132,8 @@ RUN = {
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "finetune": TrainKey(Path, None, "checkpoint with weights to start from; a head that fits is "
         "kept", aliases=("initial_checkpoint",)),
+    "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",
+        0, 3, fixed=same),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "eval": TrainKey(bool, False, "test what resume or finetune names, as test.py does",
         aliases=("test_only",), back=""),

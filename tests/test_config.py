@@ -19,7 +19,7 @@ RELEASE = """
 epochs time_step layer dim num_heads patch_size mlp_ratio data_dir dataset num_classes img_size mean std crop_pct scale
 ratio color_jitter interpolation train_interpolation aa mixup mixup_off_epoch mixup_prob mixup_mode mixup_switch_prob
 cutmix reprob remode amp batch_size val_batch_size lr min_lr sched weight_decay cooldown_epochs warmup_epochs warmup_lr
-opt smoothing workers depths model input_size train_split val_split pretrained initial_checkpoint resume no_resume_opt
+opt smoothing workers depths model input_size train_split pretrained initial_checkpoint resume no_resume_opt
 gp opt_eps opt_betas momentum clip_grad clip_mode lr_noise lr_noise_pct lr_noise_std lr_cycle_mul lr_cycle_limit
 epoch_repeats start_epoch decay_epochs patience_epochs decay_rate no_aug hflip vflip aug_splits jsd recount resplit
 cutmix_minmax drop drop_connect drop_path drop_block bn_tf bn_momentum bn_eps sync_bn dist_bn split_bn model_ema

@@ -234,7 +234,6 @@ def test_only_training_samples_are_augmented(folder, tmp_path):
     for train, no_aug in ((True, False), (False, False), (True, True)):
         cfg = resolve(folder, "--data-path", tmp_path, "--T", 2, *(["--no-aug"] if no_aug else []))
         dataset = folder.data.build_dataset(cfg, train, cpu(folder))
-        dataset = dataset.dataset if folder.name == "cifar10-dvs" else dataset
         assert dataset.transform is (folder.augment.augment if train and not no_aug else None)
 
 
@@ -318,9 +317,7 @@ def test_split_of_recordings(tmp_path, monkeypatch):
     names = []
     for train in (True, False):
         dataset = folder.data.build_dataset(cfg, train, cpu(folder))
-        names.append(
-            [dataset.dataset.samples[index][0].rsplit("_", 1)[1] for index in dataset.indices]
-        )
+        names.append([path.rsplit("_", 1)[1] for path, _ in dataset.samples])
     order = [f"{number}.npz" for number in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9)]
     assert names == [order[:10] * 10, order[10:] * 10]
 

@@ -102,7 +102,7 @@ def test_posterize(bits):
 
 def few_digits(cfg, count):
     dataset = cifar10.data.build_dataset(cfg, True, CPU)
-    dataset.images, dataset.labels = dataset.images[:count], dataset.labels[:count]
+    dataset.images, dataset.targets = dataset.images[:count], dataset.targets[:count]
     return dataset
 
 

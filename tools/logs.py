@@ -13,8 +13,8 @@ import yaml
 # within the epoch.
 NAMES = {
     "train_loss": ("train_loss", "train_loss_at_iter_512"),
-    "test_loss": ("test_loss", "eval_loss"),
-    "top1": ("test_acc1", "eval_top1"),
+    "test_loss": ("test_loss", "eval_loss", "val_loss"),
+    "top1": ("test_acc1", "eval_top1", "val_acc1"),
 }
 
 

@@ -31,6 +31,7 @@ from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
 from .loss import TET
 from .meters import LossMeter, evaluate, make_autocast, peak_memory_mb
+from .parts import divide
 from .process import Ranks, StopSignal
 from .seeds import get_rng_state, set_deterministic, set_rng_state
 
@@ -107,8 +108,14 @@ class Run:
     def __init__(self, start, data, options):
         self.start, self.data = start, data
         self.cfg, self.ranks, self.folder = cfg, ranks, _ = start.cfg, start.ranks, start.folder
-        self.train_set = data.build_dataset(cfg, True, ranks)
-        self.test_set = data.build_dataset(cfg, False, ranks)
+        whole = data.build_dataset(cfg, True, ranks)
+        self.part_seed = cfg.seed  # of the parts of the training set, which stay
+        if start.resumed:
+            self.part_seed = number(start.checkpoint, "part_seed", cfg.seed, start.path, low=0)
+        self.train_set, self.test_set = divide(cfg, data, whole, self.part_seed)
+        self.tested = "test" if self.test_set is None else "validation"  # what chooses best.pth
+        if self.test_set is None:
+            self.test_set = data.build_dataset(cfg, False, ranks)
         self.classes = list(self.train_set.classes)
         if start.resumed:
             check_classes(start.checkpoint, start.path, self.classes)
@@ -116,12 +123,20 @@ class Run:
         if had > num_classes:
             raise UserError(f"num_classes is {num_classes}, but the data has {had} classes")
         shape = " x ".join(map(str, data.input_shape(cfg)))
-        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} test {self.samples}"
-        logger.info(f"data: {cfg.dataset}, {sizes} of {had} classes, {shape}")
+        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} {self.tested}"
+        parts = "" if self.train_set is whole else f" (of {len(whole):,} to train with)"
+        sizes = f"{sizes} {self.samples} of {had} classes, {shape}{parts}"
+        logger.info(f"data: {cfg.dataset}, {sizes}")
         weights, new_head = (start.checkpoint, start.path), not start.resumed
         self.model, self.cross_sample_lif, self.semantics = load_model(
             cfg, options, data, ranks, num_classes, *weights, new_head
         )
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if cfg.freeze:
+            self.model.freeze(cfg.freeze)
+            learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            kept = f"stages 1 to {cfg.freeze} and their BatchNorm stay as they are"
+            logger.info(f"freeze: {kept}; {learns:,} of {self.parameters:,} parameters learn")
         if getattr(cfg, "sync_bn", False) and ranks.world_size > 1 and ranks.device.type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ddp = graphed(self.model, cfg, ranks, training=True)
@@ -149,7 +164,6 @@ class Run:
         self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
         self.lr = cfg.lr  # at its peak
         self.seed = cfg.seed  # of the order and augmentation of this epoch
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def prepare(self):
         """Say what the run is, and go on where the checkpoint was written."""
@@ -226,6 +240,7 @@ class Run:
             "global_batch": self.global_batch,
             "samples": len(self.train_set),
             "seed": self.seed,
+            "part_seed": self.part_seed,
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
             "config": vars(self.cfg),
@@ -402,13 +417,14 @@ class Run:
                 logger.info(self.stopped(why))
                 return 128 + (stop.number or signal.SIGTERM)
             test, *averaged = tested
+            of = "val" if self.tested == "validation" else "test"
             record = {
                 "epoch": self.epoch,
                 **self.own_record(),
                 "train_loss": self.meter.mean,
-                "test_loss": test.loss,
-                "test_acc1": test.top1,
-                "test_acc5": test.top5,
+                f"{of}_loss": test.loss,
+                f"{of}_acc1": test.top1,
+                f"{of}_acc5": test.top5,
                 **({"ema_acc1": averaged[0].top1} if averaged else {}),
                 "seconds": round(time.perf_counter() - start, 2),
                 "images_per_second": round(speed, 1),
@@ -418,7 +434,8 @@ class Run:
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
             ranks.from_main(lambda record=record: self.log.epoch(record))
             logger.info(
-                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, test loss {test.loss:.4f}, "
+                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, "
+                f"{self.tested} loss {test.loss:.4f}, "
                 f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
                 + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
                 + f", {record['seconds']:.0f} s"
@@ -429,5 +446,6 @@ class Run:
             self.epoch_done()
             self.save(*(["best.pth"] if is_best else []), "last.pth")
         if self.best >= 0:
-            logger.info(f"best top-1 {self.best:.2f} %: {typed(self.folder / 'best.pth')}")
+            best, path = f"best top-1 {self.best:.2f} %", typed(self.folder / "best.pth")
+            logger.info(f"{best}{' in validation' * (self.tested != 'test')}: {path}")
         return 0

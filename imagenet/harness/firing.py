@@ -55,5 +55,5 @@ class Firing:
         line = f"silent: {len(silent)} of {len(found)} layers, {', '.join(silent[:3])}{more}"
         before, self.said = self.said, line if silent else ""
         if self.said not in ("", before):
-            logger.info(f"{line} (no spike for {len(self.images)} test samples)")
+            logger.info(f"{line} (no spike for {len(self.images)} samples)")
         return {stage: spikes / values for stage, (spikes, values) in stages.items()}

@@ -1,0 +1,54 @@
+"""Parts of a training set: what trains (train_share), and what validates (val_split)."""
+
+import copy
+
+import torch
+from torch.utils.data import Subset
+
+from .log import UserError
+
+
+def divide(cfg, data, dataset, seed):
+    """(what trains, what validates or None) of a training set, drawn by the seed within each class.
+
+    The validation samples are those of the smallest places and the same for every train_share; they
+    come as in testing (data.as_tested).
+    """
+    if not cfg.val_split and cfg.train_share == 1:
+        return dataset, None
+    place, low = places(dataset, seed), cfg.val_split
+    trains = (place >= low) & (place <= low + (1 - low) * cfg.train_share)
+    held_out = None
+    if low:
+        held_out = part(data.as_tested(cfg, dataset), (place < low).nonzero()[:, 0].tolist())
+        if not len(held_out):
+            raise UserError(f"val_split is {low}, which is no sample of any class; make it more")
+    return part(dataset, trains.nonzero()[:, 0].tolist()), held_out
+
+
+def places(dataset, seed):
+    """float64 [samples]: the places of a class's samples, evenly between 0 and 1, in an order of
+    the seed alone. Labels are those in `samples` or `targets`, as torchvision's data sets have
+    them; where there are none, all samples are one class.
+    """
+    labels = [label for _, label in getattr(dataset, "samples", ())]
+    labels = torch.tensor(labels or getattr(dataset, "targets", [0] * len(dataset)))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]  # class by class
+    counts = labels.bincount()
+    first, of_class = counts.cumsum(0) - counts, labels[order]
+    rank = torch.arange(len(order)) - first[of_class]
+    found = torch.empty(len(order), dtype=torch.float64)
+    found[order] = (rank.double() + 0.5) / counts[of_class]
+    return found
+
+
+def part(dataset, indices):
+    """The samples `indices` of a data set, as a data set."""
+    if hasattr(dataset, "samples"):  # files, one of which may take the place of a damaged one
+        dataset = copy.copy(dataset)
+        dataset.samples = [dataset.samples[index] for index in indices]
+        return dataset
+    subset = Subset(dataset, indices)
+    subset.classes = dataset.classes
+    return subset
