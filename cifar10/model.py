@@ -240,8 +240,8 @@ class HST(Stages):
         drop_path: stochastic depth; rises linearly from 0 at the first block to this at the last.
         cross_sample_lif: see SpikingSelfAttention.
         checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
-        **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate_alpha, backend,
-            fused, byte_spikes, events: see MultiStep in spiking/neuron.py.
+        **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate, surrogate_alpha,
+            backend, fused, memory, events: see MultiStep in spiking/neuron.py.
 
     Raises ValueError, with the number that is wrong, for values out of these.
     """

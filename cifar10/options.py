@@ -9,6 +9,7 @@ import model
 import ms
 from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
+from spiking.plain import SURROGATES
 
 DEFAULT_CONFIG = "cifar10.yml"
 DATA_SET = "CIFAR"  # as in harness/build.py
@@ -40,13 +41,16 @@ MODEL = {
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
     "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
         1e-6, 1e6),
-    "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid behind a spike's gradient",
+    "surrogate": NetworkKey(str, "sigmoid", "whose derivative stands for a spike's",
+        choices=(*SURROGATES,), scripts=("train",)),
+    "surrogate_alpha": NetworkKey(float, None, "its slope; none: its own, 4 of the sigmoid",
         1e-6, 1e6, scripts=("train",)),
     "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": MachineKey(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
-    "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
+    "memory": TrainKey(str, "fast", "small: layers compute their convolution again in the backward "
+        "pass, which saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
     "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 3,
@@ -187,6 +191,7 @@ NO_EFFECT = by_name({
     "last.pth, of each epoch and a signal, and best.pth are kept": "checkpoint_hist eval_metric "
     "recovery_interval save_images",
     "layer is the number of blocks": "depths",
+    "spikes always wait for the backward pass as bytes": "byte_spikes",
     "the head takes the mean over space": "gp",
     "the loader prefetches, in new workers each epoch": "no_prefetcher use_multi_epochs_loader",
     "there is no sched: plateau": "patience_epochs",

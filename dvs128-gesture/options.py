@@ -8,6 +8,7 @@ from pathlib import Path
 import model
 from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
+from spiking.plain import SURROGATES
 
 DEFAULT_CONFIG = "dvs128-gesture.yml"
 DATA_SET = "event data"  # as in harness/build.py
@@ -35,13 +36,16 @@ MODEL = {
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
     "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
         1e-6, 1e6),
-    "surrogate_alpha": NetworkKey(float, 4.0, "slope of the sigmoid behind a spike's gradient",
+    "surrogate": NetworkKey(str, "sigmoid", "whose derivative stands for a spike's",
+        choices=(*SURROGATES,), scripts=("train",)),
+    "surrogate_alpha": NetworkKey(float, None, "its slope; none: its own, 4 of the sigmoid",
         1e-6, 1e6, scripts=("train",)),
     "backend": MachineKey(str, "auto", "what computes the neurons",
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": MachineKey(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
-    "byte_spikes": TrainKey(bool, True, "keep spikes as bytes: less memory, a bit slower on a GPU"),
+    "memory": TrainKey(str, "fast", "small: layers compute their convolution again in the backward "
+        "pass, which saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
     "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 2,
@@ -147,6 +151,7 @@ NO_EFFECT = by_name({
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
     "an epoch is one pass over the data": "epoch_repeats",
     "curves always go to TensorBoard": "tb",
+    "spikes always wait for the backward pass as bytes": "byte_spikes",
     "spikes are added, as in the published run": "connect_f",
     "the launcher says how many ranks there are, and where": "dist_url world_size",
     "there is no sched: plateau": "patience_epochs",

@@ -32,7 +32,6 @@ pytest_plugins = [
     "on_images",
     "on_photos",
     "on_events",
-    "on_host",
     "on_graphs",
 ]  # their fixtures
 ROOT = Path(__file__).resolve().parent.parent

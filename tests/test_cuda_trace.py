@@ -186,7 +186,7 @@ def check_tensor(pointer, dtype, launch, where):
     for stride, size in sorted(strides):
         assert stride == dense, f"{where}: {tensor.shape}, {tensor.stride()}"
         dense *= size
-    if tensor.dim() >= 4 and "lif_" not in launch.name:  # [T, B, C, H, W] or [N, C, H, W]
+    if tensor.dim() >= 4 and "integrate" not in launch.name:  # [T, B, C, H, W] or [N, C, H, W]
         assert tensor.stride(-3) == 1 or tensor.shape[-3] == 1, f"{where}: not in channels_last"
     size = int(launch.module.defines.get("LANES", 1)) * tensor.element_size()
     assert pointer % min(size, 16) == 0 or f"{dtype}" not in f"{launch.module.defines}", where
@@ -213,8 +213,10 @@ def check_all_fused(case, model, trained, evaluated):
         Counter(e.name.split("<")[0] for e in events if hasattr(e, "grid"))
         for events in (trained, evaluated)
     )
-    assert evaluation["fire"] == layers and evaluation["lif_forward"] == attention
-    assert training["fire_backward"] == 2 * layers and training["lif_backward"] == 2 * attention
+    assert evaluation["fire"] == layers and evaluation["integrate"] == attention
+    assert (
+        training["fire_backward"] == 2 * layers and training["integrate_backward"] == 2 * attention
+    )
     if not case[3].get("checkpoint_stages"):
         assert training["fire"] == 2 * layers
     else:

@@ -180,7 +180,7 @@ EDITS = {
                 "from timm.models",
                 "from spikingjelly.activation_based import surrogate\nfrom timm.models",
             ),
-            (MLP, MLP + "        self.mlp1_lif.surrogate_function = surrogate.ATan()\n"),
+            (MLP, MLP + "        self.mlp1_lif.surrogate_function = surrogate.S2NN()\n"),
         ],
     ),
 }

@@ -8,7 +8,6 @@ from conftest import load
 
 cifar10 = load("cifar10")
 lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
-lif_cuda = cifar10.cupy_lif
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(
     not kernels.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
@@ -37,7 +36,7 @@ def by_kernels(y, T, gamma, beta, node, grad):
     """The same by the kernels."""
     flat = fused.rows_of_channels(y).flatten(0, 1)
     norm = fused.batch_norm(flat, gamma, beta, 1e-5, T // len(y))
-    neuron = (*fused.charge_of(node), node.v_threshold)
+    neuron = fused.constants_of(*node.constants())[:3]
     spikes, small = fused.fire(y, T, norm[3:], None, *neuron, True)
     assert small.dtype == torch.uint8 and torch.equal(small.to(spikes), spikes)
     assert torch.equal(fused.fire(y, T, norm[3:], None, *neuron, False)[0], spikes)
@@ -143,7 +142,7 @@ def test_in_place_and_threads():
     torch.manual_seed(0)
     y = torch.randn(4, 3, 7, 5, 40).movedim(-1, 2)
     affine, grad = torch.rand(2, 40), torch.randn_like(y)
-    neuron = (None, "MULTIPLY", 0.5, 1.0)
+    neuron = (None, "MULTIPLY sigmoid", 0.5, 1.0)
     spikes = fused.fire(y, 4, affine, *neuron, False)[0]
 
     def backward():
@@ -222,7 +221,7 @@ def test_operators_are_registered_right():
         torch.library.opcheck(function.of_torch, args)
 
     y, affine, row = torch.randn(4, 2, 5, 3, 8).movedim(-1, 2), torch.rand(2, 8), torch.rand(8)
-    neuron, parametric = (None, "MULTIPLY", 0.5, 1.0), (row, "PARAMETRIC", 1.0, 1.0)
+    neuron, parametric = (None, "MULTIPLY sigmoid", 0.5, 1.0), (row, "PARAMETRIC atan", 1.0, 1.0)
     flat, norm, grad = y.flatten(0, 1), torch.rand(5, 8), torch.randn_like(y)
     for small in (True, False):
         check(fused.fire, y, 4, affine, *neuron, small)
@@ -247,7 +246,7 @@ def test_operators_are_registered_right():
 
 
 @gpu
-@pytest.mark.parametrize("dtype", lif_cuda.CTYPES)
+@pytest.mark.parametrize("dtype", kernels.CTYPES)
 @pytest.mark.parametrize(("T", "steps", "C"), [*CASES, (64, 64, 5)])
 def test_kernels_on_gpu(dtype, T, steps, C):
     check_kernels(dtype, T, steps, C, device="cuda")
@@ -255,7 +254,7 @@ def test_kernels_on_gpu(dtype, T, steps, C):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", lif_cuda.CTYPES)
+@pytest.mark.parametrize("dtype", kernels.CTYPES)
 @pytest.mark.parametrize("size", [*SIZES, (56, 56)])
 def test_pooling_on_gpu(dtype, size):
     check_pooling(dtype, 40, size, device="cuda")

@@ -13,8 +13,7 @@ from test_fused import SIZES, check_kernels, check_pooling, compiled
 
 cifar10 = load("cifar10")
 lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
-lif_cuda = cifar10.cupy_lif
-CHARGES = ("MULTIPLY", "DIVIDE", "PARAMETRIC", "INTEGRATE")
+NEURONS = ("MULTIPLY sigmoid", "DIVIDE atan", "PARAMETRIC erf", "INTEGRATE rect")
 
 
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
@@ -22,12 +21,12 @@ CHARGES = ("MULTIPLY", "DIVIDE", "PARAMETRIC", "INTEGRATE")
 def test_nvrtc(arch, T):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
     headers = pytest.importorskip("cupy._core.core")
-    for dtype, charge in zip(lif_cuda.CTYPES, CHARGES, strict=False):
+    for dtype, neuron in zip(kernels.CTYPES, NEURONS, strict=False):
         lanes = kernels.tiling(dtype.itemsize, 1000, 384, T)[0]
-        build = kernels.Build(dtype, T, charge, lanes, "long long" if T == 64 else "int")
-        error, program = nvrtc.nvrtcCreateProgram(kernels.SOURCE.encode(), b"fused.cu", 0, [], [])
+        build = kernels.Build(dtype, T, neuron, lanes, "long long" if T == 64 else "int")
+        error, program = nvrtc.nvrtcCreateProgram(build.source().encode(), b"fused.cu", 0, [], [])
         options = headers.assemble_cupy_compiler_options(
-            (*lif_cuda.NVRTC_OPTIONS, *build.defines(lif_cuda.CTYPES))
+            (*kernels.NVRTC_OPTIONS, *build.defines(kernels.CTYPES))
         )
         options = [f"--gpu-architecture={arch}", *options]
         (error,) = nvrtc.nvrtcCompileProgram(
@@ -81,7 +80,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     (tmp_path / "cuda_bf16.h").touch()
     (tmp_path / "cuda_fp16.h").write_text("typedef _Float16 __half;")
     wrappers = ""
-    for name, parameters in re.findall(r"^ENTRY (\w+)\((.*?)\) \{", kernels.SOURCE, re.S | re.M):
+    for name, parameters in re.findall(r"^ENTRY (\w+)\((.*?)\) \{", kernels.KERNELS, re.S | re.M):
         names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(","))
         wrappers += f'extern "C" void run_{name}(Index grid, Index block, {parameters}) {{'
         wrappers += f" team(grid, block, [=] {{ {name}({names}); }}); }}\n"
@@ -91,11 +90,11 @@ def cuda_on_host(monkeypatch, tmp_path):
         _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_int)]
 
     def library(build):
-        types = {**lif_cuda.CTYPES, torch.float64: "double"}
+        types = {**kernels.CTYPES, torch.float64: "double"}
         path = tmp_path / f"{len(libraries)}.so"
         command = "g++ -O1 -std=c++20 -ffp-contract=off -w -pthread -shared -fPIC -x c++ -".split()
         command += [f"-I{tmp_path}", *build.defines(types), "-o", path]
-        subprocess.run(command, input=SHIM + kernels.SOURCE + wrappers, text=True, check=True)
+        subprocess.run(command, input=SHIM + build.source() + wrappers, text=True, check=True)
         return ctypes.CDLL(path)
 
     def cuda_kernel(name, build):
@@ -111,8 +110,8 @@ def cuda_on_host(monkeypatch, tmp_path):
 
         return kernel
 
-    def launch(name, y, *args, T=1, charge="MULTIPLY"):
-        kernels.launch_cuda(name, y, args, T, charge)
+    def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
+        kernels.launch_cuda(name, y, args, T, neuron)
 
     def parts(y, rows, channels, T=1):
         return kernels.tiling(y.element_size(), rows, channels, T)[2][1]

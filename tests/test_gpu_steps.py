@@ -263,7 +263,7 @@ def test_a_missing_cupy_is_named(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", ones)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    reason = cifar10.cupy_lif.cupy_error.__wrapped__()
+    reason = cifar10.compiler.cupy_error.__wrapped__()
     assert reason == "ModuleNotFoundError: No module named 'cupy'; pip install cupy-cuda12x"
 
 

@@ -49,7 +49,7 @@ def test_kernels():
     def launch(machine):
         y = machine.randn(4, 32, 28, 28, 64, dtype=torch.half).permute(0, 1, 4, 2, 3)
         affine = torch.empty(2, 64, device="cuda")
-        cifar10.ops.fire(y, 4, affine, None, "MULTIPLY", 0.5, 1.0, True)
+        cifar10.ops.fire(y, 4, affine, None, "MULTIPLY sigmoid", 0.5, 1.0, True)
 
     found, values = cost(launch, vars(cifar10).values()), 4 * 32 * 28 * 28 * 64
     assert (found.torch, found.cupy) == (0, 1) and found.bytes == (2 + 2 + 1) * values + 4 * 2 * 64

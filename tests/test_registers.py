@@ -19,8 +19,8 @@ def test_kernels_stay_in_registers(T):
         "fire_backward",
         "pool",
         "pool_backward",
-        "lif_forward",
-        "lif_backward",
+        "integrate",
+        "integrate_backward",
     } <= names
     for row in rows:
         assert row["spills"] == row["stack"] == 0 and 8 <= row["registers"] <= MOST, row

@@ -121,21 +121,34 @@ def test_bytes_of_the_kernel_that_fired():
     assert spikes.save(y) is y
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("events", [True, False])
 @pytest.mark.parametrize("file", ["model", "ms"])
-def test_byte_spikes_false(file):
-    """No tensor is saved as bytes, and all gradients are the same to the bit."""
+def test_memory_small(file, events, dtype):
+    """All gradients and running statistics are the same to the bit; much less is saved."""
     kind = getattr(cifar10, file)
-    found = []
-    for byte_spikes in (True, False):
+    build = kind.MSQKFormer if file == "ms" else kind.QKFormer
+    found, saved = [], []
+    for memory in ("fast", "small"):
         torch.manual_seed(0)
-        options = {"embed_dims": 32, "num_heads": 2, "depths": 3, "events": False}
-        build = kind.MSQKFormer if file == "ms" else kind.QKFormer
-        model = build(byte_spikes=byte_spikes, **options).train()
-        types = []
-        pack = lambda x, types=types: types.append(x.dtype) or x  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(torch.rand(2, 3, 16, 16)).square().sum()
+        options = {"embed_dims": 32, "num_heads": 2, "depths": 3, "events": events}
+        model = build(memory=memory, **options).train()
+        x, kept = torch.rand(2, 3, 32, 32), {}
+        if dtype == torch.float64:
+            model, x = model.double(), x.double()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x, kept=kept, parameters=parameters):
+            memory = x.untyped_storage()
+            if memory.data_ptr() not in parameters:
+                kept[memory.data_ptr()] = memory
+            return x
+
+        autocast = torch.autocast("cpu", torch.bfloat16, dtype != torch.float64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
+            loss = model(x).square().sum()
+        saved.append(sum(memory.nbytes() for memory in kept.values()))
         loss.backward()
-        assert (torch.uint8 in types) == byte_spikes
-        found.append([p.grad for p in model.parameters()])
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert saved[1] < 0.6 * saved[0]

@@ -1,7 +1,7 @@
 """Spikes wait for the backward pass as bytes, a half or a quarter of the memory of floats.
 
 Only a tensor that is marked, as holding whole numbers from 0 to 255, is saved so. A neuron with
-`fused` and `byte_spikes` marks its spikes, `add` and `masked` mark what they make of marked
+`fused` marks its spikes, `add` and `masked` mark what they make of marked
 tensors, and a view shares the mark of its tensor. All other operations return unmarked tensors,
 saved as they are, and a write in place ends a mark. So `x + 0.5 * y` takes more memory, but its
 gradients are right.

@@ -6,7 +6,7 @@ from torch import nn
 from . import compiler
 from .compiler import say
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
-from .ops import charge_of, observed
+from .ops import constants_of, observed
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -60,8 +60,8 @@ def can_fuse(x, convs, bns, lifs):
         for row in (bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.bias):
             if row is not None and not (row.dtype == real and row.is_contiguous()):
                 return False
-    charge = charge_of(lifs[0])[0]
-    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x), charge)
+    neuron = constants_of(*lifs[0].constants()).neuron
+    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x), neuron)
 
 
 def changed(module):
@@ -99,15 +99,11 @@ def settings(conv, bn, lif):
         return None
     shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
     tau = lif.tau if lif.kind == "lif" else None  # PLIF's differ, and are tensors
-    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.backend, lif.byte_spikes, lif.events
-    return *shape, bn.training, bn.eps, *neuron
+    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.surrogate
+    return *shape, bn.training, bn.eps, *neuron, lif.backend, lif.memory, lif.events
 
 
 def autocast_type(x):
     """x's type, or autocast's where that is on; it leaves float64 alone."""
     on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
-
-
-def autocast(x):
-    return x.to(autocast_type(x))

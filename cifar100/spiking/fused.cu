@@ -1,5 +1,6 @@
 // The kernels of ops.py, in the words of portable.cuh. compiler.py says with -D what STEPS and
-// CHARGE are. Tensors are in memory rows of channels.
+// CHARGE are, and writes derivative(x, alpha), the surrogate of a spike's, in front. Tensors are in
+// memory rows of channels.
 
 // The neuron -------------------------------------------------------------------------------------
 
@@ -86,9 +87,9 @@ INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_
                 input[t] = load(y + t * step + i);
                 upstream[t] = load(grad_spikes + t * n + i);
             }
-            const real_t g = reciprocal(1 + exponential(-alpha * (h[t] - threshold)));
+            const real_t slope_of_spike = derivative(h[t] - threshold, alpha);
             const real_t kept = h[t] >= threshold ? 0 : grad_v;
-            const real_t grad_h = real(upstream[t].lane[k]) * (alpha * g * (1 - g)) + kept;
+            const real_t grad_h = real(upstream[t].lane[k]) * slope_of_spike + kept;
             const real_t grad_x = to_input(grad_h, own);
             grad_v = CHARGE == INTEGRATE ? grad_h : grad_h - grad_x;
             sum += grad_x;
@@ -131,6 +132,78 @@ ENTRY fire_backward(index_t rows, index_t channels, index_t parts, index_t step,
                            affine + channels + c, mean + c, rates + c, rate, threshold, alpha,
                            sums[0], sums[1], sums[NEURON_SUMS - 1]);
     })
+}
+
+// A neuron alone, for any number of steps and memory of any order. Neuron i of rows * channels reads
+// x[t * step + i]; step is 0 for an input that stays the same. PLIF's rate is *own.
+ENTRY integrate(index_t rows, index_t channels, index_t steps, index_t step, const scalar_t* x,
+                scalar_t* spikes, const real_t* own, real_t rate, real_t threshold) {
+    const index_t n = rows * channels;
+    const real_t leak = rate_of(own, 0, rate);
+    EACH(r, c) {
+        const index_t i = r * channels + c;
+        real_t v[LANES];
+        EACH_LANE(k) v[k] = 0;
+        for (index_t t = 0; t < steps; ++t) {
+            Pack value = load(x + t * step + i);
+            EACH_LANE(k) {
+                const real_t h = charge(v[k], real(value.lane[k]), leak);
+                set(value.lane[k], h >= threshold ? 1 : 0);
+                v[k] = h >= threshold ? 0 : h;
+            }
+            store(spikes + t * n + i, value);
+        }
+    }
+}
+
+// h is computed again, STEPS steps at a time so that it stays in registers, the last ones first; so
+// each begins with the steps before it. slopes[i] is the gradient of *own through neuron i alone.
+ENTRY integrate_backward(index_t rows, index_t channels, index_t steps, index_t step,
+                         const scalar_t* x, const scalar_t* grad_spikes, scalar_t* grad,
+                         const real_t* own, real_t rate, real_t threshold, real_t alpha,
+                         real_t* slopes) {
+    const index_t n = rows * channels;
+    const real_t leak = rate_of(own, 0, rate);
+    EACH(r, c) {
+        const index_t i = r * channels + c;
+        real_t grad_v[LANES], slope[LANES];
+        EACH_LANE(k) grad_v[k] = slope[k] = 0;
+        for (index_t begin = (steps - 1) / STEPS * STEPS; begin >= 0; begin -= STEPS) {
+            real_t v[LANES], before[STEPS][LANES], h[STEPS][LANES];
+            EACH_LANE(k) v[k] = 0;
+            for (index_t t = 0; t < begin; ++t) {
+                const Pack value = load(x + t * step + i);
+                EACH_LANE(k) {
+                    v[k] = charge(v[k], real(value.lane[k]), leak);
+                    v[k] = v[k] >= threshold ? 0 : v[k];
+                }
+            }
+            UNROLL for (int s = 0; s < STEPS; ++s) if (begin + s < steps) {
+                const Pack value = load(x + (begin + s) * step + i);
+                EACH_LANE(k) {
+                    before[s][k] = v[k];
+                    h[s][k] = charge(v[k], real(value.lane[k]), leak);
+                    v[k] = h[s][k] >= threshold ? 0 : h[s][k];
+                }
+            }
+            UNROLL for (int s = STEPS - 1; s >= 0; --s) if (begin + s < steps) {
+                const index_t t = begin + s;
+                const Pack value = load(x + t * step + i);
+                Pack upstream = load(grad_spikes + t * n + i);
+                EACH_LANE(k) {
+                    const real_t kept = h[s][k] >= threshold ? 0 : grad_v[k];
+                    const real_t grad_h = real(upstream.lane[k]) *
+                                          derivative(h[s][k] - threshold, alpha) + kept;
+                    const real_t grad_x = to_input(grad_h, leak);
+                    slope[k] += grad_h * (real(value.lane[k]) - before[s][k]);
+                    grad_v[k] = CHARGE == INTEGRATE ? grad_h : grad_h - grad_x;
+                    set(upstream.lane[k], grad_x);
+                }
+                store(grad + t * n + i, upstream);
+            }
+        }
+        if (slopes) EACH_LANE(k) slopes[i + k] = slope[k];
+    }
 }
 
 // BatchNorm --------------------------------------------------------------------------------------

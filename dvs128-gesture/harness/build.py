@@ -29,7 +29,7 @@ from .process import Ranks
 KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
 SAME = (  # keys of the same name in the models
     "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
-    "surrogate_alpha backend fused byte_spikes events"
+    "surrogate surrogate_alpha backend fused memory events"
 )
 KEYWORDS |= {name: name for name in SAME.split()}
 FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts

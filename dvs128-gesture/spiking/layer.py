@@ -3,8 +3,8 @@
 `conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
 function of autograd. That works in channels_last, shows a static image once instead of T times, and
 normalises, integrates and fires in one pass over memory (ops.py). On a CPU convolutions of spikes
-add up rows of the weight (events.py). For the backward pass it saves the convolution's output and
-the layer's input, spikes as bits or bytes (spikes.py).
+add up rows of the weight (events.py). For the backward pass it saves the layer's input, spikes as
+bits or bytes (spikes.py), and, unless the neuron's `memory` is small, the convolution's output.
 
 Both paths compute the same function, to rounding. The fused path does not call the modules, so it
 is taken only where each module has exactly the type and the methods that it knows (fusible.py).
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from . import events, ops, plain
-from .fusible import autocast, autocast_type, can_fuse, changed
+from .compiler import is_called_as_operator
+from .fusible import autocast_type, can_fuse, changed
 from .spikes import largest, mark, masked, save, wants_bytes
 
 aten = torch.ops.aten
@@ -87,7 +88,8 @@ class Options(NamedTuple):
     """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
 
     repeats: how often a step of x is shown, T where x is an image. save_bytes: whether the spikes
-    are wanted as bytes too. events: whether the convolution is one of events.py.
+    are wanted as bytes too. events: whether the convolution is one of events.py. dtype: that the
+    layer computes in. small: whether the convolution is computed again in the backward pass.
     """
 
     T: int
@@ -99,6 +101,8 @@ class Options(NamedTuple):
     neuron: ops.Constants | None
     save_bytes: bool
     events: bool
+    dtype: torch.dtype
+    small: bool
 
 
 def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
@@ -121,23 +125,31 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
         weight, gamma = weight * sign[:, None, None, None], gamma * sign
     neuron, rates = None, None
     if fires:
-        neuron = ops.constants_of(lif)
+        neuron = ops.constants_of(*lif.constants())
         if lif.kind == "plif":
             pairs = zip(bns, lifs, strict=True)
             rates = join(ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs)
-    small = fires and lif.byte_spikes and wants_bytes()
-    eps, by_events = (
-        float(bn.eps),
-        lif.events and takes_events(x, weight, bn.training),
+    by_events = lif.events and takes_events(x, weight, bn.training)
+    options = Options(
+        T=T,
+        repeats=T // len(x),
+        stride=stride,
+        padding=padding,
+        eps=float(bn.eps),
+        pool=pool,
+        neuron=neuron,
+        save_bytes=fires and wants_bytes(),
+        events=by_events,
+        dtype=autocast_type(x),
+        small=lif.memory == "small",
     )
-    options = Options(T, T // len(x), stride, padding, eps, pool, neuron, small, by_events)
     if bn.training:
         bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
         args = (x, weight, bias, gamma, beta, rates, options)
         out, norm, small = ConvBNLIF.apply(*args)
         update_statistics(convs, bns, norm, sign)
         if fires:
-            return mark(out, 1, small) if lif.byte_spikes else out
+            return mark(out, 1, small)
     else:
         y = convolve(x, weight, options)[0]
         affine = running_affine(y, convs, bns, sign)
@@ -170,7 +182,7 @@ def takes_events(x, weight, training):
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
     # A mode that looks at operations, such as a graph's, would not see these.
-    same = x.dtype == weight.dtype == autocast_type(x) and not ops.is_called_as_operator()
+    same = x.dtype == weight.dtype == autocast_type(x) and not is_called_as_operator()
     if not same or not events.available(x.device.type, x.dtype):
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
@@ -178,15 +190,15 @@ def takes_events(x, weight, training):
 
 
 def convolve(x, weight, options):
-    """[T, B, C, H, W] -> ([T*B, C', H', W'] in channels_last, in autocast's type, without a bias;
-    what events.find says of x, or None).
+    """[T, B, C, H, W] -> ([T*B, C', H', W'] in channels_last, without a bias; what events.find says
+    of x, or None).
     """
     if options.events:
         x = rows(save(x))
         found = events.find(x, weight.dtype)
         args = (weight, options.stride, options.padding)
         return events.convolve(x.shape, found[0], found[2], *args), found
-    x, weight = rows(autocast(x)), channels_last(autocast(weight))
+    x, weight = rows(x.to(options.dtype)), channels_last(weight.to(options.dtype))
     return channels_last(F.conv2d(x, weight, None, options.stride, options.padding)), None
 
 
@@ -214,15 +226,11 @@ class ConvBNLIF(torch.autograd.Function):
             out, small = ops.fire(pooled, options.T, *args)
         else:
             out, small = ops.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
-        ctx.options, ctx.shape, ctx.dtype, ctx.has_bias = (
-            options,
-            x.shape,
-            x.dtype,
-            bias is not None,
-        )
+        ctx.options, ctx.has_bias = options, bias is not None
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         sparse = found and found[1] <= events.DENSE
         bits, x = (found[0], found[2]) if sparse else (None, save(x))
-        ctx.save_for_backward(x, bits, y, weight, gamma, rates, norm)
+        ctx.save_for_backward(x, bits, None if options.small else y, weight, gamma, rates, norm)
         ctx.mark_non_differentiable(norm, small)
         return out, norm, small
 
@@ -230,8 +238,13 @@ class ConvBNLIF(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         x, bits, y, weight, gamma, rates, norm = ctx.saved_tensors
-        options, steps, y = ctx.options, ctx.shape[:2], channels_last(y)
-        # y is that already, unless a hook on saved tensors has changed the layout.
+        options, steps = ctx.options, ctx.shape[:2]
+        shape = (steps.numel(), *ctx.shape[2:])
+        if options.small and bits is not None:
+            y = events.convolve(shape, bits, x, weight, options.stride, options.padding)
+        elif options.small:
+            y = convolve(x, weight, options)[0]
+        y = channels_last(y)  # it is, unless a hook on saved tensors has changed the layout
         pooled, taps = ops.pool(y) if options.pool else (y, None)
         if options.neuron:
             grad_spikes, grad = grad, torch.empty_like(pooled)
@@ -250,7 +263,6 @@ class ConvBNLIF(torch.autograd.Function):
             grad = out
         grad_weight, wanted = None, [ctx.needs_input_grad[0], bits is None]
         if bits is not None:
-            shape = (ctx.shape[:2].numel(), *ctx.shape[2:])
             args = (grad, weight, options.stride, options.padding)
             grad_weight = events.weight_gradient(shape, bits, x, *args)
             # Nothing reads its values.

@@ -4,15 +4,36 @@ import functools
 from functools import partial
 
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import surrogate as functions
 
 from . import compiler, ops, plain
-from .compiler import say
-from .cupy_lif import CTYPES, cupy_error, lif_forward
-from .plain import ALPHA, membrane_type, rate_of, torch_lif
+from .compiler import CTYPES, cupy_error, say
+from .plain import membrane_type, rate_of, torch_lif
 from .spikes import mark, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
+CLASSES = {
+    "sigmoid": functions.Sigmoid,
+    "atan": functions.ATan,
+    "piecewise_quadratic": functions.PiecewiseQuadratic,
+    "piecewise_exp": functions.PiecewiseExp,
+    "soft_sign": functions.SoftSign,
+    "erf": functions.Erf,
+    "rect": functions.Rect,
+}
+NAMES = {kind: name for name, kind in CLASSES.items()}
+
+
+class OwnSurrogate(functions.SurrogateFunctionBase):
+    """One of plain.SURROGATES that spikingjelly does not have."""
+
+    def __init__(self, name, alpha):
+        super().__init__(spiking=True, alpha=alpha)
+        self.name = name
+
+    def forward(self, x):
+        return torch_lif(x[None], 2.0, 0.0, self.alpha, "if", None, self.name)[0]
 
 
 class MultiStep:
@@ -29,15 +50,16 @@ class MultiStep:
             spikingjelly there, torch on any other device and in float64.
         fused: whether this neuron, and the layer that ends in it, may run fused: in one pass over
             memory, see layer.py. Default True.
-        alpha: slope of the surrogate gradient, > 0. Default 4.0.
-        byte_spikes: whether spikes may wait for the backward pass as bytes where `fused` is set,
-            see spikes.py. Default True.
+        alpha: slope of the surrogate gradient, > 0. Default: the surrogate's own, 4.0 of a sigmoid.
+        surrogate: a key of plain.SURROGATES. Default "sigmoid".
+        memory: "small" where a fused layer that ends in it computes its convolution again in the
+            backward pass, "fast" where it keeps the output. Default "fast".
         events: whether a layer that ends in it may add up rows of its weight where its input
             spikes, on a CPU and where `fused` is set, see events.py. Default True.
 
     Attributes of the node may be set afterwards. With v_reset, detach_reset or decay_input other
-    than above, a surrogate_function that is no sigmoid, or store_v_seq, spikingjelly's functional
-    neuron computes it, whatever the backend, and its layer does not run fused.
+    than above, a surrogate_function that is not in CLASSES, or store_v_seq, spikingjelly's
+    functional neuron computes it, whatever the backend, and its layer does not run fused.
 
     Raises ValueError for a value out of these, or a membrane `v` that is set; RuntimeError where
     cupy is asked for and can't run.
@@ -51,24 +73,28 @@ class MultiStep:
         v_threshold=1.0,
         backend="auto",
         fused=True,
-        alpha=ALPHA,
-        byte_spikes=True,
+        alpha=None,
+        surrogate="sigmoid",
+        memory="fast",
         events=True,
     ):
-        plain.check(tau, v_threshold, alpha)
+        alpha = float(plain.checked_alpha(tau, v_threshold, alpha, surrogate))
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if memory not in ("fast", "small"):
+            raise ValueError(f"memory is {memory!r}; it must be fast or small")
         name = {"lif": "tau", "if": None, "plif": "init_tau"}[self.kind]
+        known = CLASSES.get(surrogate, partial(OwnSurrogate, surrogate))
         super().__init__(
             **({name: float(tau)} if name else {}),
             v_threshold=float(v_threshold),
-            surrogate_function=surrogate.Sigmoid(alpha=float(alpha)),
+            surrogate_function=known(alpha=alpha),
             detach_reset=True,
             step_mode="m",
         )
         self.backend = backend
         self.fused = fused
-        self.byte_spikes = byte_spikes
+        self.memory = memory
         self.events = events
 
     def supported_step_mode(self):
@@ -76,14 +102,19 @@ class MultiStep:
 
     def extra_repr(self):
         tau = "" if self.kind == "if" else f"tau={self.tau:g}, "
-        slope = "" if self.alpha == ALPHA else f"alpha={self.alpha}, "
+        slope = "" if self.alpha == 4.0 else f"alpha={self.alpha}, "
         return f"{tau}v_threshold={self.v_threshold}, {slope}backend={self.backend}"
 
     @property
-    def alpha(self):
-        """Slope of the surrogate gradient; None if it is not a sigmoid's."""
+    def surrogate(self):
+        """The key of plain.SURROGATES, None if the surrogate_function is none of these."""
         f = self._modules["surrogate_function"]
-        return f.alpha if type(f) is surrogate.Sigmoid else None
+        return f.name if type(f) is OwnSurrogate else NAMES.get(type(f))
+
+    @property
+    def alpha(self):
+        """Slope of the surrogate gradient; None if the surrogate_function is not known."""
+        return self._modules["surrogate_function"].alpha if self.surrogate else None
 
     def is_usual(self):
         """Whether the neuron is the one of the formulas above, as every backend computes it."""
@@ -97,27 +128,27 @@ class MultiStep:
     def constants(self):
         """What every backend gets besides x. tau is there for LIF alone, and w for PLIF alone."""
         tau, w = (self.tau if self.kind == "lif" else 0.0), getattr(self, "w", None)
-        return tau, self.v_threshold, self.alpha, self.kind, w
+        return tau, self.v_threshold, self.alpha, self.kind, w, self.surrogate
 
     def runs_fused(self, x):
         """Whether a kernel of layers computes it, on a CPU; on a GPU cupy's is as good."""
         may = self.fused and x.device.type == "cpu" and x.dim() == 5 and x.numel()
         if not may or len(x) > compiler.MAX_T or ops.observed() is not None:
             return False
-        charge = ops.charge_of(self)[0]
-        return compiler.available("cpu", x.dtype, self.backend, len(x), charge)
+        neuron = ops.constants_of(*self.constants()).neuron
+        return compiler.available("cpu", x.dtype, self.backend, len(x), neuron)
 
     def multi_step_forward(self, x_seq):
         if self.is_usual():
             if ops.traced():
                 return traced_lif(x_seq, *self.constants())
-            marks, small = self.fused and self.byte_spikes, None
+            small = None
             if self.runs_fused(x_seq):
-                spikes, small = fused_neuron(x_seq, self, marks and wants_bytes())
+                spikes, small = fused_neuron(x_seq, self)
             else:
                 backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
                 spikes = IMPLEMENTATIONS[backend](x_seq, *self.constants())
-            return mark(spikes, 1, small) if marks else spikes
+            return mark(spikes, 1, small) if self.fused else spikes
         if type(self.v) is not float or self.v not in (0.0, self.v_reset):
             raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
         spikes, self.v_seq = spikingjelly_lif(x_seq, *self.constants(), node=self)
@@ -189,7 +220,7 @@ def _resolve(backend, device_type, dtype):
 # torch: on any device -----------------------------------------------------------------------------
 
 
-def traced_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
+def traced_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
     """The formulas in PyTorch's own operators, for exported graphs: spikes without a gradient."""
     v, spikes = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32)), []
     rate = rate_of(x, w)
@@ -206,10 +237,13 @@ def traced_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
 # spikingjelly: the baseline -----------------------------------------------------------------------
 
 
-def spikingjelly_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None, node=None):
+def spikingjelly_lif(
+    x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid", node=None
+):
     """Spikes of the usual neuron; with a `node`, (spikes, membranes or None) by its attributes."""
     if node is None:
-        options = (0.0, surrogate.Sigmoid(alpha=alpha), True, False)
+        function = CLASSES.get(surrogate, partial(OwnSurrogate, surrogate))(alpha=alpha)
+        options = (0.0, function, True, False)
     else:
         options = (node.v_reset, node.surrogate_function, node.detach_reset, node.store_v_seq)
     decay_input = getattr(node, "decay_input", True)
@@ -224,11 +258,30 @@ def spikingjelly_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None, node=
     return spikes.to(x.dtype) if node is None else (spikes.to(x.dtype), v_seq)
 
 
-# cupy: a thread per neuron ------------------------------------------------------------------------
+# cupy: a thread for each neuron, of any number of steps -------------------------------------------
 
 
-def cupy_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
-    return lif_forward(x, tau, v_threshold, alpha, kind, rate_of(x, w))
+def cupy_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
+    constants = ops.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
+    return Neuron.apply(x, rate_of(x, w), constants)
+
+
+class Neuron(torch.autograd.Function):
+    """(x [T, ...], PLIF's rate or None, constants) -> spikes of x's shape and type."""
+
+    @staticmethod
+    def forward(ctx, x, rate, constants):
+        ctx.save_for_backward(x, rate)
+        ctx.constants = constants
+        return ops.integrate(x, rate, *constants[:3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_spikes):
+        x, rate = ctx.saved_tensors
+        grad, slopes = ops.integrate_backward(grad_spikes, x, rate, *ctx.constants)
+        grad_rate = None if rate is None else slopes.sum(dtype=torch.float64).to(rate.dtype)
+        return grad, grad_rate, None
 
 
 IMPLEMENTATIONS = {"torch": torch_lif, "spikingjelly": spikingjelly_lif, "cupy": cupy_lif}
@@ -237,11 +290,11 @@ IMPLEMENTATIONS = {"torch": torch_lif, "spikingjelly": spikingjelly_lif, "cupy":
 # fused: one pass over memory on a CPU, without a layer around it ----------------------------------
 
 
-def fused_neuron(x, lif, bytes_too):
+def fused_neuron(x, lif):
     """(spikes, the same as bytes or empty) of x [T, B, C, H, W], which the backward pass needs."""
     T, x = len(x), x[:1] if x.stride(0) == 0 else x
-    rates = ops.rates_of(lif, x, x.shape[2])
-    return FusedNeuron.apply(x, rates, T, ops.constants_of(lif), bytes_too)
+    rates, constants = ops.rates_of(lif, x, x.shape[2]), ops.constants_of(*lif.constants())
+    return FusedNeuron.apply(x, rates, T, constants, wants_bytes())
 
 
 class FusedNeuron(torch.autograd.Function):

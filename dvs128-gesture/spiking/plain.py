@@ -6,9 +6,9 @@
     fire            s[t] = 1 if h[t] >= v_threshold else 0
     reset           v[t] = 0 if s[t] else h[t]; detached: no gradient through s here
 
-v[-1] = 0 in every call. The surrogate gradient is that of a sigmoid with slope alpha:
-ds/dh = alpha * g * (1 - g), g = sigmoid(alpha * (h - v_threshold)). The membrane is kept in float32
-(float64 for float64 input), whatever the type of the input. Tensors are [T, B, C, H, W].
+v[-1] = 0 in every call. ds/dh is that of a sigmoid with slope alpha, or of another of SURROGATES.
+The membrane is kept in float32 (float64 for float64 input), whatever the type of the input. Tensors
+are [T, B, C, H, W].
 
 Stages, at the end, gives a network timm's methods. A copy of this file, named spiking.py, beside
 model.py is all that a model needs besides torch and timm; the rest of the folder computes the same
@@ -16,8 +16,10 @@ in less time and memory.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,61 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-ALPHA = 4.0
+
+class Surrogate(NamedTuple):
+    """What stands for the derivative of a spike by x = h - v_threshold.
+
+    alpha: its default. derivative: function of a tensor x, which it may overwrite, and alpha.
+    kernel: the same as the body of a C++ function of real_t x and alpha.
+    """
+
+    alpha: float
+    derivative: Callable
+    kernel: str
+
+
+def of_sigmoid(x, alpha):
+    g = x.mul_(alpha).sigmoid_()
+    return torch.sub(1.0, g).mul_(g).mul_(alpha)
+
+
+SURROGATES = {  # by spikingjelly's names
+    "sigmoid": Surrogate(
+        4.0,
+        of_sigmoid,
+        "real_t g = reciprocal(1 + exponential(-alpha * x)); return alpha * g * (1 - g);",
+    ),
+    "atan": Surrogate(
+        2.0,
+        lambda x, alpha: alpha / 2 / (1 + (math.pi / 2 * alpha * x) ** 2),
+        f"x *= real_t({math.pi / 2}) * alpha; return alpha / 2 / (1 + x * x);",
+    ),
+    "piecewise_quadratic": Surrogate(
+        1.0,
+        lambda x, alpha: (alpha - alpha**2 * x.abs()).clamp(min=0),
+        "x = alpha - alpha * alpha * absolute(x); return x > 0 ? x : 0;",
+    ),
+    "piecewise_exp": Surrogate(
+        1.0,
+        lambda x, alpha: alpha / 2 * (-alpha * x.abs()).exp(),
+        "return alpha / 2 * exponential(-alpha * absolute(x));",
+    ),
+    "soft_sign": Surrogate(
+        2.0,
+        lambda x, alpha: 0.5 / alpha / (1 / alpha + x.abs()) ** 2,
+        "x = 1 / alpha + absolute(x); return 1 / (2 * alpha * x * x);",
+    ),
+    "erf": Surrogate(
+        2.0,
+        lambda x, alpha: alpha / math.pi**0.5 * (-((alpha * x) ** 2)).exp(),
+        f"x *= alpha; return alpha * real_t({math.pi**-0.5}) * exponential(-x * x);",
+    ),
+    "rect": Surrogate(
+        1.0,
+        lambda x, alpha: alpha * (x.abs() < 0.5 / alpha).to(x),
+        "return absolute(x) < real_t(0.5) / alpha ? alpha : 0;",
+    ),
+}
 
 
 def membrane_type(x):
@@ -40,10 +96,12 @@ def rate_of(x, w):
 
 
 class TorchLIF(torch.autograd.Function):
-    """(x, PLIF's rate or None, tau, v_threshold, alpha, kind) -> spikes of x's shape and type."""
+    """(x, PLIF's rate or None, tau, v_threshold, alpha, kind, a key of SURROGATES) -> spikes of x's
+    shape and type.
+    """
 
     @staticmethod
-    def forward(ctx, x, rate, tau, v_threshold, alpha, kind):
+    def forward(ctx, x, rate, tau, v_threshold, alpha, kind, surrogate):
         h = torch.empty_like(x, dtype=membrane_type(x))
         v = torch.zeros_like(h[0])
         # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
@@ -57,46 +115,49 @@ class TorchLIF(torch.autograd.Function):
                 torch.sub(x[t], v, out=h[t]).mul_(rate).add_(v)
             v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
         ctx.save_for_backward(h, *((x, rate) if kind == "plif" else ()))
-        ctx.constants, ctx.dtype = (tau, v_threshold, alpha, kind), x.dtype
+        ctx.constants, ctx.dtype = (tau, v_threshold, alpha, kind, surrogate), x.dtype
         return (h >= v_threshold).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_spikes):
         h, *charges = ctx.saved_tensors
-        tau, v_threshold, alpha, kind = ctx.constants
-        g = torch.sub(h, v_threshold).mul_(alpha).sigmoid_()
-        grad_h = torch.sub(1.0, g).mul_(g).mul_(alpha).mul_(grad_spikes)
+        tau, v_threshold, alpha, kind, surrogate = ctx.constants
+        grad_h = SURROGATES[surrogate].derivative(h - v_threshold, alpha).mul_(grad_spikes)
         kept = 1.0 if kind == "if" else 1.0 - 1.0 / tau if kind == "lif" else 1.0 - charges[1]
         for t in range(len(h) - 2, -1, -1):  # step t+1 saw v[t] = h[t], unless step t fired
             grad_v = grad_h[t + 1] * kept
             grad_h[t].add_(grad_v.masked_fill_(h[t] >= v_threshold, 0.0))
         if kind != "plif":
             grad_x = grad_h if kind == "if" else grad_h.div_(tau)
-            return grad_x.to(ctx.dtype), None, None, None, None, None
+            return grad_x.to(ctx.dtype), None, None, None, None, None, None
         x, rate = charges
         v = h.masked_fill(h >= v_threshold, 0.0).roll(1, 0)  # v[t-1]
         v[0] = 0.0
         grad_rate = v.neg_().add_(x).mul_(grad_h).sum(dtype=torch.float64).to(rate.dtype)
-        return grad_h.mul_(rate).to(ctx.dtype), grad_rate, None, None, None, None
+        return grad_h.mul_(rate).to(ctx.dtype), grad_rate, None, None, None, None, None
 
 
-def torch_lif(x, tau, v_threshold, alpha=ALPHA, kind="lif", w=None):
+def torch_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
     """Spikes of x, [T, ...]."""
-    return TorchLIF.apply(x, rate_of(x, w), tau, v_threshold, alpha, kind)
+    return TorchLIF.apply(x, rate_of(x, w), tau, v_threshold, alpha, kind, surrogate)
 
 
-def check(tau, v_threshold, alpha):
-    """ValueError for a neuron that can't be."""
+def checked_alpha(tau, v_threshold, alpha, surrogate):
+    """alpha, or the surrogate's own for None; ValueError for a neuron that can't be."""
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate is {surrogate!r}; it must be one of {', '.join(SURROGATES)}")
+    alpha = SURROGATES[surrogate].alpha if alpha is None else alpha
     if tau <= 1.0:
         raise ValueError(f"tau is {tau}; it must be larger than 1")
     for name, value in (("v_threshold", v_threshold), ("alpha", alpha)):
         if value <= 0.0:
             raise ValueError(f"{name} is {value}; it must be larger than 0")
+    return alpha
 
 
 class MultiStepLIF(nn.Module):
-    """The neuron as a module. Arguments: see MultiStep in neuron.py; backend, fused, byte_spikes
-    and events choose between ways to compute the same, of which there is one here.
+    """The neuron as a module. Arguments: see MultiStep in neuron.py; backend, fused, memory and
+    events choose between ways to compute the same, of which there is one here.
     """
 
     kind = "lif"
@@ -108,18 +169,20 @@ class MultiStepLIF(nn.Module):
         v_threshold=1.0,
         backend="auto",
         fused=True,
-        alpha=ALPHA,
-        byte_spikes=True,
+        alpha=None,
+        surrogate="sigmoid",
+        memory="fast",
         events=True,
     ):
         super().__init__()
-        check(tau, v_threshold, alpha)
-        self.tau, self.v_threshold, self.alpha, self.w = tau, v_threshold, alpha, None
+        self.alpha = checked_alpha(tau, v_threshold, alpha, surrogate)
+        self.tau, self.v_threshold, self.surrogate, self.w = tau, v_threshold, surrogate, None
         if self.kind == "plif":
             self.w = nn.Parameter(torch.tensor(-math.log(tau - 1.0)))
 
     def forward(self, x):
-        return torch_lif(x, self.tau, self.v_threshold, self.alpha, self.kind, self.w)
+        constants = self.tau, self.v_threshold, self.alpha, self.kind, self.w, self.surrogate
+        return torch_lif(x, *constants)
 
 
 class MultiStepIF(MultiStepLIF):
@@ -137,10 +200,11 @@ def neuron_maker(
     neuron="lif",
     tau=2.0,
     v_threshold=1.0,
-    surrogate_alpha=ALPHA,
+    surrogate="sigmoid",
+    surrogate_alpha=None,
     backend="auto",
     fused=True,
-    byte_spikes=True,
+    memory="fast",
     events=True,
     kinds=NEURONS,
 ):
@@ -155,8 +219,9 @@ def neuron_maker(
         raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(kinds)}")
     if neuron == "if" and tau != 2.0:
         raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    paths = {"backend": backend, "fused": fused, "byte_spikes": byte_spikes, "events": events}
-    maker = partial(kind, tau=tau, v_threshold=v_threshold, alpha=surrogate_alpha, **paths)
+    rest = {"alpha": surrogate_alpha, "surrogate": surrogate, "backend": backend, "fused": fused}
+    rest |= {"memory": memory, "events": events}
+    maker = partial(kind, tau=tau, v_threshold=v_threshold, **rest)
     maker.v_threshold = v_threshold
     return maker
 

@@ -48,6 +48,7 @@ INLINE void set(bfloat16& place, float x) {
 INLINE float exponential(float x) { return expf(x); }
 INLINE double exponential(double x) { return exp(x); }
 INLINE double reciprocal(double x) { return 1 / x; }
+INLINE real_t absolute(real_t x) { return x < 0 ? -x : x; }
 
 // Between the types of memory and of arithmetic.
 template <class Scalar>

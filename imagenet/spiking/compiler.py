@@ -1,8 +1,10 @@
 """Compiles the kernels of fused.cu and runs them.
 
 NVRTC, through CuPy, compiles them for GPUs, the system's C++ compiler for CPUs: for each number of
-steps T, type and neuron, so that loops over T unroll and membranes stay in registers. The
-arithmetic is float32 (float64 for float64).
+steps T, type, neuron and surrogate, so that loops over T unroll and membranes stay in registers.
+The arithmetic is float32 (float64 for float64).
+
+A kernel's caller is an operator of torch too, so that torch.compile keeps it whole.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,8 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .cupy_lif import CTYPES, NVRTC_OPTIONS, cupy_error
+from .plain import SURROGATES
 
 logger = logging.getLogger("qkformer")
 
@@ -33,14 +38,16 @@ THREADS = 256  # at most, of a CUDA block
 OF_COLUMNS = ("batch_norm", "running_norm", "update", "batch_norm_backward")
 COLUMNS = (32, 16)
 
-FILES = ("portable.cuh", "fused.cu")
-SOURCE = "".join(Path(__file__).with_name(name).read_text() for name in FILES)
+PORTABLE, KERNELS = (
+    Path(__file__).with_name(name).read_text() for name in ("portable.cuh", "fused.cu")
+)
+CTYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+# Without fused multiply-add the kernels round as the torch backend does: float32 spikes are equal.
+NVRTC_OPTIONS = ("-std=c++17", "--fmad=false")
 HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
-# No fused multiply-add, to round as plain.py does. Comparisons that may trap do not vectorise.
+# Comparisons that may trap do not vectorise.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
 HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
-
-
 COMPILER_SECONDS = 120  # it takes one or two
 
 
@@ -52,15 +59,19 @@ def say(line):
 class Build(NamedTuple):
     """What the kernels are compiled for.
 
-    charge: how neurons integrate, a name of fused.cu. lanes: channels of a GPU's thread. index: the
-    type of a place in memory.
+    neuron: see ops.Constants. lanes: channels of a GPU's thread. index: the type of a place in
+    memory.
     """
 
     dtype: torch.dtype
     T: int = 1
-    charge: str = "MULTIPLY"
+    neuron: str = "MULTIPLY sigmoid"
     lanes: int = 1
     index: str = "long long"
+
+    def source(self):
+        body = SURROGATES[self.neuron.split()[1]].kernel
+        return f"{PORTABLE}INLINE real_t derivative(real_t x, real_t alpha) {{ {body} }}\n{KERNELS}"
 
     def defines(self, ctypes_of):
         return (
@@ -69,14 +80,14 @@ class Build(NamedTuple):
             f"-DINDEX={self.index}",
             f"-DSTEPS={self.T}",
             f"-DLANES={self.lanes}",
-            f"-DCHARGE={self.charge}",
+            f"-DCHARGE={self.neuron.split()[0]}",
         )
 
 
 @functools.cache
 def host_library(build):
     """The kernels as a shared library, compiled in a fraction of a second."""
-    return build_library(SOURCE, *HOST_OPTIONS, *build.defines(HOST_CTYPES))
+    return build_library(build.source(), *HOST_OPTIONS, *build.defines(HOST_CTYPES))
 
 
 def build_library(source, *options):
@@ -139,7 +150,24 @@ def host_error(build):
 def cuda_module(build):
     import cupy  # here, so that a machine without CuPy can use the rest
 
-    return cupy.RawModule(code=SOURCE, options=(*NVRTC_OPTIONS, *build.defines(CTYPES)))
+    options = (*NVRTC_OPTIONS, *build.defines(CTYPES))
+    return cupy.RawModule(code=build.source(), options=options)
+
+
+@functools.cache
+def cupy_error():
+    """None where CuPy compiles and runs the kernels, else the reason in one line."""
+    try:
+        for dtype in CTYPES:
+            x = torch.ones(8, dtype=dtype, device="cuda")
+            launch("integrate", x, 1, 8, 1, 8, x, torch.empty_like(x), None, 0.5, 1.0, T=16)
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, ImportError):
+            reason += f"; pip install cupy-cuda{(torch.version.cuda or '13')[:2]}x"
+        return reason
+    return None
 
 
 @functools.cache
@@ -153,22 +181,22 @@ def cuda_error(build):
 
 
 @torch.compiler.assume_constant_result
-def available(device_type, dtype, backend, T=4, charge="MULTIPLY"):
+def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
     All kernels that they launch on a CPU are there then.
     """
-    return runs_fused(device_type, dtype, backend, T, charge)
+    return runs_fused(device_type, dtype, backend, T, neuron)
 
 
 @functools.cache
-def runs_fused(device_type, dtype, backend, T, charge):
+def runs_fused(device_type, dtype, backend, T, neuron):
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:
-        error = cupy_error() or cuda_error(Build(dtype, T, charge))
+        error = cupy_error() or cuda_error(Build(dtype, T, neuron))
     elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        builds = Build(dtype, T, charge), Build(dtype), Build(real)
+        builds = Build(dtype, T, neuron), Build(dtype), Build(real)
         error = next(filter(None, map(host_error, builds)), None)
     else:
         return False
@@ -179,7 +207,44 @@ def runs_fused(device_type, dtype, backend, T, charge):
     return error is None
 
 
+# Operators ----------------------------------------------------------------------------------------
+
+# Named by the data set folder, each of which has its own; see hubconf.py.
+NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.parent.name)
+
+
+def is_called_as_operator():
+    """Whether a kernel is called as an operator of torch, which torch.compile keeps whole and a
+    dispatch mode sees. It takes longer than a launch, so else the function itself is called.
+    """
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def operator(*mutates):
+    """Decorator of a function that launches kernels: an operator that writes to `mutates`. With
+    tensors that have no values it does the same but for the launches.
+    """
+
+    def decorate(function):
+        name = f"{NAMESPACE}::{function.__name__}"
+        of_torch = torch.library.custom_op(name, function, mutates_args=mutates)
+        of_torch.register_fake(function)
+
+        @functools.wraps(function)
+        def call(*args):
+            return of_torch(*args) if is_called_as_operator() else function(*args)
+
+        call.of_torch = of_torch
+        return call
+
+    return decorate
+
+
 # Launches -----------------------------------------------------------------------------------------
+
+
+def is_fake(y):
+    return isinstance(y, FakeTensor)
 
 
 @functools.cache
@@ -200,18 +265,20 @@ def parts(y, rows, channels, T=1):
     return tiling(y.element_size(), rows, channels, T)[2][1] if y.is_cuda else HOST_PARTS
 
 
-def launch(name, y, *args, T=1, charge="MULTIPLY"):
+def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
     """Run a kernel for tensors of y's type and device.
 
     args: those of the kernel; rows and channels, or channels alone, come first. None is a null
     pointer.
     """
+    if is_fake(y):
+        return
     if y.is_cuda:
-        launch_cuda(name, y, args, T, charge)
+        launch_cuda(name, y, args, T, neuron)
     else:
         real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
         args = [as_argument(arg, ctypes.c_longlong, real, ctypes.c_void_p) for arg in args]
-        getattr(host_library(Build(y.dtype, T, charge)), name)(*args)
+        getattr(host_library(Build(y.dtype, T, neuron)), name)(*args)
 
 
 def as_argument(arg, integer, real, pointer):
@@ -221,7 +288,7 @@ def as_argument(arg, integer, real, pointer):
     return real(arg) if isinstance(arg, float) else pointer(0 if arg is None else arg.data_ptr())
 
 
-def launch_cuda(name, y, args, T, charge):
+def launch_cuda(name, y, args, T, neuron):
     import numpy
 
     if name in OF_COLUMNS:
@@ -231,7 +298,7 @@ def launch_cuda(name, y, args, T, charge):
     large = any(isinstance(arg, torch.Tensor) and arg.numel() >= 2**30 for arg in args)
     integer, index = (numpy.int64, "long long") if large else (numpy.int32, "int")
     args = tuple([as_argument(arg, integer, numpy.float32, int) for arg in args])
-    kernel = cuda_kernel(name, Build(y.dtype, T, charge, lanes, index))
+    kernel = cuda_kernel(name, Build(y.dtype, T, neuron, lanes, index))
     with torch.cuda.device(y.device), cupy_stream(torch.cuda.current_stream(y.device)):
         kernel(grid, block, args)
 

@@ -6,47 +6,45 @@ computes the membranes again.
 
 `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard deviation, and `affine`, the
 scale and shift with which it maps y to scale * y + shift. A neuron is given by its Constants, and
-by `rates` [C] where PLIF learns them, else None.
+by `rates` [C] where PLIF learns them, else None. Every function that launches is an operator.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .compiler import launch, parts
-from .cupy_lif import NAMESPACE
+from .compiler import launch, operator, parts
 from .plain import rate_of
+
+CHUNK = 16  # steps of `integrate_backward` in registers
 
 
 class Constants(NamedTuple):
-    """Of a neuron, for kernels: `charge`, the name in fused.cu of how it integrates, its `rate`,
-    and alpha, the slope of the surrogate gradient.
+    """Of a neuron, for kernels: `neuron`, how it integrates and its surrogate, by their names in
+    fused.cu and plain.py, as in "MULTIPLY sigmoid"; its `rate`; and alpha, the surrogate's slope.
     """
 
-    charge: str
+    neuron: str
     rate: float
     v_threshold: float
     alpha: float
 
 
-def charge_of(lif):
-    """(charge, rate) of a neuron."""
-    if lif.kind != "lif":
-        return {"plif": "PARAMETRIC", "if": "INTEGRATE"}[lif.kind], 1.0
-    # Where 1 / tau is exact, a product with it has the bits of the division, in less time.
-    tau = float(lif.tau)
-    exact = math.frexp(tau)[0] == 0.5
-    return ("MULTIPLY", 1 / tau) if exact else ("DIVIDE", tau)
-
-
-def constants_of(lif):
-    return Constants(*charge_of(lif), float(lif.v_threshold), float(lif.alpha))
+def constants_of(tau, v_threshold, alpha, kind, _, surrogate):
+    """Constants of MultiStep.constants()."""
+    charge, rate = {"plif": "PARAMETRIC", "if": "INTEGRATE"}.get(kind, "DIVIDE"), 1.0
+    if kind == "lif":
+        rate = float(tau)
+        if math.frexp(rate)[0] == 0.5:
+            # Where 1 / tau is exact, a product with it has the bits of the division, in less time.
+            charge, rate = "MULTIPLY", 1 / rate
+    return Constants(f"{charge} {surrogate}", rate, float(v_threshold), float(alpha))
 
 
 def rates_of(lif, x, channels):
@@ -106,44 +104,14 @@ def observed():
     return None
 
 
-def is_called_as_operator():
-    """Whether a kernel is called as an operator of torch, which torch.compile keeps whole and a
-    dispatch mode sees. It takes longer than a launch, so else the function itself is called.
-    """
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
-def operator(mutates=()):
-    """Decorator of a function that is an operator too. Each data set folder has its own."""
-
-    def decorate(function):
-        name = f"{NAMESPACE}::{function.__name__}"
-        of_torch = torch.library.custom_op(name, function, mutates_args=mutates)
-
-        @functools.wraps(function)
-        def call(*args):
-            return of_torch(*args) if is_called_as_operator() else function(*args)
-
-        call.of_torch, call.register_fake = of_torch, of_torch.register_fake
-        return call
-
-    return decorate
-
-
 # Neurons ------------------------------------------------------------------------------------------
 
 
 @operator()
 def fire(
-    y: torch.Tensor,
-    T: int,
-    affine: torch.Tensor,
-    rates: torch.Tensor | None,
-    charge: str,
-    rate: float,
-    v_threshold: float,
-    bytes_too: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    y: Tensor, T: int, affine: Tensor, rates: Tensor | None, neuron: str, rate: float,
+    v_threshold: float, bytes_too: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Spikes [T, B, C, H, W] of neurons whose input is scale * y + shift; y has T steps, or one.
 
     With `bytes_too` the spikes again, as bytes, in place of an empty tensor.
@@ -153,44 +121,26 @@ def fire(
     spikes, small = empty(T, y), empty(T if bytes_too else 0, y, torch.uint8)
     args = (affine, rates, rate, v_threshold)
     memory = (y, spikes, small if bytes_too else None)
-    launch("fire", y, rows, y.shape[2], step, *memory, *args, T=T, charge=charge)
+    launch("fire", y, rows, y.shape[2], step, *memory, *args, T=T, neuron=neuron)
     return spikes, small
 
 
-@fire.register_fake
-def _(y, T, affine, rates, charge, rate, v_threshold, bytes_too):
-    return empty(T, y), empty(T if bytes_too else 0, y, torch.uint8)
-
-
-@operator(mutates=("y",))
+@operator("y")
 def fire_(
-    y: torch.Tensor,
-    affine: torch.Tensor,
-    rates: torch.Tensor | None,
-    charge: str,
-    rate: float,
-    v_threshold: float,
+    y: Tensor, affine: Tensor, rates: Tensor | None, neuron: str, rate: float, v_threshold: float
 ) -> None:
     """As `fire`, but the spikes overwrite y, which is in channels_last and has all T steps."""
     T = len(y)
     rows, step = rows_and_step(y, T)
     args = (step, y, y, None, affine, rates, rate, v_threshold)
-    launch("fire", y, rows, y.shape[2], *args, T=T, charge=charge)
+    launch("fire", y, rows, y.shape[2], *args, T=T, neuron=neuron)
 
 
-@operator(mutates=("grad",))
+@operator("grad")
 def fire_backward(
-    grad_spikes: torch.Tensor,
-    y: torch.Tensor,
-    grad: torch.Tensor,
-    mean: torch.Tensor,
-    affine: torch.Tensor,
-    rates: torch.Tensor | None,
-    charge: str,
-    rate: float,
-    v_threshold: float,
-    alpha: float,
-) -> torch.Tensor:
+    grad_spikes: Tensor, y: Tensor, grad: Tensor, mean: Tensor, affine: Tensor,
+    rates: Tensor | None, neuron: str, rate: float, v_threshold: float, alpha: float
+) -> Tensor:  # fmt: skip
     """Writes the gradient of scale * y + shift into grad, which is like y in channels_last.
 
     Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
@@ -201,15 +151,60 @@ def fire_backward(
     partial = mean.new_empty(parts(y, rows, C, T), 2 if rates is None else 3, C)
     sizes = (rows, C, len(partial), step)
     args = (mean, affine, rates, rate, v_threshold, alpha, partial)
-    launch("fire_backward", y, *sizes, y, grad_spikes, grad, *args, T=T, charge=charge)
+    launch("fire_backward", y, *sizes, y, grad_spikes, grad, *args, T=T, neuron=neuron)
     return partial
 
 
-@fire_backward.register_fake
-def _(grad_spikes, y, grad, mean, affine, rates, *neuron):
-    rows, C = y[0].numel() // y.shape[2], y.shape[2]
-    count = parts(y, rows, C, len(grad_spikes))
-    return mean.new_empty(count, 2 if rates is None else 3, C)
+def time_major(x):
+    """x with each x[t] a dense block of memory, dimensions in any order; copied only if need be."""
+    dense = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size > 1 and stride != dense:
+            return x.contiguous()
+        dense *= size
+    return x
+
+
+def like_steps(x):
+    """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
+    strides = x[0].numel(), *x.stride()[1:]
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+def sizes_of(x):
+    """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
+    channels = math.gcd(x[0].numel(), 1024)
+    return x[0].numel() // channels, channels, len(x), x.stride(0)
+
+
+@operator()
+def integrate(
+    x: Tensor, own: Tensor | None, neuron: str, rate: float, v_threshold: float
+) -> Tensor:
+    """Spikes of x, [T, ...], T and the layout as they may be; `own` is the layer's rate of PLIF."""
+    x = time_major(x)
+    spikes = like_steps(x)
+    if x.numel():
+        args = (x, spikes, own, rate, v_threshold)
+        launch("integrate", x, *sizes_of(x), *args, T=CHUNK, neuron=neuron)
+    return spikes
+
+
+@operator()
+def integrate_backward(
+    grad_spikes: Tensor, x: Tensor, own: Tensor | None, neuron: str, rate: float,
+    v_threshold: float, alpha: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, and of `own` a part from each neuron; no part where it is None."""
+    x = time_major(x)
+    grad, upstream = like_steps(x), grad_spikes
+    if upstream.stride() != grad.stride():
+        upstream = like_steps(x).copy_(grad_spikes)
+    slopes = torch.empty(0 if own is None else x[0].numel(), dtype=real(x), device=x.device)
+    if x.numel():
+        args = (x, upstream, grad, own, rate, v_threshold, alpha, None if own is None else slopes)
+        launch("integrate_backward", x, *sizes_of(x), *args, T=CHUNK, neuron=neuron)
+    return grad, slopes
 
 
 # BatchNorm ----------------------------------------------------------------------------------------
@@ -220,9 +215,7 @@ def real(y):
 
 
 @operator()
-def batch_norm(
-    y: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, eps: float, repeats: int
-) -> torch.Tensor:
+def batch_norm(y: Tensor, gamma: Tensor, beta: Tensor, eps: float, repeats: int) -> Tensor:
     """`norm` of [N, C, H, W] in channels_last, each row of which counts `repeats` times."""
     C = y.shape[1]
     rows = y.numel() // C
@@ -234,22 +227,11 @@ def batch_norm(
     return norm
 
 
-@batch_norm.register_fake
-def _(y, gamma, beta, eps, repeats):
-    return y.new_empty(5, y.shape[1], dtype=real(y))
-
-
-@operator(mutates=("affine",))
+@operator("affine")
 def running_norm(
-    affine: torch.Tensor,
-    start: int,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    bias: torch.Tensor | None,
-    gamma: torch.Tensor,
-    beta: torch.Tensor,
-    eps: float,
-) -> None:
+    affine: Tensor, start: int, mean: Tensor, var: Tensor, bias: Tensor | None, gamma: Tensor,
+    beta: Tensor, eps: float
+) -> None:  # fmt: skip
     """Writes scale and shift of a BatchNorm's running statistics into affine [2, channels from
     `start` on]. The bias is the convolution's, which y lacks.
     """
@@ -257,16 +239,11 @@ def running_norm(
     launch("running_norm", affine, len(mean), affine.shape[1], eps, *args)
 
 
-@operator(mutates=("running_mean", "running_var", "batches"))
+@operator("running_mean", "running_var", "batches")
 def update(
-    norm: torch.Tensor,
-    start: int,
-    bias: torch.Tensor | None,
-    momentum: float,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    batches: torch.Tensor,
-) -> None:
+    norm: Tensor, start: int, bias: Tensor | None, momentum: float, running_mean: Tensor,
+    running_var: Tensor, batches: Tensor
+) -> None:  # fmt: skip
     """Moves a BatchNorm's running statistics on to `norm`, in which its channels begin at `start`.
     The mean lacks the convolution's bias, which is added.
     """
@@ -276,9 +253,7 @@ def update(
 
 
 @operator()
-def batch_norm_backward(
-    partial: torch.Tensor, norm: torch.Tensor, gamma: torch.Tensor, rows: int
-) -> torch.Tensor:
+def batch_norm_backward(partial: Tensor, norm: Tensor, gamma: Tensor, rows: int) -> Tensor:
     """From the partial sums of y's rows to [6, C]: gradients of beta, gamma and `rates`, and the
     factors of normalise_backward and pool_backward.
     """
@@ -289,13 +264,8 @@ def batch_norm_backward(
     return out
 
 
-@batch_norm_backward.register_fake
-def _(partial, norm, gamma, rows):
-    return partial.new_empty(6, partial.shape[2])
-
-
 @operator()
-def gradient_sums(grad: torch.Tensor, y: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+def gradient_sums(grad: Tensor, y: Tensor, mean: Tensor) -> Tensor:
     """As fire_backward returns, for a BatchNorm without a neuron behind it; [N, C, H, W]."""
     C = y.shape[1]
     rows = y.numel() // C
@@ -304,28 +274,16 @@ def gradient_sums(grad: torch.Tensor, y: torch.Tensor, mean: torch.Tensor) -> to
     return partial
 
 
-@gradient_sums.register_fake
-def _(grad, y, mean):
-    return mean.new_empty(parts(y, y.numel() // y.shape[1], y.shape[1]), 2, y.shape[1])
-
-
 @operator()
-def normalise(y: torch.Tensor, affine: torch.Tensor) -> torch.Tensor:
+def normalise(y: Tensor, affine: Tensor) -> Tensor:
     """scale * y + shift of [N, C, H, W] in channels_last."""
     out = torch.empty_like(y)
     launch("normalise", y, y.numel() // y.shape[1], y.shape[1], y, out, affine)
     return out
 
 
-@normalise.register_fake
-def _(y, affine):
-    return torch.empty_like(y)
-
-
-@operator(mutates=("out",))
-def normalise_backward(
-    grad: torch.Tensor, y: torch.Tensor, out: torch.Tensor, factors: torch.Tensor
-) -> None:
+@operator("out")
+def normalise_backward(grad: Tensor, y: Tensor, out: Tensor, factors: Tensor) -> None:
     """Writes the gradient of BatchNorm's input y into out, which may be grad, the gradient of its
     output; all are [N, C, H, W] in channels_last.
     """
@@ -337,39 +295,22 @@ def normalise_backward(
 
 
 @operator()
-def pool(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pool(y: Tensor) -> tuple[Tensor, Tensor]:
     """3x3 max-pool of stride 2 of [N, C, H, W] in channels_last.
 
     Returns the maxima, and for each of them which of the nine places it came from, as a byte.
     """
-    pooled, taps = empty_pooled(y)
-    rows, C = pooled.numel() // pooled.shape[1], pooled.shape[1]
-    launch("pool", y, rows, C, *y.shape[2:], y, pooled, taps)
+    N, C, H, W = y.shape
+    pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
+    taps = torch.empty_like(pooled, dtype=torch.uint8)
+    launch("pool", y, pooled.numel() // C, C, H, W, y, pooled, taps)
     return pooled, taps
 
 
-def empty_pooled(y):
-    N, C, H, W = y.shape
-    pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
-    return pooled, torch.empty_like(pooled, dtype=torch.uint8)
-
-
-@pool.register_fake
-def _(y):
-    return empty_pooled(y)
-
-
 @operator()
-def pool_backward(
-    grad: torch.Tensor, taps: torch.Tensor, y: torch.Tensor, factors: torch.Tensor
-) -> torch.Tensor:
+def pool_backward(grad: Tensor, taps: Tensor, y: Tensor, factors: Tensor) -> Tensor:
     """The gradient of y where a max-pool comes before BatchNorm; `grad` is of pooled values."""
     grad_y = torch.empty_like(y)
     rows, C = y.numel() // y.shape[1], y.shape[1]
     launch("pool_backward", y, rows, C, *y.shape[2:], y, grad, taps, grad_y, factors)
     return grad_y
-
-
-@pool_backward.register_fake
-def _(grad, taps, y, factors):
-    return torch.empty_like(y)
