@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,6 +86,11 @@ def open_frames(cfg, folder, train):
     load = partial(load_frames, T=cfg.time_step)
     dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
     return dataset
+
+
+def own_test_set(cfg):
+    """The frames of test_path, in a folder for each class, as those of data_path are."""
+    return open_frames(cfg, Path(cfg.test_path), False)
 
 
 # Copied from dvs128-gesture/data.py

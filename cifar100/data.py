@@ -15,7 +15,7 @@ from torchvision.datasets.utils import check_integrity
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError
-from images import list_split, read_image, to_rgb
+from images import list_folder, list_split, read_image, to_rgb
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,
@@ -34,20 +34,12 @@ for name in ("Posterize", "PosterizeOriginal", "PosterizeIncreasing"):
     auto_augment.NAME_TO_OP[name] = posterize
 
 
-class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits, 8x8 RGB. A fifth of each class is for testing."""
+class Arrays(Dataset):
+    """Images uint8 [N, H, W] or [N, H, W, 3], whose classes are called by their numbers."""
 
-    classes = [str(digit) for digit in range(10)]
-
-    def __init__(self, train, transform):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        halves = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-        self.images, self.targets = (halves[0], halves[2]) if train else (halves[1], halves[3])
-        self.transform = transform
+    def __init__(self, images, targets, transform):
+        self.images, self.targets, self.transform = images, targets, transform
+        self.classes = [str(number) for number in range(max(targets) + 1)]
 
     def __len__(self):
         return len(self.images)
@@ -57,12 +49,22 @@ class Digits(Dataset):
         return self.transform(image), int(self.targets[index])
 
 
-class Folder(Dataset):
-    """Images of root/train or root/val, a folder for each class, in order of their names."""
+def digits(train, transform):
+    """scikit-learn's 1,797 handwritten digits, 8x8. A fifth of each class is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    def __init__(self, root, train, transform):
-        self.samples, self.classes = list_split(root, train)
-        self.transform = transform
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    halves = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    return Arrays(*(halves[0::2] if train else halves[1::2]), transform)
+
+
+class Folder(Dataset):
+    """Images of files: [(path, label)], with the names of the classes."""
+
+    def __init__(self, samples, classes, transform):
+        self.samples, self.classes, self.transform = samples, classes, transform
 
     def __len__(self):
         return len(self.samples)
@@ -124,9 +126,9 @@ def build_dataset(cfg, train, ranks):
     """
     transform = build_transform(cfg, train)
     if cfg.dataset == "digits":
-        return Digits(train, transform)
+        return digits(train, transform)
     if cfg.dataset == "folder":
-        return Folder(cfg.data_path, train, transform)
+        return Folder(*list_split(cfg.data_path, train), transform)
     ranks.from_main(lambda: open_cifar(cfg, train, transform, download=True).root, slow=True)
     return open_cifar(cfg, train, transform)
 
@@ -136,6 +138,44 @@ def as_tested(cfg, dataset):
     dataset = copy.copy(dataset)
     dataset.transform = build_transform(cfg, False)
     return dataset
+
+
+def own_test_set(cfg):
+    """What is at test_path: images in a folder for each class, or an array of CIFAR-10-C."""
+    path, transform = Path(cfg.test_path or ""), build_transform(cfg, False)
+    if path.suffix == ".npy":
+        return Arrays(*read_corrupted(path, cfg.severity), transform)
+    if cfg.severity:
+        raise UserError(f"severity is {cfg.severity}, but test_path is {cfg.test_path}, no .npy")
+    return Folder(*list_folder(path), transform)
+
+
+def read_corrupted(path, severity):
+    """(images uint8 [N, H, W, 3], labels [N]) of one severity, 1 to 5, or of all. As CIFAR-10-C has
+    it, the severities follow each other in the file, and labels.npy is beside it.
+    """
+    images, labels = open_array(path), open_array(path.with_name("labels.npy"))
+    fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    fits = fits and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not fits or labels.min() < 0:
+        has = f"{images.dtype} {[*images.shape]} and {labels.dtype} {[*labels.shape]}"
+        raise UserError(f"{path} and labels.npy are {has}, not uint8 [N, H, W, 3] and labels [N]")
+    size = len(images) // 5
+    part = slice((severity - 1) * size, severity * size) if severity else slice(None)
+    return np.array(images[part]), labels[part].tolist()
+
+
+def open_array(path):
+    """The array in a .npy file, which is not read yet; UserError if it says another size."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("no such file")
+        array = np.load(path, mmap_mode="r")
+        if path.stat().st_size != array.offset + array.nbytes:
+            raise ValueError(f"it says {array.nbytes:,} bytes")
+    except Exception as error:  # whatever NumPy makes of a bad file
+        raise UserError(f"{path}: not a whole array ({str(error).splitlines()[0]})") from None
+    return array
 
 
 def open_cifar(cfg, train, transform, download=False):

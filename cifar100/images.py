@@ -122,6 +122,12 @@ def list_split(root, train):
     classes = list_classes(folder)
     if os.path.isdir(other) and (differ := sorted(set(classes) ^ set(list_classes(other)))):
         raise UserError(f"{root}: only {names[differ[0] not in classes]}/ has class {differ[0]}")
+    return list_folder(folder)
+
+
+def list_folder(folder):
+    """([(path, label)], class names) of the images in a folder's folders, one for each class."""
+    folder, classes = Path(folder), list_classes(folder)
     samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
     for label, name in enumerate(classes):
         paths = list_images(folder / name, others)

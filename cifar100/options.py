@@ -67,6 +67,9 @@ DATA = {
         flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
     "data_path": Key(Path, "./data", "where the data set is, or is downloaded to; of dataset: "
         "folder that of train/ and val/", flags=("-data-dir",), aliases=("data_dir",)),
+    "test_path": TestKey(Path, None, "another test set: a folder of class folders, or a .npy of "
+        "CIFAR-10-C with labels.npy beside it"),
+    "severity": TestKey(int, None, "part of that .npy; none: all", 1, 5),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "img_size": Key(int, 32, "height and width of the network's input", 4, 4096),

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,9 +49,7 @@ def build_dataset(cfg, train, ranks):
         lambda: prepare(root, cfg.time_step, DVS128Gesture, ARCHIVES, SUFFIXES, PAGE),
         slow=True,
     )
-    dataset = open_frames(cfg, frames / ("train" if train else "test"), train)
-    if cfg.dataset != "shapes":
-        dataset.classes = [GESTURES[int(name)] for name in dataset.classes]
+    dataset = named(cfg, open_frames(cfg, frames / ("train" if train else "test"), train))
     report(len(dataset), train, frames, cfg.dataset != "shapes")
     return dataset
 
@@ -71,6 +70,17 @@ def open_frames(cfg, folder, train):
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
     dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
+    return dataset
+
+
+def own_test_set(cfg):
+    """The frames of test_path, in a folder for each class, as those of data_path are."""
+    return named(cfg, open_frames(cfg, Path(cfg.test_path), False))
+
+
+def named(cfg, dataset):
+    if cfg.dataset != "shapes":
+        dataset.classes = [GESTURES[int(name)] for name in dataset.classes]
     return dataset
 
 

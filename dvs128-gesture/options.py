@@ -60,6 +60,7 @@ DATA = {
         "no download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data", "folder whose download/ has the recordings; the frames are "
         "made beside that", aliases=("data_dir",)),
+    "test_path": TestKey(Path, None, "another test set: a folder of class folders with frames"),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "

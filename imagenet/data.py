@@ -30,7 +30,7 @@ from harness.batches import BatchLoader, test_batches, train_batches
 from harness.build import layout
 from harness.log import UserError, logger
 from harness.seeds import seeded
-from images import BadImage, list_images, list_split, read_image, say_others, to_rgb
+from images import BadImage, list_folder, list_images, list_split, read_image, say_others, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
 
@@ -144,6 +144,13 @@ def as_tested(cfg, dataset):
     dataset.read, dataset.replace = read_image, False
     dataset.transform = build_transform(cfg, False)
     return dataset
+
+
+def own_test_set(cfg):
+    """Images of test_path, in a folder for each class."""
+    samples, classes = list_folder(cfg.test_path)
+    transform, skip = build_transform(cfg, False), cfg.on_bad_image == "skip"
+    return Images(samples, read_image, transform, skip, classes=classes)
 
 
 def find_images(cfg):

@@ -64,6 +64,7 @@ DATA = {
         "download", flags=("-d",), choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
+    "test_path": TestKey(Path, None, "another test set: a folder of class folders"),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "

@@ -206,7 +206,7 @@ def test_paths_are_expanded(yml_of, monkeypatch):
         "--data-dir", "~nobody-of-this-name/x"
     )
     paths = {name for name, key in KEYS.items() if key.kind is Path}
-    assert paths == {"data_path", "output", "resume", "finetune", "checkpoint"}
+    assert paths == {"data_path", "output", "resume", "finetune", "checkpoint", "test_path"}
 
 
 # The names of all folders, of the release and of timm for one thing.

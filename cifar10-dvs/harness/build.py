@@ -255,9 +255,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
 
 def check_classes(checkpoint, path, classes):
     """UserError where a checkpoint's classes are not those of the data, by number or by name."""
-    names = checkpoint.get("classes")
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        names = []
+    names = names_in(checkpoint.get("classes"))
     head = checkpoint["model"].get("head.weight")
     had = len(names) or (*getattr(head, "shape", ()), 0)[0]
     if had and had != len(classes):
@@ -265,6 +263,12 @@ def check_classes(checkpoint, path, classes):
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
         if name != str(here):
             raise UserError(f"{path}: class {number} is {name!r}, but in the data it is {here!r}")
+
+
+def names_in(classes):
+    """A checkpoint's names of its classes; [] if it has none."""
+    fits = isinstance(classes, (list, tuple)) and all(isinstance(n, str) for n in classes)
+    return [*classes] if fits else []
 
 
 # Testing ------------------------------------------------------------------------------------------
@@ -306,19 +310,45 @@ def measure(tested: Tested, data, **published) -> Metrics:
     shape = data.input_shape(cfg)
     if not tested.model.num_classes:
         raise UserError(f"{path}: weights without a head, which can't be tested")
-    dataset = data.build_dataset(cfg, False, ranks)
-    weights = tested.model.state_dict()
-    check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
+    weights, columns = tested.model.state_dict(), None
+    own = {name: getattr(cfg, name, None) for name in ("test_path", "severity")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if own:
+        dataset = data.own_test_set(cfg)
+        columns = columns_of(cfg.test_path, dataset.classes, tested)
+        said = ", ".join(f"{name} {value}" for name, value in own.items())
+        logger.info(f"{said}: {len(dataset):,} samples")
+    else:
+        dataset = data.build_dataset(cfg, False, ranks)
+        check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
     events = len(shape) == 4  # deterministic, as in training
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = events, not events
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
-    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
+    loader = data.test_loader(cfg, dataset, ranks)
+    metrics = evaluate(model, loader, ranks, autocast, columns=columns)
     figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
     logger.info(f"{typed(path)}: {figures}, {metrics.images_per_second:.0f} images/s")
     result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
-    result |= {"input": shape, **tested.settings, **published}
+    result |= {"input": shape, **tested.settings, **own, **published}
     ranks.from_main(lambda: write_result(path, result))
     return metrics
+
+
+def columns_of(test_path, classes, tested):
+    """The model's number of each class of another test set, by its name or, where all are numbers,
+    by these. A line says where classes are missing; UserError for one that the model has not.
+    """
+    total = tested.model.num_classes
+    names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
+    for known in (names, numbers, [] if names or len(classes) != total else classes):
+        if set(classes) <= set(known):
+            if len(classes) < total:
+                has = f"{len(classes):,} of the model's {total:,} classes"
+                logger.info(f"{test_path}: {has}, whose logits alone are compared")
+            return [known.index(name) for name in classes]
+    alien = next(name for name in classes if name not in (names or numbers))
+    known = f"the model's are {', '.join((names or numbers)[:3])}, …"
+    raise UserError(f"test_path is {test_path}: its class {alien} is none of the model's; {known}")
 
 
 def digest(path):

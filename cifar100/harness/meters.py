@@ -80,8 +80,9 @@ class Progress:
 
 
 @torch.inference_mode()
-def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
-    """Metrics over the batches of all ranks, each sample once.
+def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metrics | None:
+    """Metrics over the batches of all ranks, each sample once. `columns`: the model's number of
+    each of the data's classes; None: the same.
 
     None if `stop` turned true on some rank on the way. UserError if there is no sample.
     """
@@ -91,6 +92,7 @@ def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
     for images, targets in progress(loader, "test", ranks):
         with autocast():
             logits = model(images)
+        logits = logits if columns is None else logits[:, columns]
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits.double(), targets, reduction="sum")
         count = torch.full_like(loss, len(images))

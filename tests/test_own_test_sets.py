@@ -1,0 +1,137 @@
+"""Test sets of a user's own: class folders, CIFAR-10-C's arrays, frames (test_path)."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import load
+from on_digits import call, cifar10
+from on_images import CLASSES, write_images
+
+UserError = cifar10.config.UserError
+
+
+def measured(run, capsys, *flags):
+    """(what test.py said, its JSON, which is removed)."""
+    text = call(cifar10.test.main, capsys, "--checkpoint", run / "best.pth", *flags)
+    files = [*run.glob("test-*.json")]
+    found = [json.loads(file.read_text()) for file in files]
+    for file in files:
+        file.unlink()
+    return text, *found
+
+
+@pytest.fixture
+def run(trained_on_images, tmp_path):
+    for name in ("best.pth", "args.yaml"):
+        (tmp_path / name).write_bytes((trained_on_images / name).read_bytes())
+    return tmp_path
+
+
+def figures(run, images, labels, columns):
+    """(top-1 in %, loss) of PIL images, computed with the model as torch.hub has it."""
+    model, transform, _ = cifar10.build.load(cifar10.options, cifar10.data, run / "best.pth")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.stack([transform(image) for image in images]))[:, columns]
+    labels = torch.as_tensor(labels)
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
+    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
+    return pytest.approx(top1), pytest.approx(loss, rel=2e-3)
+
+
+def test_class_folders(run, capsys, tmp_path):
+    """All classes, some by name, some by number, and one that the model has not."""
+    train = write_images(tmp_path / "all") / "train"
+    for number, names in enumerate(
+        ({0: CLASSES[0], 1: CLASSES[1], 2: CLASSES[2]}, {0: CLASSES[0], 2: CLASSES[2]}, {2: "2"})
+    ):
+        root, images = tmp_path / str(number), []
+        for label, name in names.items():
+            shutil.copytree(train / CLASSES[label], root / name)
+            images += [Image.open(path) for path in sorted((root / name).iterdir())]
+        labels = [place for place in range(len(names)) for _ in range(4)]
+        text, found = measured(run, capsys, "--test-path", root)
+        assert (found["top1"], found["loss"]) == figures(run, images, labels, [*names])
+        assert f"test_path {root}: {len(images)} samples" in text
+        assert found["test_path"] == str(root) and found["samples"] == len(images)
+        some = f"{len(names)} of the model's 3 classes, whose logits alone are compared"
+        assert (some in text) == (len(names) < 3)
+    (root / "2").rename(root / "cat")
+    text, *_ = measured(run, capsys, "--test-path", root)
+    assert f"error: test_path is {root}: its class cat is none of the model's" in text
+    for flags, said in ((["--test-path", root], root), ([], None)):
+        text, *_ = measured(run, capsys, *flags, "--severity", 2)
+        assert f"error: severity is 2, but test_path is {said}, no .npy" in text
+
+
+def test_cifar_c(run, capsys, tmp_path):
+    """A severity is its fifth of the file; all are the whole."""
+    images = np.random.default_rng(0).integers(0, 255, (20, 12, 12, 3), dtype=np.uint8)
+    labels = np.arange(20) % 3
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    for flags, part in ((["--severity", 3], slice(8, 12)), ([], slice(None))):
+        text, found = measured(run, capsys, "--test-path", tmp_path / "fog.npy", *flags)
+        own = [Image.fromarray(image) for image in images[part]]
+        assert (found["top1"], found["loss"]) == figures(run, own, labels[part], [0, 1, 2])
+        assert found.get("severity") == (3 if flags else None)
+        said = f"test_path {tmp_path / 'fog.npy'}{', severity 3' * bool(flags)}: {len(own)} samples"
+        assert said in text
+
+
+def test_arrays_that_do_not_fit(tmp_path):
+    """The size that a header says is compared with the file's before memory is taken."""
+    path, labels = tmp_path / "fog.npy", tmp_path / "labels.npy"
+
+    def fails(words):
+        with pytest.raises(UserError, match=words) as error:
+            cifar10.data.read_corrupted(path, 1)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+    fails("no such file")
+    np.save(labels, np.zeros(5, int))
+    np.save(path, np.zeros((5, 8, 8, 3), np.uint8))
+    assert cifar10.data.read_corrupted(path, 5)[0].shape == (1, 8, 8, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"more")
+    fails("it says 960 bytes")
+    path.write_bytes(whole.replace(b"(5, 8, 8, 3)", b"(9000000000000, 8, 8, 3)").ljust(128))
+    fails("fog.npy: not a whole array")
+    np.save(path, np.array([{}]), allow_pickle=True)
+    fails("fog.npy: not a whole array")
+    np.save(path, np.zeros((5, 8, 8, 3)))
+    fails("are float64 ")
+    np.save(path, np.zeros((5, 8, 8, 3), np.uint8))
+    for other in (np.zeros(4, int), np.zeros(5), np.full(5, -1)):
+        np.save(labels, other)
+        fails("not uint8")
+
+
+def test_imagenet_and_frames(tmp_path):
+    """ImageNet's wnids are known where a checkpoint has no names; labels of frames stay what they
+    are, whichever classes there are.
+    """
+    imagenet = load("imagenet")
+    model = torch.nn.Linear(1, 1000)
+    model.num_classes = 1000
+    empty = imagenet.build.Tested(None, None, None, model, {}, None)
+    wnids = [*imagenet.data.ImageNetInfo().label_names()]
+    some = imagenet.build.columns_of("x", [wnids[7], wnids[3]], empty._replace(classes=wnids))
+    assert some == [7, 3] and wnids[7] == "n01514668"
+    assert imagenet.build.columns_of("x", ["0", "10", "2"], empty) == [0, 10, 2]
+    assert imagenet.build.columns_of("x", [f"c{n}" for n in range(1000)], empty) == [*range(1000)]
+    with pytest.raises(imagenet.config.UserError, match="its class c0 is none of the model's"):
+        imagenet.build.columns_of("x", ["c0"], empty)
+    gesture = load("dvs128-gesture")
+    for name in ("0", "10"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "a.npz", frames=np.zeros((2, 2, 128, 128), np.uint8))
+    flags = ["--test-path", str(tmp_path), "-T", "2"]
+    cfg = gesture.config.read_settings(gesture.options, flags).resolve()
+    dataset = gesture.data.own_test_set(cfg)
+    assert [label for _, label in dataset] == [0, 2] and len(dataset.classes) == 11
+    assert dataset.classes[2] == "other gestures"  # of the folder 10
