@@ -1,114 +1,208 @@
-"""tools/gpu.py as far as a CPU goes: its stages, its table, and what it says of one that fails or
-takes too long.
+"""tools/gpu.py as far as a CPU goes: what it keeps of measurements that fail, take too long or are
+stopped, its tables of what is there, and its measurements.
 """
 
 import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import checks
 import gpu
+import gpu_report
 import stages
-import timing
+from forks import ended, forked, wait_for
+from on_graphs import cuda  # noqa: F401
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    return timing.Run(SimpleNamespace(device="cpu", small=True, out=tmp_path))
+def plan(monkeypatch):
+    """Measurements with one figure each."""
 
+    def measurement(then):
+        def function(run):
+            run.add(pid=os.getpid(), forked=torch.cuda._is_in_bad_fork())
+            then()
 
-def test_kernels_and_products(run):
-    """Every kernel of a step is timed at every shape, and what it writes in place is as if it had
-    run once.
-    """
-    line, rows = stages.kernels(run)
-    names = {row["kernel"] for row in rows}
-    assert names == {
-        "fire",
-        "fire_backward",
-        "normalise_backward",
-        "pool",
-        "pool_backward",
-        "statistics",
-        "batch_norm",
-        "batch_norm_backward",
-        "update",
-        "running_norm",
+        return function
+
+    def fail():
+        raise ValueError("no luck")
+
+    def leave_out():
+        raise stages.LeftOut("needs a second GPU")
+
+    ways = {
+        "well": lambda: None,
+        "wrong": fail,
+        "less": leave_out,
+        "crash": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "slow": lambda: time.sleep(600),
+        "last": lambda: None,
     }
-    assert (
-        all(row["ms"] > 0 and row["copy_ms"] > 0 and row["mb"] > 0 for row in rows)
-        and "slowest" in line
-    )
-    line, rows = stages.products(run)
-    assert all(0 < row["error"] < 1e-2 for row in rows) and "float16" in line
+    for name, way in ways.items():
+        monkeypatch.setattr(stages, name, measurement(way), raising=False)
+    items = tuple(gpu.Item(1.0, name) for name in ways)
+    monkeypatch.setattr(gpu, "PLAN", items)
+    monkeypatch.setattr(gpu, "STAGES", tuple(ways))
 
 
-def test_kernels_leave_the_step_as_it_was(run, monkeypatch):
-    """A step whose kernels are timed has the gradients and weights of a plain one."""
-    plain, timed = run.lively(), run.lively()
+def run(out, minutes):
+    gpu.START = time.monotonic()
+    return gpu.main(["--out", str(out), "--device", "cpu", "--minutes", str(minutes)])
+
+
+def test_each_measurement_stands_alone(plan, tmp_path, capsys):
+    """One that fails, crashes or takes too long takes nothing from the others, nor from its own
+    figures; what a short one leaves goes to the next.
+    """
+    assert run(tmp_path, 0.08) == 1
+    found = gpu_report.read(tmp_path)
+    assert {name: (one["status"], one["why"]) for name, one in found.items()} == {
+        "well": ("done", ""),
+        "wrong": ("failed", "ValueError: no luck"),
+        "less": ("left out", "needs a second GPU"),
+        "crash": ("failed", "SIGKILL"),
+        "slow": ("out of time", "its time was over"),
+        "last": ("done", ""),
+    }
+    for one in found.values():  # CUDA can be used there
+        assert [row["forked"] for row in one["rows"]] == [False]
+    assert found["slow"]["rows"] and "no luck" in (tmp_path / "log.txt").read_text()
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_keeps_what_was_measured(plan, tmp_path, number):
+    pid = forked(lambda: run(tmp_path, 60), tmp_path / "said")
+
+    def measuring():
+        file = tmp_path / "results.jsonl"
+        return file.exists() and gpu_report.read(tmp_path)["slow"]["rows"]
+
+    wait_for(measuring, 60)
+    os.kill(pid, number)
+    assert ended(pid, 10) == (128 + number if number == signal.SIGTERM else -number)
+    found = gpu_report.read(tmp_path)
+    assert found["well"]["status"] == "done" and found["slow"]["status"] == "started"
+    process = Path(f"/proc/{found['slow']['rows'][0]['pid']}/stat")
+    wait_for(lambda: not process.exists() or process.read_text().split()[2] == "Z", 10)
+
+
+def test_what_is_needed_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("stages", "bench"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "spikingjelly.activation_based", None)
+    assert run(tmp_path, 1) == 1
+    assert "our neurons are its nodes: pip install" in capsys.readouterr().out
+    assert {one["why"] for one in gpu_report.read(tmp_path).values()} == {"needs spikingjelly"}
+
+
+def test_shares(capsys):
+    assert sum(item.minutes for item in gpu.PLAN) == pytest.approx(gpu.MINUTES)
+    assert gpu.PLAN[-1].stage == "tests" and {item.stage for item in gpu.PLAN} == {*gpu.STAGES}
+    gpu.main(["--dry", "--minutes", "18"])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["tests", "4.4", "18.0"]
+
+
+def test_tables_of_what_is_there(tmp_path, monkeypatch):
+    """Of a folder that lacks most, and whose last line was cut off."""
+    lines = [
+        {"item": "environment", "name": "NVIDIA Z1", "torch": "2.11.0"},
+        {"item": "environment", "status": "done"},
+        {"item": "step QKFormer_10_768 1 fast", "kind": "train", "ms": 50.0, "host_ms": 9.0},
+        {"item": "step QKFormer_10_768 1 release-like", "kind": "train", "ms": 125.0, "gb": 18.25},
+        {"item": "kernels", "kernel": "fire", "mb": 64.0, "ms": 0.5, "copy_ms": 0.25},
+        {"item": "graphs 1", "kind": "infer", "ms": 1.0},
+        {"item": "graphs 1", "status": "started"},  # anew
+        {"item": "graphs 1", "kind": "infer", "equal": True},
+        {"item": "tests", "outcome": "PASSED"},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"item": "kernels", "ker'
+    (tmp_path / "results.jsonl").write_text(text)
+    text = gpu_report.tables(gpu_report.read(tmp_path), gpu.PLAN)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    none = gpu_report.NONE
+    assert ["HST-10-768, T 1", "fast", "50.0", "1.00x", "9.0", *[none] * 6] in rows
+    assert ["", "release-like", "125.0", "2.50x", *[none] * 3, "18.2", *[none] * 3] in rows
+    assert ["HST-10-768, T 4", "fast", *[none] * 9] in rows
+    assert ["`fire`", "1", "0.50", "0.25", "0.50"] in rows
+    assert ["1 GPU", "infer", *[none] * 4, "yes"] in rows
+    assert "NVIDIA Z1" in text and "1 passed" in text and "anything of a GPU" not in text
+    (tmp_path / "results.jsonl").write_text("")
+    monkeypatch.setattr(gpu_report, "A30", ())
+    cells = gpu_report.tables(gpu_report.read(tmp_path), gpu.PLAN).split("|")
+    assert none in map(str.strip, cells)
+    assert not [cell for cell in cells if cell.strip().replace(".", "").isdigit()]
+
+
+# Measurements -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """(Run, the figures that it keeps)."""
+    figures = []
+    arguments = SimpleNamespace(device="cpu", small=True)
+    monkeypatch.setattr(stages.logging.Logger, "addHandler", lambda *_: None)
+    return stages.Run(arguments, lambda **row: figures.append(row)), figures
+
+
+def test_kernels(small, monkeypatch):
+    """Every kernel of a step is timed at every shape, and the step's gradients and weights are
+    those of a plain one.
+    """
+    run, figures = small
+    modules = stages.models.load("imagenet")
+    monkeypatch.setattr(modules.ops, "launch", modules.ops.launch)  # and so it will be again
+    plain, timed = (run.candidate("QKFormer_10_384", 4, "fast") for _ in range(2))
     plain.train()
-    monkeypatch.setattr(run, "candidate", lambda: timed)
+    monkeypatch.setattr(run, "candidate", lambda *_: timed)
     stages.kernels(run)
-    assert any(parameter.grad.any() for parameter in plain.model.parameters())
+    names = "fire fire_backward normalise_backward pool pool_backward statistics batch_norm "
+    names += "batch_norm_backward update running_norm"
+    assert {row["kernel"] for row in figures} == {*names.split()}
+    assert all(row["ms"] > 0 and row["copy_ms"] > 0 and row["mb"] > 0 for row in figures)
     for one, other in zip(plain.model.parameters(), timed.model.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad) and torch.equal(one, other)
 
 
 @pytest.mark.long
-def test_compiled_and_environment(run):
-    line, rows = stages.compiled(run)
-    assert rows[1]["error"] < 1e-5 and "differ by" in line
-    assert torch.__version__ in checks.environment(run)[0]
-
-
-@pytest.mark.long
-def test_graphs(run, cuda, monkeypatch):
+def test_graphs(small, cuda, monkeypatch):  # noqa: F811
     """The stage's own code; a replay that leaves something out is found."""
-    run.size, run.T = 8, 1
+    run, figures = small
+    run.on_gpu = True
+    monkeypatch.setattr(stages, "STEPS", 2)
+    monkeypatch.setattr(run, "wait", lambda: None)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # and so it will be again
-    line, rows = stages.graphs(run)
-    assert "equal" in line and [row["way"] for row in rows] == ["eager", "graph"] * 2
+    candidate = run.candidate
+
+    def on_cpu(name, T, path, **options):  # a graph sees no sums of events
+        monkeypatch.setattr(run, "on_gpu", False)
+        made = candidate(name, T, "dense", **options)
+        monkeypatch.setattr(run, "on_gpu", True)
+        return made
+
+    monkeypatch.setattr(run, "candidate", on_cpu)
+    stages.graphs(run, 1)
+    assert [row["equal"] for row in figures if "equal" in row] == [True, True]
+    assert [row["way"] for row in figures if "way" in row] == ["eager", "graph"] * 2
     monkeypatch.setattr(type(cuda.graphs[0]), "replay", lambda graph: None)
     with pytest.raises(RuntimeError, match="infer: graphs and eager steps differ"):
-        stages.graphs(run)
-
-
-def test_summary(tmp_path, monkeypatch, capsys):
-    """A stage that fails, one that takes too long and one that needs a GPU, beside one
-    that works.
-    """
-    monkeypatch.setitem(gpu.LIMITS, "step", 0.2)
-    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "stage.py"))
-    (tmp_path / "stage.py").write_text(
-        "import json, sys, time\n"
-        "name, out = sys.argv[2], sys.argv[4]\n"
-        "if name == 'kernels': raise RuntimeError('no luck')\n"
-        "if name == 'step': time.sleep(600)\n"
-        "open(f'{out}/{name}.json', 'w').write(json.dumps({'line': 'well', 'rows': []}))\n"
-    )
-    chosen = ["step", "kernels", "graphs", "products"]
-    assert (
-        gpu.main(
-            ["--out", str(tmp_path / "out"), "--device", "cpu", "--small", "--stages", *chosen]
-        )
-        == 1
-    )
-    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [row["status"] for row in rows] == ["timed out", "failed", "skipped", "ok"]
-    assert rows[1]["line"] == "RuntimeError: no luck" and rows[3]["line"] == "well"
-    table = capsys.readouterr().out
-    assert all(name in table for name in chosen)
+        stages.graphs(run, 1)
 
 
 @pytest.mark.long
-def test_all_stages(tmp_path):
+def test_all_measurements(tmp_path):
+    gpu.START = time.monotonic()
     assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small"]) == 0
-    rows = {row["stage"]: row for row in json.loads((tmp_path / "summary.json").read_text())}
-    assert {name for name, row in rows.items() if row["status"] == "skipped"} == set(gpu.NEEDS_GPU)
-    assert "self_cpu" in (tmp_path / "profile-fast.txt").read_text().lower().replace(" ", "_")
-    epochs = json.loads((tmp_path / "photos.json").read_text())["rows"]
-    assert [(row["run"], row["epoch"]) for row in epochs] == [
-        (name, e) for name in ("float16", "float32") for e in (0, 1)
-    ]
+    found = gpu_report.read(tmp_path)
+    out = {name for name, one in found.items() if one["status"] == "left out"}
+    assert out == {"graphs 1", "graphs 2", "tests"} and len(found) == len(gpu.PLAN)
+    text = gpu_report.tables(found, gpu.PLAN)
+    assert "says anything of a GPU" in text and "`fire_backward`" in text

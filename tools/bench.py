@@ -62,15 +62,21 @@ PUBLISHED = [
 ]
 
 
-def build(name, path, T, modules):
-    """The module to time, or None where there is no such path for a model."""
+def build(name, path, T, modules, **sizes):
+    """The module to time, or None where there is no such path for a model. sizes: embed_dims and
+    num_heads, other than the name says.
+    """
     entry = models.entry(name, modules)
     if path == "spikingjelly":
-        peer = getattr(qkformer, name.lower(), None)
-        return peer(T=T) if peer else None
+        if not name.startswith("QKFormer"):
+            return None
+        dim = int(name.rpartition("_")[2])
+        sizes = {"embed_dims": dim, "num_heads": dim // 64, **sizes}
+        return qkformer.QKFormer(T=T, **{**sizes, "num_heads": (sizes["num_heads"],) * 3})
     if path in OURS:
-        return entry(T=T, events=path != "dense", checkpoint_stages=OURS[path])
-    return entry(T=T, backend="torch" if path == "plain" else "spikingjelly", fused=False)
+        return entry(T=T, events=path != "dense", checkpoint_stages=OURS[path], **sizes)
+    backend = "torch" if path == "plain" else "spikingjelly"
+    return entry(T=T, backend=backend, fused=False, **sizes)
 
 
 def set_up(name):
