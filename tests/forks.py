@@ -1,6 +1,7 @@
 """Forks of the process that tests, for what is to end, or be ended, by itself."""
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ def forked(function, output=None):
     try:
         os.setpgid(0, 0)
         atexit._clear()  # what the process that tests has to end is not this one's
+        multiprocessing.process._children.clear()
         if output:
             file = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1), os.dup2(file, 2)

@@ -8,9 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from neurobench.metrics.static import Footprint
-from neurobench.metrics.utils.layers.macs import single_layer_MACs
-from neurobench.models import TorchModel
 from spikingjelly.activation_based import op_counter
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
@@ -187,6 +184,10 @@ def test_counts_are_those_of_spikingjelly_and_of_shapes(modules, sizes):
 @pytest.mark.parametrize("modules, sizes", CASES)
 def test_the_counters_rule_is_neurobenchs(modules, sizes):
     """Effective operations of each layer, which kind they are, sparsity and footprint."""
+    reason = "pip install -r requirements-export.txt"
+    macs = pytest.importorskip("neurobench.metrics.utils.layers.macs", reason=reason)
+    static = pytest.importorskip("neurobench.metrics.static", reason=reason)
+    wrap = pytest.importorskip("neurobench.models").TorchModel
     model = tiny(modules, fused=False, **sizes)
     images, seen, fired, hooks = sample(model), {}, [], []
     for name, module in model.named_modules():
@@ -199,7 +200,9 @@ def test_the_counters_rule_is_neurobenchs(modules, sizes):
         model(images)
     for hook in hooks:
         hook.remove()
-    theirs = {name: single_layer_MACs(x, model.get_submodule(name)) for name, x in seen.items()}
+    theirs = {
+        name: macs.single_layer_MACs(x, model.get_submodule(name)) for name, x in seen.items()
+    }
     counter = counted(model, images)
     rows = table(counter)
     kinds = set()
@@ -214,7 +217,7 @@ def test_the_counters_rule_is_neurobenchs(modules, sizes):
     assert kinds == {True, False} or sizes.get("ms")  # sums of spikes are there
     zeros = sum((out == 0).sum().item() for out in fired) / sum(out.numel() for out in fired)
     assert energy.sparsity(counter) == pytest.approx(zeros)
-    assert energy.footprint(model) == Footprint()(TorchModel(model))
+    assert energy.footprint(model) == static.Footprint()(wrap(model))
     for name, rates in energy.step_rates(counter).items():
         assert math.fsum(rates) / len(rates) == pytest.approx(counter.neurons[name].rate)
         assert len(rates) == (5 if modules is gesture else model.T)

@@ -8,7 +8,6 @@ import http.server
 import json
 import threading
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -35,12 +34,13 @@ def checkpoint(folder, name="cifar10", path="best.pth", **config):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["QKFormer", "MSQKFormer"])
-def test_export(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "onnx"), [("MSQKFormer", []), ("QKFormer", ["--onnx"])])
+def test_export(name, onnx, tmp_path, monkeypatch, capsys):
+    reason = "pip install -r requirements-export.txt"
+    runtime = onnx and pytest.importorskip("onnxruntime", reason=reason)
     monkeypatch.chdir(tmp_path)
     path, model = checkpoint(tmp_path, model=name)
     folder, x = tmp_path / "out", torch.randn(5, 3, 16, 16)
-    onnx = ["--onnx"] if name == "QKFormer" else []  # it takes half a minute
     argv = [path, "--folder", "cifar10", "--to", folder, *onnx, "--", "--device", "cpu"]
     assert export.main([*map(str, argv)]) == 0
     files = [file.name for file in sorted(folder.iterdir())]
@@ -57,7 +57,7 @@ def test_export(name, tmp_path, monkeypatch, capsys):
     assert config["architecture"] == name and config["model_args"]["T"] == 3
     assert [*timm.data.resolve_model_data_config(theirs)["input_size"]] == [3, 16, 16]
     for batch in (x, x[:2]) if onnx else ():
-        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        session = runtime.InferenceSession(folder / "model.onnx")
         (logits,) = session.run(None, {"input": batch.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), want[: len(batch)], rtol=0, atol=1e-5)
     card = (folder / "README.md").read_text()
@@ -72,6 +72,12 @@ def test_export(name, tmp_path, monkeypatch, capsys):
     (result,) = folder.glob("test-*.json")
     assert "error" not in text and json.loads(result.read_text())["samples"] == 360
     register(cifar10)
+
+
+def test_without_onnx(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^error: .* -r requirements-export.txt"):
+        export.main(["best.pth", "--to", str(tmp_path / "new"), "--onnx"])
 
 
 @pytest.fixture

@@ -6,13 +6,15 @@ Usage, from anywhere:
 
 `test.py --checkpoint mymodel` tests it, `load("mymodel")` of a folder's hubconf.py reads it, and,
 once the folder's model.py is imported, timm.create_model("local-dir:mymodel", pretrained=True).
---onnx writes model.onnx by the plain path too, for one sample, or any number of samples.
+--onnx writes model.onnx by the plain path too, for one sample, or any number of samples; it needs
+requirements-export.txt.
 """
 
 import hashlib
 import json
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -103,6 +105,8 @@ def main(argv=None):
     path = path / "best.pth" if (path / "best.pth").is_file() else path
     if folder.exists():
         raise SystemExit(f"error: {folder} is there already; name another folder with --to")
+    if args.onnx and not (find_spec("onnx") and find_spec("onnxscript")):
+        raise SystemExit("error: --onnx needs more: pip install -r requirements-export.txt")
     flags = [*flags, "--fused", "false"] if args.onnx else flags
     modules, tested = models.open_checkpoint(path, args.folder, flags)
     command = shlex.join(["python", "tools/export.py", *(argv or sys.argv[1:])])
