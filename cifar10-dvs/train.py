@@ -28,7 +28,7 @@ from harness.folder import find_run
 from harness.log import UserError
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin, enter
+from harness.run import Run, begin, enter, prepare_data
 
 
 class Trainer(Run):
@@ -118,6 +118,8 @@ def main(argv=None):
         path = path or (settings.finetune and Path(settings.finetune))
         measure(load_tested(settings, options, data, enter(settings), path), data)
         return 0
+    if settings.prepare:
+        return prepare_data(settings, data)
     start = begin(settings, options)
     cfg = start.cfg
     data.check(cfg)

@@ -24,7 +24,7 @@ from harness.config import read_settings
 from harness.log import UserError
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin
+from harness.run import Run, begin, prepare_data
 
 
 class Trainer(Run):
@@ -109,7 +109,10 @@ def build_optimizer(cfg, model):
 
 
 def main(argv=None):
-    start = begin(read_settings(options, argv, "train", "Train QKFormer on CIFAR."), options)
+    settings = read_settings(options, argv, "train", "Train QKFormer on CIFAR.")
+    if settings.prepare:
+        return prepare_data(settings, data)
+    start = begin(settings, options)
     cfg = start.cfg
     data.check(cfg)
     random_seed(cfg.seed, start.ranks.rank)

@@ -133,6 +133,7 @@ RUN = {
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
+    "prepare": TrainKey(bool, False, "download, check and convert the data, and end", back=""),
     "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
         aliases=("initial_checkpoint",)),
     "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",

@@ -135,6 +135,7 @@ RUN = {
     "output": Key(Path, None, "folder of all runs; none: output/ beside the script",
         aliases=("output_dir",), back=""),
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
+    "prepare": TrainKey(bool, False, "download, check and convert the data, and end", back=""),
     "finetune": TrainKey(Path, None, "checkpoint with weights to start from; a head that fits is "
         "kept", aliases=("initial_checkpoint",)),
     "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",

@@ -27,7 +27,7 @@ from harness.config import read_settings
 from harness.log import UserError, logger
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin, enter
+from harness.run import Run, begin, enter, prepare_data
 from released import measure_released
 
 
@@ -133,6 +133,8 @@ def main(argv=None):
             raise UserError("eval needs the path of a checkpoint: --finetune PATH or --resume PATH")
         measure_released(settings, enter(settings), Path(path))
         return 0
+    if settings.prepare:
+        return prepare_data(settings, data)
     start = begin(settings, options)
     cfg = start.cfg
     if cfg.start_epoch and not start.path:

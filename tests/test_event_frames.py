@@ -340,3 +340,20 @@ def test_a_path_that_can_not_be(folder, tmp_path):
         with pytest.raises(folder.config.UserError) as error:
             prepare(folder, path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_prepare(folder, tmp_path, capsys):
+    """--prepare makes the frames of the T at hand, and no run."""
+    written = write(folder.name, tmp_path, **FEW[folder.name])
+    flags = ["--prepare", "--data-path", str(tmp_path), "--T", "3", "--device", "cpu"]
+    flags += ["--output", str(tmp_path / "output")]
+    if folder.name == "cifar10-dvs":  # too few to test on
+        with pytest.raises(folder.config.UserError, match="no test samples"):
+            folder.train.main(flags)
+    else:
+        assert folder.train.main(flags) == 0
+        counts = [sum(name.startswith(split) for name in written) for split in ("train", "test")]
+        said = "{} training and {} test samples are ready in {}".format(*counts, tmp_path)
+        assert capsys.readouterr().out.endswith(f"dvs128-gesture: {said}\n")
+    check_frames(tmp_path / "frames_number_3_split_by_number", written)
+    assert not (tmp_path / "output").exists()

@@ -75,3 +75,14 @@ def test_a_run(data, tmp_path, capsys):
         assert f"top-1 {json.loads(line)['test_acc1']:.2f} %" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"num_classes is 2, but the data has 3 classes"):
         cifar10.train.main(on_cpu([*TINY, *flags, "--num-classes", 2]))
+
+
+def test_prepare(data, tmp_path, capsys):
+    """It looks at the data and makes no run; a fault there is an error."""
+    flags = on_cpu([*TINY, "--data-path", data, "--output", tmp_path / "out", "--prepare"])
+    assert cifar10.train.main(flags) == 0 and not (tmp_path / "out").exists()
+    said = f"folder: 12 training and 3 test samples are ready in {data}"
+    assert said in capsys.readouterr().out
+    (data / "val" / "red").rename(data / "val" / "blue")
+    with pytest.raises(UserError, match="only val/ has class blue"):
+        cifar10.train.main(flags)

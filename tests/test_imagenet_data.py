@@ -230,3 +230,9 @@ def test_class_names():
 def test_a_dataset_knows_its_classes(narrow):
     dataset = imagenet.data.build_dataset(resolve(*narrow), False, CPU)
     assert dataset.classes == list(photos.CLASSES)
+
+
+def test_prepare(narrow, lines, tmp_path):
+    flags = [*narrow, "--prepare", "--output", tmp_path / "out", "--device", "cpu"]
+    assert " training and 48 test samples are ready in " in lines(imagenet.train.main, *flags)
+    assert not (tmp_path / "out").exists()

@@ -59,6 +59,16 @@ def enter(settings) -> Ranks:
     return ranks
 
 
+def prepare_data(settings, data) -> int:
+    """Download, check and convert what a run would read. Returns the exit code, 0."""
+    ranks, cfg = enter(settings), settings.resolve()
+    data.check(cfg)
+    train, test = (len(data.build_dataset(cfg, train, ranks)) for train in (True, False))
+    where = Path(cfg.data_path).absolute()
+    logger.info(f"{cfg.dataset}: {train:,} training and {test:,} test samples are ready in {where}")
+    return 0
+
+
 def begin(settings, options) -> Start:
     """The ranks, the run's folder, the checkpoint and the whole configuration.
 
