@@ -1,4 +1,4 @@
-# Copied from cifar10/test.py with output/cifar10->output/cifar10-dvs, on CIFAR->on CIFAR10-DVS
+# Copied from dvs128-gesture/test.py with output/dvs128-gesture->output/cifar10-dvs, DVS128 Gesture->CIFAR10-DVS
 """Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
 the checkpoint.
 

@@ -177,6 +177,9 @@ RUN = {
         0, 3, fixed=same),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
+    "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted"),
+    "predictions": TestKey(Path, "predict.csv", "file for what predict finds, which must not be "
+        "there yet"),
     "log_interval": TrainKey(int, 50, "steps between two lines of progress", 1, 1_000_000,
         aliases=("print_freq",)),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),

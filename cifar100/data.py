@@ -15,7 +15,7 @@ from torchvision.datasets.utils import check_integrity
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError
-from images import list_folder, list_split, read_image, to_rgb
+from images import list_folder, list_split, list_unlabelled, read_image, to_rgb
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,
@@ -148,6 +148,11 @@ def own_test_set(cfg):
     if cfg.severity:
         raise UserError(f"severity is {cfg.severity}, but test_path is {cfg.test_path}, no .npy")
     return Folder(*list_folder(path), transform)
+
+
+def find_images(cfg):
+    """Images of the folder cfg.predict and below it, with their index."""
+    return Folder(list_unlabelled(cfg.predict), (), build_transform(cfg, False))
 
 
 def read_corrupted(path, severity):

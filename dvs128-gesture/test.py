@@ -1,4 +1,3 @@
-# Copied from cifar10/test.py with output/cifar10->output/dvs128-gesture, on CIFAR->on DVS128 Gesture
 """Test a checkpoint: top-1, top-5 and loss on the test set, printed and written to a JSON beside
 the checkpoint.
 

@@ -7,9 +7,6 @@ Classes are numbered in the order of their folders' names.
 """
 
 import copy
-import os
-from collections import Counter
-from pathlib import Path
 
 import torch
 from timm.data import (
@@ -23,14 +20,13 @@ from timm.data import (
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import photos
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.build import layout
 from harness.log import UserError, logger
 from harness.seeds import seeded
-from images import BadImage, list_folder, list_images, list_split, read_image, say_others, to_rgb
+from images import BadImage, list_folder, list_split, list_unlabelled, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
 
@@ -154,16 +150,9 @@ def own_test_set(cfg):
 
 
 def find_images(cfg):
-    """Images of the folder cfg.predict and below it, in order of their names, with their index."""
-    if not os.path.isdir(cfg.predict):
-        raise UserError(f"predict is {cfg.predict}, which is not a folder")
-    others = Counter()
-    paths = sorted(map(Path, list_images(cfg.predict, others)))
-    say_others(cfg.predict, others)
-    if not paths:
-        raise UserError(f"{cfg.predict} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    samples = [(str(path), index) for index, path in enumerate(paths)]
-    return Images(samples, read_image, build_transform(cfg, False), cfg.on_bad_image == "skip")
+    """Images of the folder cfg.predict and below it, with their index."""
+    samples, skip = list_unlabelled(cfg.predict), cfg.on_bad_image == "skip"
+    return Images(samples, read_image, build_transform(cfg, False), skip)
 
 
 def class_names(classes=None):

@@ -31,24 +31,25 @@ from harness.run import enter
 from released import load_released, measure_released
 
 
+# Copied from cifar10/test.py
 @torch.inference_mode()
-def predict(cfg, ranks, model, names):
-    """[[file, top-5 classes, their probabilities, their names where known], ...] of the images of
-    cfg.predict.
+def predict(tested, names):
+    """[[file, class, its name where known, its probability, the same of the next best], ...] of the
+    images of cfg.predict.
     """
-    images = data.find_images(cfg)
-    autocast = make_autocast(cfg, ranks, cfg.eval_amp)
-    model.eval()
+    cfg, ranks = tested.cfg, tested.ranks
+    images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
+    model = graphed(tested.model.eval(), cfg, ranks)
     rows = []
     for batch, indices in progress(data.test_loader(cfg, images, ranks), "predict", ranks):
         with autocast():
             logits = model(batch)
         top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
-            path = Path(images.samples[index][0]).relative_to(cfg.predict)
-            named = [names[number] for number in classes] if names else []
-            shares = [f"{value:.6f}" for value in values]
-            rows.append((index, [str(path), *classes, *shares, *named]))
+            row = [str(Path(images.samples[index][0]).relative_to(cfg.predict))]
+            for number, value in zip(classes, values, strict=True):
+                row += [number, *([names[number]] if names else []), f"{value:.6f}"]
+            rows.append((index, row))
     rows = sorted(row for share in ranks.gather(rows) for row in share)
     if not rows:
         raise UserError(f"predict: no image in {cfg.predict} can be read")
@@ -56,15 +57,14 @@ def predict(cfg, ranks, model, names):
 
 
 def class_names(cfg, recorded, classes):
-    """(title of the csv's columns, names of the classes); ("", None) where no names are known.
-
-    They are those of the label file, else of the checkpoint, else of ImageNet's 1,000 classes.
+    """Names of the classes: those of the label file, else of the checkpoint, else of ImageNet's
+    1,000 classes; None where none are known.
     """
     if cfg.labels is not None:
-        return "wnid", read_wnids(cfg, classes)
+        return read_wnids(cfg, classes)
     if isinstance(recorded, list) and len(recorded) == classes:
-        return "name", data.class_names(recorded)
-    return ("name", data.class_names()) if classes == 1000 else ("", None)
+        return data.class_names(recorded)
+    return data.class_names() if classes == 1000 else None
 
 
 def read_wnids(cfg, classes):
@@ -80,6 +80,7 @@ def read_wnids(cfg, classes):
     return wnids
 
 
+# Copied from cifar10/test.py
 def check_predictions(path):
     """UserError, before anything is computed, where predictions can't be written or would replace
     others.
@@ -93,15 +94,16 @@ def check_predictions(path):
         raise UserError(f"predictions: {path} can't be written: {error.strerror}") from None
 
 
-def write_predictions(path, rows, column):
+# Copied from cifar10/test.py
+def write_predictions(path, rows, names):
     """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever
     they encode.
     """
-    columns = ["class", "probability", *([column] if column else [])]
-    top = (len(rows[0]) - 1) // len(columns)
+    columns = ("class", "name", "probability") if names else ("class", "probability")
+    best = range(1, len(rows[0]) // len(columns) + 1)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["file", *(f"{name}{k}" for name in columns for k in range(1, top + 1))])
+    writer.writerow(["file", *(f"{column}{k}" for k in best for column in columns)])
     writer.writerows(rows)
     try:
         write_whole(path, text.getvalue().encode(errors="surrogateescape"))
@@ -119,10 +121,9 @@ def main(argv=None):
     predictions = Path(settings.predictions)
     ranks.from_main(lambda: check_predictions(predictions))
     tested, _ = load_released(settings, ranks)
-    cfg = tested.cfg
-    column, names = class_names(cfg, tested.classes, tested.model.num_classes)
-    rows = predict(cfg, ranks, graphed(tested.model, cfg, ranks), names)
-    ranks.from_main(lambda: write_predictions(predictions, rows, column))
+    names = class_names(tested.cfg, tested.classes, tested.model.num_classes)
+    rows = predict(tested, names)
+    ranks.from_main(lambda: write_predictions(predictions, rows, names))
     return 0
 
 

@@ -53,10 +53,11 @@ def test_predictions_of_a_released_file(tmp_path, narrow, photo_data, lines):
     assert "warning" in text and "cross_sample_lif: true" in text
     rows = rows_of(tmp_path / "predict.csv")
     assert [row["file"] for row in rows] == [f"below/{number}.jpg" for number in range(3)]
+    assert [*rows[0]][:5] == ["file", "class1", "name1", "probability1", "class2"]
     for row, want in zip(rows, probabilities(model, photographs), strict=True):
         assert [int(row[f"class{k}"]) for k in range(1, 6)] == want.topk(5).indices.tolist()
         assert float(row["probability1"]) == pytest.approx(want.max().item(), abs=1e-6)
-        assert all(row[f"wnid{k}"] == f"n{int(row[f'class{k}']):08d}" for k in range(1, 6))
+        assert all(row[f"name{k}"] == f"n{int(row[f'class{k}']):08d}" for k in range(1, 6))
     (tmp_path / "predict.csv").unlink()
     lines(imagenet.test.main, *args)
     names = imagenet.data.class_names()
