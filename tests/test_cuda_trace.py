@@ -4,7 +4,6 @@ fits its kernel, every gradient its parameter, and nothing is transposed on the 
 
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
@@ -134,7 +133,6 @@ def check_no_waits(events):
 
 # Launches ---------------------------------------------------------------------------------------
 
-NUMBERS = {"float": np.float32, "double": np.float64, "int": np.int32, "long long": np.int64}
 TENSORS = {
     "float": torch.float32,
     "double": torch.float64,
@@ -155,21 +153,21 @@ def check_launch(launch):
         where = f"{name} of {launch.name}"
         values[name] = value
         if not pointer:
-            assert type(value) is NUMBERS[kind], where
+            # A float that was handed in as a whole number, or the other way round, is far off.
+            whole = kind in ("int", "long long")
+            assert 0 <= value < 2**40 if whole else value == 0 or 1e-9 < abs(value) < 1e9, where
         elif isinstance(value, fakecuda.Pointer):
             check_tensor(value, TENSORS[kind], launch, where)
         else:
-            assert int(value) == 0 and np.asarray(value).itemsize == 8, where  # none given
+            assert value == 0, where  # none given
     x, y, z = (*launch.block, 1, 1)[:3]
     assert 192 <= x * y * z <= 1024 and z <= 64
     assert 1 <= launch.grid[0] < 2**31 and all(1 <= size <= 65535 for size in launch.grid[1:])
     threads = launch.grid[0] * x
-    if "n" in values:  # one neuron each
-        assert threads - x < values["n"] <= threads
-    else:  # rows are taken in turns, channels are not
-        lanes = int(launch.module.defines.get("LANES", 1)) if "rows" in values else 1
-        assert threads * lanes >= values["channels"] and values["channels"] % lanes == 0
-        assert (threads - x) * lanes < values["channels"]  # no block without work
+    # Rows are taken in turns, channels are not.
+    lanes = int(launch.module.defines.get("LANES", 1)) if "rows" in values else 1
+    assert threads * lanes >= values["channels"] and values["channels"] % lanes == 0
+    assert (threads - x) * lanes < values["channels"]  # no block without work
     if parameters[0][0] == "int":
         assert all(arg.tensor.numel() < 2**31 for arg in launch.args if hasattr(arg, "tensor"))
 

@@ -1,6 +1,5 @@
 """The CUDA side of the kernels, without a GPU: compiled by NVRTC, and run on the host."""
 
-import contextlib
 import ctypes
 import re
 import subprocess
@@ -36,6 +35,19 @@ def test_nvrtc(arch, T):
         nvrtc.nvrtcGetProgramLog(program, log)
         assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
         assert nvrtc.nvrtcGetCUBINSize(program)[1] > 0
+
+
+def check_neuron(kind, shape, dtype):
+    """The neuron without a layer, of any T, against the torch backend."""
+    torch.manual_seed(sum(shape))
+    x, grad, found = (2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype), []
+    for function in (lif.cupy_lif, lif.torch_lif):
+        leaf, w = x.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        y = function(leaf, 3.7, 0.8, 2.0, kind, w if kind == "plif" else None, "atan")
+        y.backward(grad)
+        found.append([y.detach(), leaf.grad, *([w.grad] if kind == "plif" else [])])
+    rtol = 8e-3 if dtype.itemsize == 2 else 1e-5
+    torch.testing.assert_close(*found, rtol=rtol, atol=1e-5)
 
 
 SHIM = """
@@ -81,9 +93,13 @@ def cuda_on_host(monkeypatch, tmp_path):
     (tmp_path / "cuda_fp16.h").write_text("typedef _Float16 __half;")
     wrappers = ""
     for name, parameters in re.findall(r"^ENTRY (\w+)\((.*?)\) \{", kernels.KERNELS, re.S | re.M):
-        names = ", ".join(part.split()[-1].strip("*") for part in parameters.split(","))
-        wrappers += f'extern "C" void run_{name}(Index grid, Index block, {parameters}) {{'
-        wrappers += f" team(grid, block, [=] {{ {name}({names}); }}); }}\n"
+        kinds = [
+            part.rpartition(" ")[0].replace("__restrict__", "") for part in parameters.split(",")
+        ]
+        kinds = ["float" if kind.strip() == "real_t" else kind for kind in kinds]
+        values = ", ".join(f"*({kind}*)places[{i}]" for i, kind in enumerate(kinds))
+        wrappers += f'extern "C" void run_{name}(Index grid, Index block, void** places) {{'
+        wrappers += f" team(grid, block, [=] {{ {name}({values}); }}); }}\n"
     libraries, launched = {}, []
 
     class Dim(ctypes.Structure):
@@ -97,18 +113,19 @@ def cuda_on_host(monkeypatch, tmp_path):
         subprocess.run(command, input=SHIM + build.source() + wrappers, text=True, check=True)
         return ctypes.CDLL(path)
 
-    def cuda_kernel(name, build):
+    kernels_at = []
+
+    def address_of(name, build, device):
         if build not in libraries:
             libraries[build] = library(build)
+        kernels_at.append((name, build))
+        return len(kernels_at) - 1
 
-        def kernel(grid, block, args):
-            launched.append((name, build.lanes))
-            real = ctypes.c_double if build.dtype == torch.float64 else ctypes.c_float
-            types = {"int32": ctypes.c_int, "int64": ctypes.c_longlong, "float32": real}
-            args = [types.get(type(arg).__name__, ctypes.c_void_p)(arg) for arg in args]
-            getattr(libraries[build], f"run_{name}")(Dim(*grid), Dim(*block), *args)
-
-        return kernel
+    def driver(address, *how):  # cuLaunchKernel
+        name, build = kernels_at[address]
+        launched.append((name, build.lanes))
+        getattr(libraries[build], f"run_{name}")(Dim(*how[:2]), Dim(*how[3:5]), how[8])
+        return 0
 
     def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
         kernels.launch_cuda(name, y, args, T, neuron)
@@ -117,16 +134,17 @@ def cuda_on_host(monkeypatch, tmp_path):
         return kernels.tiling(y.element_size(), rows, channels, T)[2][1]
 
     kernels.tiling.cache_clear()
-    for name, value in {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16)}.items():
+    kernels.cuda_kernel.cache_clear()
+    small = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16)}
+    for name, value in {**small, "address_of": address_of, "driver": lambda: driver}.items():
         monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "cuda_kernel", cuda_kernel)
-    monkeypatch.setattr(kernels, "cupy_stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     monkeypatch.setattr(fused, "launch", launch)
     monkeypatch.setattr(fused, "parts", parts)
     yield launched
     kernels.tiling.cache_clear()
+    kernels.cuda_kernel.cache_clear()
 
 
 @compiled
@@ -139,6 +157,8 @@ def test_cuda_side_on_host(cuda_on_host, dtype):
         check_kernels(dtype, T, steps, C)
     for size, C in zip(SIZES, (35, 24, 8, 33), strict=True):
         check_pooling(dtype, C, size)
+    for kind, shape in (("plif", (19, 5, 30)), ("lif", (4, 2, 64)), ("if", (33, 7))):
+        check_neuron(kind, shape, dtype)
     names, lanes = ({*column} for column in zip(*cuda_on_host, strict=True))
-    entries = set(re.findall(r"^ENTRY (\w+)", kernels.SOURCE, re.M))
+    entries = set(re.findall(r"^ENTRY (\w+)", kernels.KERNELS, re.M))
     assert entries - names == {"update", "running_norm"} and lanes >= {1, 16 // dtype.itemsize}

@@ -163,7 +163,7 @@ def test_cudnn_is_timed_as_it_is_used(name, monkeypatch, tmp_path):
     [said] = re.findall(r"cudnn\.(\w+) = (?:True|not cfg)", (ROOT / name / "train.py").read_text())
     found, before = [], (cudnn.benchmark, cudnn.deterministic)
 
-    def evaluate(*_):
+    def evaluate(*_, **__):
         found.append((cudnn.benchmark, cudnn.deterministic))
         return folder.meters.Metrics(1.0, 2.0, 3.0, 4.0)
 

@@ -13,6 +13,7 @@ for streams, so `backward` walks the graph itself.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import re
@@ -34,7 +35,7 @@ class Pointer(int):
 
 
 class Launch(NamedTuple):
-    """A kernel that would have run, and how it was called."""
+    """A kernel that would have run, and how it was called; arguments as numbers and Pointers."""
 
     name: str
     module: "Module"
@@ -45,15 +46,15 @@ class Launch(NamedTuple):
 
 def signature(launch):
     """[(type, name, whether it is a pointer), ...] of the kernel's parameters, as the source has
-    them; typedefs, -D and the template's type are resolved.
+    them; typedefs and -D are resolved.
     """
-    name, _, template = launch.name.partition("<")
-    entry = rf"(?:ENTRY|__global__)\s+(?:void\s+)?{name}\(([^)]*)\)\s*\{{"
-    (parameters,) = re.findall(entry, launch.module.code)
-    typedefs = re.findall(r"typedef ([\w ]+) (\w+);", launch.module.code)
-    known = {short: long for long, short in typedefs} | launch.module.defines
-    if template:
-        known["scalar_t"] = template.strip(">").split(",")[0]
+    return parameters_of(launch.module, launch.name)
+
+
+def parameters_of(module, name):
+    (parameters,) = re.findall(rf"ENTRY\s+{name}\(([^)]*)\)\s*\{{", module.code)
+    typedefs = re.findall(r"typedef ([\w ]+) (\w+);", module.code)
+    known = {short: long for long, short in typedefs} | module.defines
     found = []
     for parameter in parameters.split(","):
         words = parameter.replace("const ", "").replace("__restrict__ ", "")
@@ -63,6 +64,9 @@ def signature(launch):
             plain = known[plain]
         found.append((plain, own_name, kind.endswith("*")))
     return found
+
+
+CTYPES = {"int": "c_int", "long long": "c_longlong", "float": "c_float", "double": "c_double"}
 
 
 class Operation(NamedTuple):
@@ -77,8 +81,8 @@ class Operation(NamedTuple):
 class Module:
     """In the place of cupy.RawModule: source, options and what of them are definitions."""
 
-    def __init__(self, machine, code, options, name_expressions=()):
-        self.machine, self.code, self.options, self.names = machine, code, options, name_expressions
+    def __init__(self, machine, code, options):
+        self.machine, self.code, self.options = machine, code, options
         words = (re.fullmatch(r"-D(\w+)=(.*)", option) for option in options)
         self.defines = dict(word.groups() for word in words if word)
 
@@ -86,12 +90,9 @@ class Module:
         pass
 
     def get_function(self, name):
-        def launch(grid, block, args):
-            known = self.machine.pointers
-            args = tuple(known.get(arg, arg) if type(arg) is int else arg for arg in args)
-            self.machine.events.append(Launch(name, self, tuple(grid), tuple(block), args))
-
-        return launch
+        """A kernel whose address is its place among the machine's."""
+        self.machine.kernels.append((name, self))
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.machine.kernels) - 1))
 
 
 class Fake(FakeTensorMode):
@@ -171,7 +172,7 @@ class Machine(contextlib.ExitStack):
     def __init__(self, modules, fake=True):
         super().__init__()
         self.fake = fake
-        self.modules, self.events, self.pointers = [*modules], [], {}
+        self.modules, self.events, self.pointers, self.kernels = [*modules], [], {}, []
         self.mode = Fake(self.events)
 
     @property
@@ -184,13 +185,10 @@ class Machine(contextlib.ExitStack):
 
     def __enter__(self):
         super().__enter__()
-        cuda = SimpleNamespace(
-            Device=lambda index: Nothing(),
-            Stream=SimpleNamespace(from_external=lambda stream: Nothing()),
-        )
-        cupy = SimpleNamespace(cuda=cuda, RawModule=functools.partial(Module, self))
+        cupy = SimpleNamespace(RawModule=functools.partial(Module, self))
         self.enter_context(mock.patch.dict(sys.modules, cupy=cupy))
-        self.patch(torch.cuda, "current_stream", lambda device=None: mock.sentinel.stream)
+        self.patch(torch.cuda, "current_device", lambda: None if not self.fake else 0)
+        self.patch(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
         self.patch(torch.cuda, "is_bf16_supported", lambda *args: True)
         self.patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         self.patch(torch.cuda, "device", lambda device: Nothing())
@@ -202,6 +200,18 @@ class Machine(contextlib.ExitStack):
         else:
             self.patch(torch.Tensor, "is_cuda", True)
         return self
+
+    def launch(self, address, *how):
+        """In the place of CUDA's cuLaunchKernel."""
+        name, module = self.kernels[address]
+        grid, block, places, args = how[:3], how[3:6], how[8], []
+        if self.fake:
+            for place, (kind, _, pointer) in zip(places, parameters_of(module, name), strict=True):
+                ctype = ctypes.c_longlong if pointer else getattr(ctypes, CTYPES[kind])
+                value = ctype.from_address(place).value
+                args.append(self.pointers.get(value, value) if pointer else value)
+        self.events.append(Launch(name, module, grid[:2], block[:2], tuple(args)))
+        return 0
 
     def pointer_to(self, tensor):
         """An address as an allocator gives it, a multiple of 512 where a storage begins."""
@@ -216,7 +226,9 @@ class Machine(contextlib.ExitStack):
         fresh = {}  # functions with a cache: what they know of this machine waits meanwhile
         for module in self.modules:
             for name, value in vars(module).items():
-                if name == "cupy_error":
+                if name == "driver":
+                    yield module, name, lambda: self.launch
+                elif name == "cupy_error":
                     yield module, name, lambda: None
                 elif name in ("is_called_as_operator", "is_fake"):
                     yield module, name, lambda *args: False

@@ -62,7 +62,7 @@ class Cost:
         seconds = 0
         if registers.at_once(launch):  # rows, then channels
             module, values = launch.module, int(launch.args[0]) * int(launch.args[1])
-            code = registers.compiled(module.code, module.options, module.names, ARCH)[launch.name]
+            code = registers.compiled(module.code, module.options, ARCH)[launch.name]
             seconds = code.loop * values / int(module.defines.get("LANES", 1)) / HALF
         self.cupy += 1
         self.add(launch.name.split("<")[0], 1, moved, 0, seconds)

@@ -42,7 +42,7 @@ class Code(NamedTuple):
 
 
 @functools.cache
-def compiled(source, options, names, arch):
+def compiled(source, options, arch):
     """{kernel: Code} of a source, compiled as CuPy does it; RuntimeError with NVRTC's words."""
     from cuda.bindings import nvrtc
     from cupy._core.core import assemble_cupy_compiler_options
@@ -53,8 +53,6 @@ def compiled(source, options, names, arch):
         return text
 
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
-    for name in names:
-        nvrtc.nvrtcAddNameExpression(program, name.encode())
     options = [f"--gpu-architecture={arch}", *assemble_cupy_compiler_options(options)]
     options = [option.encode() for option in (*options, "--ptxas-options=-v")]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -62,9 +60,6 @@ def compiled(source, options, names, arch):
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(log)
     sizes = instructions(ask(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), arch)
-    known = {}
-    for name in names:
-        known[nvrtc.nvrtcGetLoweredName(program, name.encode())[1].decode()] = name
     nvrtc.nvrtcDestroyProgram(program)
     found = {}
     for part in log.split("Compiling entry function ")[1:]:
@@ -74,7 +69,7 @@ def compiled(source, options, names, arch):
         ).groups()
         registers = re.search(r"Used (\d+) registers", part)[1]
         code = Code(int(registers), int(stack), int(stores) + int(loads), *sizes[kernel])
-        found[known.get(kernel, kernel)] = code
+        found[kernel] = code
     return found
 
 
@@ -115,9 +110,9 @@ def jump(word, arch):
 
 def at_once(launch):
     """Values that a thread takes at once, all steps of its channels; None where it loops over
-    them, and of kernels that work on channels alone.
+    steps, and of kernels that work on channels alone.
     """
-    if fakecuda.signature(launch)[0][1] != "rows":
+    if fakecuda.signature(launch)[0][1] != "rows" or launch.name.startswith("integrate"):
         return None
     defines = launch.module.defines
     steps = int(defines.get("STEPS", 1)) if launch.name.startswith("fire") else 1
@@ -145,8 +140,8 @@ def table(archs, Ts, types):
             for arch in archs:
                 for (name, _), one in sorted(found.items(), key=lambda item: item[0]):
                     module = one.module
-                    code = compiled(module.code, module.options, module.names, arch)[name]
-                    row = {"kernel": name.split("<")[0], "arch": arch, "dtype": dtype, "T": T}
+                    code = compiled(module.code, module.options, arch)[name]
+                    row = {"kernel": name, "arch": arch, "dtype": dtype, "T": T}
                     row |= {"lanes": int(module.defines.get("LANES", 1)), **code._asdict()}
                     values = at_once(one)
                     yield row | {"per_value": values and code.loop / values}

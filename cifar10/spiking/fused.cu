@@ -273,22 +273,24 @@ ENTRY batch_norm(index_t channels, index_t parts, index_t count, index_t repeats
     }
 }
 
-// As above, from running statistics; only scale and shift, of `all` channels.
-ENTRY running_norm(index_t channels, index_t all, real_t eps, const real_t* mean,
+// As above, from running statistics; only scale and shift, in `all` channels those from `start` on.
+ENTRY running_norm(index_t channels, index_t all, index_t start, real_t eps, const real_t* mean,
                    const real_t* var, const real_t* bias, const real_t* gamma, const real_t* beta,
                    real_t* affine) {
     COLUMNS(c) {
         if (WRITES(c)) {
             const real_t scale = gamma[c] / root(double(var[c]) + eps);
-            affine[c] = scale;
-            affine[all + c] = beta[c] - (bias ? mean[c] - bias[c] : mean[c]) * scale;
+            affine[start + c] = scale;
+            affine[all + start + c] = beta[c] - (bias ? mean[c] - bias[c] : mean[c]) * scale;
         }
     }
 }
 
-// Running statistics and the number of batches, as BatchNorm moves them on.
-ENTRY update(index_t channels, real_t momentum, const real_t* mean, const real_t* var,
+// Running statistics and the number of batches, as BatchNorm moves them on to the mean and variance
+// of norm [5, all] from channel `start` on.
+ENTRY update(index_t channels, index_t all, index_t start, real_t momentum, const real_t* norm,
              const real_t* bias, real_t* running_mean, real_t* running_var, long long* batches) {
+    const real_t *mean = norm + start, *var = mean + all;
     COLUMNS(c) {
         if (WRITES(c)) {
             const real_t now = bias ? mean[c] + bias[c] : mean[c];
@@ -302,8 +304,9 @@ ENTRY update(index_t channels, real_t momentum, const real_t* mean, const real_t
 // From sums over count rows to out [6, channels]: the gradients of beta, gamma and PLIF's rate,
 // and factors a, b, c, with which BatchNorm's own gradient is a * grad + b * y + c.
 ENTRY batch_norm_backward(index_t channels, index_t parts, index_t sums, index_t count,
-                          const real_t* partial, const real_t* mean, const real_t* invstd,
-                          const real_t* gamma, real_t* out) {
+                          const real_t* partial, const real_t* norm, const real_t* gamma,
+                          real_t* out) {
+    const real_t *mean = norm, *invstd = norm + 2 * channels;
     COLUMNS(i) {
         const index_t c = clamp(i, channels), stride = sums * channels;
         const double total = sum_of_parts(partial + c, stride, parts);

@@ -54,6 +54,9 @@ def rates_of(lif, x, channels):
 
 def rows_of_channels(x):
     """x with its channels innermost in memory, as the kernels read it; copied only if it is not."""
+    _, B, C, H, W = x.shape
+    if x.stride() == (B * H * W * C, H * W * C, 1, W * C, C):
+        return x
     return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
@@ -235,8 +238,8 @@ def running_norm(
     """Writes scale and shift of a BatchNorm's running statistics into affine [2, channels from
     `start` on]. The bias is the convolution's, which y lacks.
     """
-    args = (mean, var, bias, gamma, beta, affine[:, start:])
-    launch("running_norm", affine, len(mean), affine.shape[1], eps, *args)
+    args = (start, eps, mean, var, bias, gamma, beta, affine)
+    launch("running_norm", affine, len(mean), affine.shape[1], *args)
 
 
 @operator("running_mean", "running_var", "batches")
@@ -247,9 +250,8 @@ def update(
     """Moves a BatchNorm's running statistics on to `norm`, in which its channels begin at `start`.
     The mean lacks the convolution's bias, which is added.
     """
-    mean, var = norm[0, start:], norm[1, start:]
-    C = len(running_mean)
-    launch("update", norm, C, momentum, mean, var, bias, running_mean, running_var, batches)
+    sizes = (len(running_mean), norm.shape[1], start)
+    launch("update", norm, *sizes, momentum, norm, bias, running_mean, running_var, batches)
 
 
 @operator()
@@ -259,8 +261,7 @@ def batch_norm_backward(partial: Tensor, norm: Tensor, gamma: Tensor, rows: int)
     """
     count, sums, C = partial.shape
     out = partial.new_empty(6, C)
-    args = (partial, norm[0], norm[2], gamma, out)
-    launch("batch_norm_backward", norm, C, count, sums, rows, *args)
+    launch("batch_norm_backward", norm, C, count, sums, rows, partial, norm, gamma, out)
     return out
 
 

@@ -15,9 +15,11 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -160,8 +162,10 @@ def cupy_error():
     try:
         for dtype in CTYPES:
             x = torch.ones(8, dtype=dtype, device="cuda")
-            launch("integrate", x, 1, 8, 1, 8, x, torch.empty_like(x), None, 0.5, 1.0, T=16)
-        torch.cuda.synchronize()
+            spikes = torch.empty_like(x)
+            launch("integrate", x, 1, 8, 1, 8, x, spikes, None, 0.5, 0.5, T=16)
+            if not torch.equal(spikes, x):
+                raise RuntimeError(f"a kernel computes other numbers in {dtype}")
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
         reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, ImportError):
@@ -277,39 +281,79 @@ def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
         launch_cuda(name, y, args, T, neuron)
     else:
         real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
-        args = [as_argument(arg, ctypes.c_longlong, real, ctypes.c_void_p) for arg in args]
+        args = [
+            ctypes.c_longlong(arg)
+            if isinstance(arg, int)
+            else real(arg)
+            if isinstance(arg, float)
+            else ctypes.c_void_p(0 if arg is None else arg.data_ptr())
+            for arg in args
+        ]
         getattr(host_library(Build(y.dtype, T, neuron)), name)(*args)
 
 
-def as_argument(arg, integer, real, pointer):
-    """arg as a kernel gets it; the others are types of numbers and addresses."""
-    if isinstance(arg, int):
-        return integer(arg)
-    return real(arg) if isinstance(arg, float) else pointer(0 if arg is None else arg.data_ptr())
-
-
 def launch_cuda(name, y, args, T, neuron):
-    import numpy
+    device, large = y.device.index, y.numel() * T >= 2**30
+    kernel = cuda_kernel(name, y.dtype, T, neuron, *args[:2], len(args), large, device)
+    kernel.launch(args, torch._C._cuda_getCurrentRawStream(device))
 
-    if name in OF_COLUMNS:
-        lanes, block, grid = 1, COLUMNS, (-(-args[0] // COLUMNS[0]), 1)
+
+@functools.cache
+def cuda_kernel(name, dtype, T, neuron, rows, channels, count, large, device):
+    """The Kernel of such a launch."""
+    if name in OF_COLUMNS:  # the first argument are the channels
+        lanes, block, grid = 1, COLUMNS, (-(-rows // COLUMNS[0]), 1)
     else:
-        lanes, block, grid = tiling(y.element_size(), *args[:2], T)
-    large = any(isinstance(arg, torch.Tensor) and arg.numel() >= 2**30 for arg in args)
-    integer, index = (numpy.int64, "long long") if large else (numpy.int32, "int")
-    args = tuple([as_argument(arg, integer, numpy.float32, int) for arg in args])
-    kernel = cuda_kernel(name, Build(y.dtype, T, neuron, lanes, index))
-    with torch.cuda.device(y.device), cupy_stream(torch.cuda.current_stream(y.device)):
-        kernel(grid, block, args)
+        lanes, block, grid = tiling(dtype.itemsize, rows, channels, T)
+    build = Build(dtype, T, neuron, lanes, "long long" if large else "int")
+    return Kernel(address_of(name, build, device), grid, block, count, device)
 
 
 @functools.cache
-def cuda_kernel(name, build):
-    return cuda_module(build).get_function(name)
+def address_of(name, build, device):
+    with torch.cuda.device(device):
+        return cuda_module(build).get_function(name).kernel.ptr
 
 
 @functools.cache
-def cupy_stream(stream):
-    import cupy
+def driver():
+    """CUDA's cuLaunchKernel. CuPy's own call of it takes longer than a small kernel runs."""
+    function = ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    function.argtypes = [pointer, *7 * [number], pointer, pointer, pointer]
+    return function
 
-    return cupy.cuda.Stream.from_external(stream)
+
+@functools.cache
+def bits_of(value):
+    """A float as the first four of eight bytes."""
+    return struct.unpack("<q", struct.pack("<fi", value, 0))[0]
+
+
+class Kernel:
+    """A kernel with its grid, and memory for its arguments, eight bytes each. Of these a kernel
+    reads as many as its parameter has.
+    """
+
+    def __init__(self, address, grid, block, count, device):
+        self.values, self.device, self.lock = (ctypes.c_longlong * count)(), device, Lock()
+        start = ctypes.addressof(self.values)
+        self.places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        self.fixed = (address, *grid, 1, *block, 1, 0)
+
+    def launch(self, args, stream):
+        if self.device != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self.launch(args, stream)
+        with self.lock:  # the driver has read the arguments when it returns
+            for i, arg in enumerate(args):
+                kind = type(arg)
+                if kind is int:
+                    self.values[i] = arg
+                elif kind is float:
+                    self.values[i] = bits_of(arg)
+                else:
+                    self.values[i] = 0 if arg is None else arg.data_ptr()
+            code = driver()(*self.fixed, stream, self.places, None)
+        if code:
+            raise RuntimeError(f"CUDA refuses to launch a kernel (error {code})")

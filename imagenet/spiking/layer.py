@@ -202,6 +202,11 @@ def convolve(x, weight, options):
     return channels_last(F.conv2d(x, weight, None, options.stride, options.padding)), None
 
 
+def steps(y, shape):
+    """y [T*B, ...] as [T, B, ...] of a shape."""
+    return y.view(*shape[:2], *y.shape[1:])
+
+
 def rows(x):
     """[T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last."""
     return channels_last(x.flatten(0, -4))
@@ -221,7 +226,7 @@ class ConvBNLIF(torch.autograd.Function):
         norm = ops.batch_norm(y, gamma, beta, options.eps, options.repeats)
         pooled = ops.pool(y)[0] if options.pool else y
         if options.neuron:
-            pooled = pooled.unflatten(0, x.shape[:2])
+            pooled = steps(pooled, x.shape)
             args = (norm[3:], rates, *options.neuron[:3], options.save_bytes)
             out, small = ops.fire(pooled, options.T, *args)
         else:
@@ -238,8 +243,8 @@ class ConvBNLIF(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         x, bits, y, weight, gamma, rates, norm = ctx.saved_tensors
-        options, steps = ctx.options, ctx.shape[:2]
-        shape = (steps.numel(), *ctx.shape[2:])
+        options, T, B = ctx.options, *ctx.shape[:2]
+        shape = (T * B, *ctx.shape[2:])
         if options.small and bits is not None:
             y = events.convolve(shape, bits, x, weight, options.stride, options.padding)
         elif options.small:
@@ -248,7 +253,7 @@ class ConvBNLIF(torch.autograd.Function):
         pooled, taps = ops.pool(y) if options.pool else (y, None)
         if options.neuron:
             grad_spikes, grad = grad, torch.empty_like(pooled)
-            args = (pooled.unflatten(0, steps), grad.unflatten(0, steps), norm[0], norm[3:], rates)
+            args = (steps(pooled, ctx.shape), steps(grad, ctx.shape), norm[0], norm[3:], rates)
             partial = ops.fire_backward(grad_spikes, *args, *options.neuron)
         else:
             grad = channels_last(grad)
@@ -269,7 +274,7 @@ class ConvBNLIF(torch.autograd.Function):
             x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
         grad_x, dense = convolution_backward(grad, rows(x), weight, options, wanted)
         grad_weight = dense if grad_weight is None else grad_weight
-        grad_x = None if grad_x is None else grad_x.unflatten(0, steps).to(ctx.dtype)
+        grad_x = None if grad_x is None else steps(grad_x, ctx.shape).to(ctx.dtype)
         # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
         grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
         # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
@@ -288,15 +293,16 @@ def convolution_backward(grad, x, weight, options, wanted):
     # out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
     products = grad.is_cuda or grad.dtype == torch.float64 or stride != (1, 1)
     if products and weight.shape[2:] == (1, 1) and options.padding == (0, 0):
-        seen = x[:, :, :: stride[0], :: stride[1]]  # rows of channels, matrix products of them
+        seen = x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+        # rows of channels, and matrix products of them
         pixels, grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2), None
         if wanted[1]:
             sums = sum_over_rows(pixels, seen.permute(0, 2, 3, 1).flatten(0, 2))
-            grad_weight = sums[:, :, None, None]
+            grad_weight = sums.view_as(weight)
         if not wanted[0]:
             return None, grad_weight
-        grad_seen = (pixels @ weight.flatten(1)).unflatten(0, (len(x), *seen.shape[2:]))
-        grad_seen = grad_seen.permute(0, 3, 1, 2)
+        N, C, H, W = seen.shape
+        grad_seen = torch.mm(pixels, weight.flatten(1)).view(N, H, W, C).permute(0, 3, 1, 2)
         if stride == (1, 1):
             return grad_seen, grad_weight
         grad_x = torch.zeros_like(x)
@@ -313,7 +319,6 @@ def sum_over_rows(a, b):
     return a.t() @ b
 
 
-@torch.no_grad()
 def update_statistics(convs, bns, norm, sign):
     """Update running statistics as BatchNorm does."""
     if sign is not None:
