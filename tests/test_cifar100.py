@@ -11,11 +11,9 @@ import yaml
 
 import models
 from conftest import (
-    GOLDEN_LONG,
     ROOT,
     Golden,
     build_model,
-    check_golden,
     copy_folder,
     load,
     on_cpu,
@@ -23,6 +21,7 @@ from conftest import (
     resolve_in,
 )
 from on_digits import cifar10
+from on_golden import LONG, OURS, check_golden
 from on_images import TINY
 
 cifar100 = load("cifar100")
@@ -32,9 +31,7 @@ def resolve(*argv):
     return resolve_in(cifar100, *argv)
 
 
-@pytest.mark.parametrize(
-    ("semantics", "fused", "losses"), [("per_sample", True, False), *GOLDEN_LONG]
-)
+@pytest.mark.parametrize(("semantics", "fused", "losses"), [OURS, *LONG])
 def test_golden(semantics, fused, losses):
     golden = Golden("cifar100")
 

@@ -7,13 +7,22 @@ import pytest
 import torch
 import yaml
 
-from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, build_model, check_golden, load
+from conftest import ROOT, Golden, build_model, load
 from on_events import FOLDERS, PARAMETERS, resolve, small_model
+from on_golden import LONG, OURS, PLAIN, RELEASE, check_golden
 
 # Model --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("semantics", "fused", "losses"), GOLDEN + GOLDEN_LONG)
+@pytest.mark.parametrize(
+    ("folder", "semantics", "fused", "losses"),
+    [
+        ("dvs128-gesture", *OURS),
+        *(("cifar10-dvs", *case) for case in (OURS, RELEASE, PLAIN)),
+        *(pytest.param(name, *c.values, marks=c.marks) for name in FOLDERS for c in LONG),
+    ],
+    indirect=["folder"],
+)
 def test_golden(folder, semantics, fused, losses):
     golden = Golden(folder.name)
 

@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 
-from conftest import GOLDEN, GOLDEN_LONG, ROOT, Golden, check_golden, script
+from conftest import ROOT, Golden, script
+from on_golden import LONG, OURS, RELEASE, check_golden
 from on_photos import CPU, imagenet, resolve
 
 SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
@@ -22,9 +23,9 @@ SIZES = {"384": 16_473_688, "512": 29_079_336, "768": 64_962_760}
 @pytest.mark.parametrize(
     ("size", "semantics", "fused", "losses"),
     [
-        *((384, semantics, fused, False) for semantics, fused, _ in GOLDEN),
-        (512, "per_sample", True, False),
-        *(pytest.param(n, *case.values, marks=case.marks) for n in SIZES for case in GOLDEN_LONG),
+        (384, *OURS),
+        (384, *RELEASE),
+        *(pytest.param(size, *case.values, marks=case.marks) for size in SIZES for case in LONG),
     ],
 )
 def test_golden(size, semantics, fused, losses):
@@ -280,7 +281,7 @@ def vector(model):
 
 def test_accumulation_equals_one_step(narrow, tmp_path):
     """Up to BatchNorm's statistics, which are held here: same losses, same weights, leftover
-    micro-steps dropped; on two ranks too, which meet once a step.
+    micro-steps dropped.
     """
     runs = {}
     for batch, accum in ((16, 1), (4, 4)):
@@ -297,18 +298,23 @@ def test_accumulation_equals_one_step(narrow, tmp_path):
     assert loss == pytest.approx(runs[1][0], rel=1e-7)  # the meter is in float32
     torch.testing.assert_close(vector(trainer.model), whole, rtol=1e-6, atol=1e-7)
 
+
+@pytest.mark.long
+def test_accumulation_on_two_ranks(narrow, tmp_path):
+    """The same step, for which they meet once."""
+    loss, trainer = frozen_trainer(narrow, tmp_path, "--batch_size", 16)
     code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_imagenet as test; "
     (tmp_path / "two_ranks.py").write_text(f"{code}test.on_two_ranks()")
     paths = (ROOT / "tests", ROOT / "tools", tmp_path)
     done = script("imagenet", tmp_path / "two_ranks", *paths, *narrow, ranks=2)
     result = torch.load(tmp_path / "two_ranks.pth", weights_only=True)
     assert result["calls"] == ["gradients", "sum"] * 2, done.stdout
-    assert result["loss"] == pytest.approx(runs[1][0], rel=1e-7)
-    torch.testing.assert_close(result["weights"], whole, rtol=1e-6, atol=1e-7)
+    assert result["loss"] == pytest.approx(loss, rel=1e-7)
+    torch.testing.assert_close(result["weights"], vector(trainer.model), rtol=1e-6, atol=1e-7)
 
 
 def on_two_ranks():
-    """Run on both ranks of test_accumulation_equals_one_step, where CPU is one of two."""
+    """Run on both ranks of test_accumulation_on_two_ranks, where CPU is one of two."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     folder, *flags = sys.argv[3:]

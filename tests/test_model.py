@@ -6,13 +6,14 @@ import pytest
 import timm
 import torch
 
-from conftest import GOLDEN, GOLDEN_LONG, Golden, check_golden, load
+from conftest import Golden, load
+from on_golden import LONG, OURS, RELEASE, check_golden
 
 cifar10 = load("cifar10")
 SMALL = {"embed_dims": 64, "num_heads": 4}
 
 
-@pytest.mark.parametrize(("semantics", "fused", "losses"), GOLDEN + GOLDEN_LONG)
+@pytest.mark.parametrize(("semantics", "fused", "losses"), [OURS, RELEASE, *LONG])
 def test_golden(semantics, fused, losses):
     golden = Golden("cifar10")
 

@@ -6,7 +6,8 @@ import torch
 from spikingjelly.activation_based.model import maxformer
 from torch import nn
 
-from conftest import Golden, build_model, check_golden, load, resolve_in
+from conftest import Golden, build_model, load, resolve_in
+from on_golden import check_golden
 from on_ms import SMALL, cifar10, cifar100, imagenet, make_model
 
 lif = cifar10.neuron

@@ -50,15 +50,28 @@ def ours(name, **options):
     return model.eval().state_dict(), logits, [p.grad for p in model.parameters()]
 
 
+def copy_models(name, package):
+    """The line that imports MS-QKFormer where a folder has it."""
+    found = [file for file in ("model.py", "ms.py") if (ROOT / name / file).exists()]
+    for file in found:
+        shutil.copy(ROOT / name / file, package)
+    return "import mypkg.ms" if "ms.py" in found else ""
+
+
 FEW = ["cifar10", *(pytest.param(n, marks=pytest.mark.long) for n in MODELS if n != "cifar10")]
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_two_files(tmp_path, name):
-    """model.py and spiking.py, a copy of plain.py, without spikingjelly: to the bit the plain path."""
-    shutil.copy(ROOT / name / "model.py", tmp_path)
-    shutil.copy(ROOT / name / "spiking" / "plain.py", tmp_path / "spiking.py")
-    run(tmp_path, name, module="model", before="sys.modules['spikingjelly'] = None", after="")
+@pytest.mark.parametrize("package", ["mypkg", pytest.param("", marks=pytest.mark.long)])
+def test_two_files(tmp_path, package, name):
+    """model.py and spiking.py, a copy of plain.py, in a package or not, without spikingjelly: to
+    the bit the plain path.
+    """
+    (tmp_path / package).mkdir(exist_ok=True)
+    other = copy_models(name, tmp_path / package)
+    shutil.copy(ROOT / name / "spiking" / "plain.py", tmp_path / package / "spiking.py")
+    module, none = f"{package}.model".strip("."), "sys.modules['spikingjelly'] = None"
+    run(tmp_path, name, module=module, before=none, after=other if package else "")
     found, want = torch.load(tmp_path / "found.pt"), ours(name, fused=False, backend="torch")
     assert [*found[0]] == [*want[0]] and torch.equal(found[1], want[1])
     for one, other in zip(
@@ -69,21 +82,14 @@ def test_two_files(tmp_path, name):
 
 @pytest.mark.parametrize("name", FEW)
 def test_in_a_package(tmp_path, name):
-    """mypkg/model.py with mypkg/spiking/ runs fused; the same folder with one file runs too."""
+    """mypkg/model.py with mypkg/spiking/ runs fused."""
     package = tmp_path / "mypkg"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / name / "spiking", package / "spiking", ignore=ignored)
-    for file in ("model.py", "ms.py"):
-        if (ROOT / name / file).exists():
-            shutil.copy(ROOT / name / file, package)
+    other = copy_models(name, package)
     log = "import logging; logging.basicConfig(filename='log', level='INFO')"
-    other = "import mypkg.ms" if (package / "ms.py").exists() else ""
     run(tmp_path, name, module="mypkg.model", before=log, after=other)
     found, want = torch.load(tmp_path / "found.pt"), ours(name)
     assert torch.equal(found[1], want[1]) and [*found[0]] == [*want[0]]
     if load(name).compiler.available("cpu", torch.float32, "auto"):
         assert (tmp_path / "log").read_text().count("fused kernels on the CPU") == 1
-    shutil.rmtree(package / "spiking")
-    shutil.copy(ROOT / name / "spiking" / "plain.py", package / "spiking.py")
-    none = "sys.modules['spikingjelly'] = None"
-    run(tmp_path, name, module="mypkg.model", before=none, after=other)

@@ -1,12 +1,9 @@
 """Training with cifar10/'s scripts, as a user runs them, on the embedded digits."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 
@@ -15,79 +12,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import ROOT, log_of, on_cpu, script, start
-from forks import equal, opened
+from conftest import log_of, script, start
 from on_digits import cifar10
-
-UserError = cifar10.config.UserError
-NARROW = "-c quickstart.yml --dim 16 --num-heads 2 --time-step 1 --img-size 8 --warmup-epochs 0"
-# randomness in every place: mixup and flips in a worker, random erasing and drop path
-RANDOM = [*NARROW.split(), *"--mixup 0.5 --hflip 0.5 --reprob 0.5 --drop-path 0.2".split()]
-ARGS = [*RANDOM, *"--batch-size 128 --epochs 2 --cooldown-epochs 1".split()]
-FEW = [*RANDOM, *"--batch-size 358 --epochs 2".split()]  # of 4 steps
-ONE = [*NARROW.split(), *"--batch-size 1024 --epochs 1".split()]  # of one step
-
-
-def train(*argv, main=cifar10.train.main):
-    """(exit code, what it said) of a run in this process, with its error as the script has it."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        try:
-            code = main(on_cpu(argv))
-        except UserError as error:
-            code = print(f"error: {error}") or 1
-    return code, text.getvalue()
-
-
-def content(path):
-    """A checkpoint but for the configuration, which names the run's folder."""
-    return {**torch.load(path, weights_only=True), "config": 0, "given": 0}
-
-
-def is_same(one, other):
-    """To the bit: log, weights, optimizer and random states of two runs, last and best."""
-    assert log_of(one) == log_of(other)
-    for name in ("last.pth", "best.pth"):
-        assert equal(content(one / name), content(other / name)), name
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of ARGS that nothing interrupts."""
-    output = tmp_path_factory.mktemp("output")
-    code, text = train(*ARGS, "--output", output, "--experiment", "whole")
-    assert code == 0
-    return output / "whole", text
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """A run of FEW that nothing interrupts."""
-    output = tmp_path_factory.mktemp("output")
-    assert train(*FEW, "--output", output)[0] == 0
-    return output / "quickstart"
-
-
-@pytest.fixture
-def stop_when(monkeypatch):
-    """Gives runs a signal as soon as function(run) is true."""
-
-    class Stop:
-        number = signal.SIGTERM
-
-        def __bool__(self):
-            return self.function(self.run)
-
-    def fit(run):
-        run.stop = stop
-        stop.run = run
-        return run._fit(stop)
-
-    def choose(function):
-        stop.function = function
-        monkeypatch.setattr(cifar10.run.Run, "fit", fit)
-
-    stop = Stop()
-    return choose
+from on_runs import ARGS, FEW, ONE, is_same, printed, train
 
 
 def test_run_and_its_folder(whole):
@@ -259,11 +186,6 @@ def test_killed(whole, tmp_path):
     is_same(folder, whole[0])
 
 
-def printed(text):
-    """The command that goes on, as a stopped run prints it."""
-    return shlex.split(re.search(r"; to go on: (.*)$", text, re.MULTILINE)[1])
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
 )
@@ -285,142 +207,6 @@ def test_signal(whole, tmp_path, number):
     done = script("cifar10", "train", *flags)
     assert f"at epoch 1, step {checkpoint['step']}" in done.stdout
     is_same(place / "quickstart", whole[0])
-
-
-def test_two_ranks(tmp_path):
-    """By torchrun, torch.distributed.launch or neither; each has running statistics of its own,
-    which are saved too.
-    """
-    args = [*ARGS, "--log-interval", 1, "--output", tmp_path, "--batch-size", 64]
-    args += ["--dist-bn", "reduce", "--model-ema", "--model-ema-decay", 0.9]
-    args += ["--cooldown-epochs", 0]
-    done = script("cifar10", "train", *args, "--experiment", "whole", ranks=2)
-    assert "128 images a step (batch_size 64 x 2 ranks)" in done.stdout
-    process = start("cifar10", *args, "--experiment", "stopped", ranks=2)
-    next(line for line in process.stdout if line.startswith("epoch 0, step 3/"))
-    process.send_signal(signal.SIGTERM)
-    rest = process.stdout.read()
-    assert process.wait() != 0
-    folder = tmp_path / "stopped"
-    step = torch.load(folder / "last.pth", weights_only=True)["step"]
-    assert step >= 3
-    shutil.copytree(folder, tmp_path / "one" / "stopped")
-    launcher, number, name, *flags = printed(rest)
-    assert (launcher, number, name) == ("torchrun", "--nproc_per_node=2", "train.py")
-    script("cifar10", "train", *flags, ranks=2, launcher="launch")
-    is_same(folder, tmp_path / "whole")
-
-    best = max(log_of(folder), key=lambda line: line["test_acc1"])
-    test = ["--checkpoint", folder / "best.pth"]
-    for ranks in (1, 2):
-        if ranks == 1:
-            train(*test, main=cifar10.test.main)
-        else:
-            script("cifar10", "test", *test, ranks=2)
-        result = json.loads((folder / "test-best.json").read_text())
-        assert (result["top1"], result["loss"]) == (best["test_acc1"], best["test_loss"])
-
-    # on one rank, behind the samples that were seen, in the same order of the epoch
-    code, text = train("--resume", "auto", "--output", tmp_path / "one")
-    assert code == 0 and "64 images a step" in text and f"at epoch 0, step {2 * step}\n" in text
-    assert f"epoch 0, step {2 * step + 1}/22" in text or step == 11
-    assert len(log_of(tmp_path / "one" / "stopped")) == 2
-
-
-@pytest.mark.long
-def test_101_samples_on_two_ranks():
-    """Each sample once and in its batch: one rank and two give the same figures, under both
-    semantics.
-    """
-    results = {}
-    for cross in ("false", "true"):
-        for number in (1, 2):
-            args = (ROOT / "tests", cross, "-c", "quickstart.yml", "--val-batch-size", 8)
-            done = script(
-                "cifar10", "../tests/eval_101", *args, ranks=number, env={"PYTHONPATH": "."}
-            )
-            line = next(line for line in done.stdout.splitlines() if line.startswith("METRICS"))
-            results[cross, number] = json.loads(line.partition(" ")[2])
-    assert results["false", 1] == results["false", 2] and results["true", 1] == results["true", 2]
-    assert results["false", 1] != results["true", 1]
-
-
-# Folders ------------------------------------------------------------------------------------------
-
-
-def test_folders(tmp_path):
-    """A run's folder is written to only by going on from its last.pth."""
-
-    def found(**settings):
-        folder, resume, going_on = opened(tmp_path, **settings)
-        return folder.name, resume and str(resume.relative_to(tmp_path)), going_on
-
-    def make(name, *files, experiment="a"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        for file in files:
-            (tmp_path / name / file).touch()
-        (tmp_path / name / "args.yaml").write_text(f"experiment: {experiment}\n")
-
-    assert found() == found(resume="auto") == ("a", None, False)
-    make("a")  # ended before its first checkpoint
-    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", None, True)
-    make("a", "last.pth", "best.pth")
-    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", "a/last.pth", True)
-    make("a-b", "last.pth", experiment="a-b")
-    make("a-384", "last.pth", experiment="a-384")  # another experiment, whose name ends in a number
-    make("b", "last.pth", experiment="b")
-    os.utime(tmp_path / "a" / "last.pth", (1, 1))
-    assert found(resume="auto") == ("a", "a/last.pth", True)
-    make("a-2", "last.pth")
-    assert found() == ("a-3", None, False)
-    assert found(resume="auto") == ("a-2", "a-2/last.pth", True)
-    assert found(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth", True)
-    assert found(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth", False)
-    assert found(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth", True)
-
-
-def test_links_are_replaced(few, tmp_path, stop_when):
-    """What a link in a run's folder leads to is read, but never written."""
-    args = [*FEW, "--output", tmp_path / "run", "--resume", "auto"]
-    stop_when(lambda run: run.epoch == 1)
-    assert train(*args)[0] == 143
-    run, other = tmp_path / "run" / "quickstart", tmp_path / "other"
-    (run / "test-best.json").write_text("theirs")
-    other.mkdir()
-    names = ("last.pth", "best.pth", "args.yaml", "log.txt", "classes.txt", "test-best.json")
-    for name in names:
-        (run / name).rename(other / name)
-        (run / name).symlink_to(other / name)
-    before = {name: (other / name).read_bytes() for name in names}
-    stop_when(lambda run: False)
-    log = log_of(other)
-    code, text = train(*args)
-    assert code == 0 and "at epoch 1" in text
-    train("--checkpoint", run / "best.pth", main=cifar10.test.main)
-    assert before == {name: (other / name).read_bytes() for name in names} and len(log) == 1
-    assert not [name for name in names if (run / name).is_symlink() and name != "best.pth"]
-    assert json.loads((run / "test-best.json").read_text())["top1"] >= 0
-    is_same(run, few)
-
-
-def test_log_with_a_torn_line(tmp_path):
-    lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
-    (tmp_path / "log.txt").write_text("\n".join([*lines, '{"epoch": 4, "lr']))
-    log = cifar10.folder.RunLog(tmp_path, 3, 0)
-    assert log.path.read_text().splitlines() == lines[:3]
-
-
-def test_failed_resume_changes_nothing(few):
-    before = {path: path.read_bytes() for path in few.rglob("*.*")}
-    args = [*FEW, "--output", few.parent, "--resume", "auto"]
-    for flags, words in (
-        (["--dim", 32], ["dim is 32", "is of dim 16"]),
-        (["--opt", "sgd"], ["last.pth", "adamw", "sgd"]),
-        (["--experiment", "a/b"], ["experiment is 'a/b'"]),
-    ):
-        code, text = train(*args, *flags)
-        assert code == 1 and all(word in text.splitlines()[-1] for word in words), text
-    assert {path: path.read_bytes() for path in few.rglob("*.*")} == before
 
 
 # Numbers ------------------------------------------------------------------------------------------
