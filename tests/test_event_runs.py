@@ -118,14 +118,16 @@ def evaluate(folder, cfg, path, eval_amp, semantics=False):
 
 
 @ONCE
-def test_training_on_two_ranks(folder, tmp_path, data_path):
-    """With frames to wait for. Under amp, evaluation is in float32 all the same, unless eval_amp
-    says otherwise.
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_amp_in_training_alone(folder, ranks, tmp_path, data_path):
+    """Evaluation is in float32 all the same, unless eval_amp says otherwise; a second rank waits
+    for the frames.
     """
     args = [*RANDOM, "--epochs", 1, "--T", 3, "--amp-dtype", "bfloat16"]
     args += ["--data-path", data_path[folder.name], "--output-dir", tmp_path]
-    done = script(folder.name, "train", *args, ranks=2)
-    assert "16 samples a step (batch_size 8 x 2 ranks)" in done.stdout
+    done = script(folder.name, "train", *args, ranks=ranks)
+    size = "8 samples a step (batch_size 8)", "16 samples a step (batch_size 8 x 2 ranks)"
+    assert size[ranks - 1] in done.stdout
     assert done.stdout.count("integrating frames") == 1
     [line], best = log_of(tmp_path / folder.name), tmp_path / folder.name / "best.pth"
     cfg = resolve(folder, *args)

@@ -66,7 +66,7 @@ def test_workers_are_deaf_to_signals(method, monkeypatch, tmp_path):
     assert [first, *found] == [1, 5, 9, 13, 17, 21]
 
 
-@pytest.mark.parametrize("act", ["kill", "shm", "files"])
+@pytest.mark.parametrize("act", [pytest.param("kill", marks=pytest.mark.long), "shm", "files"])
 def test_lost_worker(act):
     """Batches come up to its own; then an error says why, without a wait for it."""
 

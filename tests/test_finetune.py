@@ -8,7 +8,7 @@ import torch
 
 from conftest import Golden, load
 from on_digits import cifar10
-from test_train import FEW, content, is_same, stop_when, train  # noqa: F401
+from on_runs import FEW, content, is_same, train
 
 parts = cifar10.parts
 
@@ -105,7 +105,7 @@ class Plain(list):
     classes = ["x"]
 
 
-def test_a_run_that_validates(tmp_path, stop_when, monkeypatch):  # noqa: F811
+def test_a_run_that_validates(tmp_path, stop_when, monkeypatch):
     """No test sample is read; a run that is stopped goes on with the same samples, to the bit,
     whatever seed it is given then; its checkpoint is fine-tuned with frozen stages.
     """

@@ -120,7 +120,8 @@ FEW = [  # of the slower ones to compile, and of the others' types, the rest are
 def test_kernels(dtype, case):
     T, steps, C = case
     check_kernels(dtype, T, steps, C)
-    check_kernels(dtype, T, steps, C, tau=3.7, v_threshold=0.4)
+    if T in (4, 19):  # each tau is compiled
+        check_kernels(dtype, T, steps, C, tau=3.7, v_threshold=0.4)
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ NEURONS = ("MULTIPLY sigmoid", "DIVIDE atan", "PARAMETRIC erf", "INTEGRATE rect"
 
 
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
-@pytest.mark.parametrize("T", [1, 4, 16, pytest.param(64, marks=pytest.mark.long)])
+@pytest.mark.parametrize("T", [4, *(pytest.param(T, marks=pytest.mark.long) for T in (1, 16, 64))])
 def test_nvrtc(arch, T):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
     headers = pytest.importorskip("cupy._core.core")

@@ -64,7 +64,7 @@ def test_batch_independence(attention, cross):
             for block in stage
         )
     model = Golden.fill(model).eval()
-    images = torch.randn(5, 3, 32, 48).double()
+    images = torch.randn(3, 3, 32, 48).double()
     with torch.no_grad():
         together = model(images)
         alone = torch.cat([model(image[None]) for image in images])

@@ -114,8 +114,8 @@ def test_batch_independence(attention, cross):
     model = Golden.fill(
         cifar10.model.QKFormer(**SMALL, attention=attention, cross_sample_lif=cross)
     ).eval()
-    images = torch.randn(6, 3, 16, 16).double()
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    images = torch.randn(3, 3, 16, 16).double()
+    order = torch.tensor([1, 2, 0])
     with torch.no_grad():
         together = model(images)
         alone = torch.cat([model(image[None]) for image in images])

@@ -203,8 +203,16 @@ def test_compiles_and_exports(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("alpha", [None, 1.3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*lif.CLASSES, "triangle"])
+@pytest.mark.parametrize(
+    ("name", "kind"),  # each is compiled
+    [
+        pytest.param(
+            name, kind, marks=[] if kind == "lif" or name == "triangle" else pytest.mark.long
+        )
+        for name in [*lif.CLASSES, "triangle"]
+        for kind in KINDS
+    ],
+)
 def test_surrogates(name, kind, alpha, monkeypatch):
     """Fused and plain neurons have the gradients of spikingjelly's neuron with its own surrogate
     function; one of your own is a formula in Python and one in C++.
@@ -216,6 +224,7 @@ def test_surrogates(name, kind, alpha, monkeypatch):
             "x = alpha - absolute(x); return x > 0 ? x : 0;",
         )
         monkeypatch.setitem(lif.plain.SURROGATES, name, own)
+    monkeypatch.setattr(ops, "CHUNK", 6)  # one compilation for both kinds of kernels
     torch.manual_seed(3)
     x, grad = 2 * torch.randn(6, 2, 5, 4, 3).double(), torch.randn(6, 2, 5, 4, 3).double()
     theirs = {"if": neuron.IFNode, "plif": neuron.ParametricLIFNode}.get(kind, neuron.LIFNode)
@@ -271,9 +280,10 @@ def check_kernels(kind, x, grad, tau=2.0, v_threshold=1.0, alpha=4.0):
 @OTHERS
 @pytest.mark.parametrize("dtype", list(kernels.HOST_CTYPES))
 @pytest.mark.parametrize("shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 9), (37, 2, 6)])
-def test_kernels_on_host(kind, alpha, dtype, shape):
+def test_kernels_on_host(kind, alpha, dtype, shape, monkeypatch):
     torch.manual_seed(sum(shape))
     x, grad = (2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    monkeypatch.setattr(ops, "CHUNK", 4)  # as compiled for others; test_lif.py has the usual one
     for tau, v_threshold in ((2.0, 1.0), (3.7, 0.8)):
         check_kernels(kind, x, grad, tau, v_threshold, alpha)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)

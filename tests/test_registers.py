@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not fakecuda.POSSIBLE, reason="needs a newer PyT
 MOST = 128
 
 
-@pytest.mark.parametrize("T", [4, 16])
+@pytest.mark.parametrize("T", [16, pytest.param(4, marks=pytest.mark.long)])
 def test_kernels_stay_in_registers(T):
     rows = list(registers.table(["sm_90"], [T], ["float16"]))
     names = {row["kernel"] for row in rows}

@@ -186,6 +186,7 @@ def test_energy_and_pictures_of_events(events, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = events.place / "one.pth"
     flags = ["--folder", events.name, "--", *on_cpu(events.flags), "--T", 2, "--workers", 0]
+    flags += ["--cross-sample-lif", "false"]
     assert energy.main([path, *flags]) == 0
     paths, samples = files(events, 2)
     result = json.loads((events.place / "energy-one.json").read_text())

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from conftest import load
 
-FOLDERS = ("cifar10", "cifar100", "imagenet", "dvs128-gesture", "cifar10-dvs")
-IMAGES = FOLDERS[:3]
 cifar10 = load("cifar10")
 events, layer = cifar10.events, cifar10.layer
 LAST = torch.channels_last
@@ -96,7 +94,10 @@ def test_shapes_of_the_models(density):
         assert max(differences(x, weight, (stride,) * 2, (kernel // 2,) * 2)) < 1e-14
 
 
-@pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+LONG = (pytest.param(target, marks=pytest.mark.long) for target in ("x86-64-v2", "x86-64-v4"))
+
+
+@pytest.mark.parametrize("target", ["x86-64-v3", *LONG])
 def test_vectors_of_each_length(target, monkeypatch):
     known = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
     if {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}.get(target, "sse4_2") not in known:
@@ -138,9 +139,19 @@ def test_threads(threads):
 
 
 SMALL = {"embed_dims": 64, "num_heads": 4, "num_classes": 7}
-MODELS = [(folder, "QKFormer" if folder != "imagenet" else "QKFormer_10_384") for folder in FOLDERS]
-MODELS += [
-    (folder, "MSQKFormer" if folder != "imagenet" else "MSQKFormer_10_384") for folder in IMAGES
+MODELS = [
+    ("imagenet", "QKFormer_10_384"),
+    ("cifar10", "MSQKFormer"),
+    ("dvs128-gesture", "QKFormer"),
+    *(
+        pytest.param(*names, marks=pytest.mark.long)
+        for names in (
+            ("cifar10", "QKFormer"),
+            ("cifar100", "QKFormer"),
+            ("cifar10-dvs", "QKFormer"),
+            ("imagenet", "MSQKFormer_10_384"),
+        )
+    ),
 ]
 
 
