@@ -191,6 +191,10 @@ def test_statistics_are_those_of_float64(offset):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
 def test_running_statistics(dtype, momentum):
+    check_running_statistics(dtype, momentum)
+
+
+def check_running_statistics(dtype, momentum):
     """`update` and `running_norm` for two layers joined into one, against nn.BatchNorm2d."""
     torch.manual_seed(2)
     y = torch.randn(3, 12, 5, 4, dtype=dtype).contiguous(memory_format=CL)

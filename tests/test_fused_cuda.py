@@ -1,33 +1,49 @@
-"""The CUDA side of the kernels, without a GPU: compiled by NVRTC, and run on the host."""
+"""The CUDA side of the kernels, without a GPU: what NVRTC makes of it; run on this processor, a
+thread for each of CUDA's, against autograd and the plain path, and under the address and
+undefined-behaviour sanitizers.
+"""
 
 import ctypes
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import load
-from test_fused import SIZES, check_kernels, check_pooling, compiled
+from conftest import ROOT, Golden, load
+from test_fused import SIZES, check_kernels, check_pooling, check_running_statistics, compiled
 
 cifar10 = load("cifar10")
 lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
-NEURONS = ("MULTIPLY sigmoid", "DIVIDE atan", "PARAMETRIC erf", "INTEGRATE rect")
+NEURONS = {
+    "MULTIPLY sigmoid": torch.float16,  # the published one
+    "DIVIDE atan": torch.float32,
+    "PARAMETRIC erf": torch.bfloat16,
+    "INTEGRATE rect": torch.float16,
+}
+REGISTERS = 128  # of the 65,536 of a multiprocessor: two blocks of 256 threads run
+
+OLDEST_TO_NEWEST = [
+    pytest.param(arch, marks=pytest.mark.long) for arch in ("sm_75", "sm_80", "sm_120")
+]
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *OLDEST_TO_NEWEST])
 @pytest.mark.parametrize("T", [4, *(pytest.param(T, marks=pytest.mark.long) for T in (1, 16, 64))])
 def test_nvrtc(arch, T):
+    """Everything compiles, and stays in registers."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")  # not with every PyTorch
     headers = pytest.importorskip("cupy._core.core")
-    for dtype, neuron in zip(kernels.CTYPES, NEURONS, strict=False):
+    for neuron, dtype in NEURONS.items():
         lanes = kernels.tiling(dtype.itemsize, 1000, 384, T)[0]
         build = kernels.Build(dtype, T, neuron, lanes, "long long" if T == 64 else "int")
         error, program = nvrtc.nvrtcCreateProgram(build.source().encode(), b"fused.cu", 0, [], [])
         options = headers.assemble_cupy_compiler_options(
             (*kernels.NVRTC_OPTIONS, *build.defines(kernels.CTYPES))
         )
-        options = [f"--gpu-architecture={arch}", *options]
+        options = [f"--gpu-architecture={arch}", *options, "--ptxas-options=-v"]
         (error,) = nvrtc.nvrtcCompileProgram(
             program, len(options), [option.encode() for option in options]
         )
@@ -35,6 +51,19 @@ def test_nvrtc(arch, T):
         nvrtc.nvrtcGetProgramLog(program, log)
         assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
         assert nvrtc.nvrtcGetCUBINSize(program)[1] > 0
+        seen = set()
+        for text in log.decode().split("Compiling entry function ")[1:]:
+            name = text.split("'")[1]
+            seen.add(name)
+            if T < 64 and (T in (1, fused.CHUNK) or not name.startswith("integrate")):
+                assert text.count(" 0 bytes stack frame, 0 bytes spill stores, 0 bytes") == 1, text
+            if neuron.startswith("MULTIPLY") and T < 64 and arch == "sm_90":
+                assert int(re.search(r"Used (\d+) registers", text)[1]) <= REGISTERS, text
+        assert seen == entries()
+
+
+def entries():
+    return {*re.findall(r"^ENTRY (\w+)", kernels.KERNELS, re.M)}
 
 
 def check_neuron(kind, shape, dtype):
@@ -84,6 +113,12 @@ template <class Kernel> static void team(Index grid, Index block, Kernel kernel)
 """
 
 
+# For a run of its own: more options of g++, and a fault that is put into the source.
+OPTIONS, RIGHT, WRONG = (
+    os.environ.get(f"ON_HOST_{name}", "") for name in ("FLAGS", "RIGHT", "WRONG")
+)
+
+
 @pytest.fixture
 def cuda_on_host(monkeypatch, tmp_path):
     """kernels.launch runs the source's CUDA side, one thread for each of CUDA's. Returns the list
@@ -109,8 +144,11 @@ def cuda_on_host(monkeypatch, tmp_path):
         types = {**kernels.CTYPES, torch.float64: "double"}
         path = tmp_path / f"{len(libraries)}.so"
         command = "g++ -O1 -std=c++20 -ffp-contract=off -w -pthread -shared -fPIC -x c++ -".split()
-        command += [f"-I{tmp_path}", *build.defines(types), "-o", path]
-        subprocess.run(command, input=SHIM + build.source() + wrappers, text=True, check=True)
+        command += [f"-I{tmp_path}", *OPTIONS.split(), *build.defines(types), "-o", path]
+        source = build.source()
+        assert RIGHT in source
+        source = source.replace(RIGHT, WRONG) if RIGHT else source
+        subprocess.run(command, input=SHIM + source + wrappers, text=True, check=True)
         return ctypes.CDLL(path)
 
     kernels_at = []
@@ -147,18 +185,82 @@ def cuda_on_host(monkeypatch, tmp_path):
     kernels.cuda_kernel.cache_clear()
 
 
+@pytest.mark.long
 @compiled
-@pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(d, marks=pytest.mark.long) for d in (torch.float64, torch.float32, torch.half)],
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.half], ids=str)
 def test_cuda_side_on_host(cuda_on_host, dtype):
     for T, steps, C in ((4, 4, 48), (4, 1, 33), (16, 16, 200)):
         check_kernels(dtype, T, steps, C)
     for size, C in zip(SIZES, (35, 24, 8, 33), strict=True):
         check_pooling(dtype, C, size)
+    if dtype != torch.half:
+        check_running_statistics(dtype, 0.1)
     for kind, shape in (("plif", (19, 5, 30)), ("lif", (4, 2, 64)), ("if", (33, 7))):
         check_neuron(kind, shape, dtype)
     names, lanes = ({*column} for column in zip(*cuda_on_host, strict=True))
-    entries = set(re.findall(r"^ENTRY (\w+)", kernels.KERNELS, re.M))
-    assert entries - names == {"update", "running_norm"} and lanes >= {1, 16 // dtype.itemsize}
+    missing = {"update", "running_norm"} if dtype == torch.half else set()
+    assert entries() - names == missing and lanes >= {1, 16 // dtype.itemsize}
+
+
+@pytest.mark.long
+@compiled
+def test_model_on_host(cuda_on_host):
+    """Every launch of a model's step, and of its evaluation, against the plain path in float64."""
+    found = []
+    for plain in (True, False):
+        model = cifar10.model.QKFormer(
+            T=2, embed_dims=48, num_heads=2, depths=3, fused=not plain, events=False
+        )
+        Golden.fill(model)
+        x = torch.rand(
+            2, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        logits = model.train()(x)
+        logits.square().sum().backward()
+        with torch.no_grad():
+            after = model.eval()(x)
+        assert bool(cuda_on_host) != plain
+        found.append([logits, after, *model.buffers(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.long
+@compiled
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("", "", "1 passed"),
+        ("row < rows;", "row < rows + 1;", "heap-buffer-overflow"),
+        ("row += gridDim.y * blockDim.y", "row += 1", "AssertionError"),
+        ("channel < channels)", "channel + LANES < channels)", "AssertionError"),
+        ("load(y + r * channels + c)", "load(y + r * channels + c + (r > 0))", "misaligned"),
+    ],
+)
+def test_memory(right, wrong, says):
+    """Nothing is read or written outside of tensors or across the alignment of loads, and faults
+    are found.
+    """
+    libraries = ("libasan.so", "libstdc++.so")
+    paths = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in libraries
+    ]
+    # An offset to a null pointer is one that is not read: of bytes or rates that are not there.
+    flags = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    done = subprocess.run(
+        [*f"{sys.executable} -m pytest -n0 -s -q -m long -k".split(), "host and float16", __file__],
+        env={
+            **os.environ,
+            "LD_PRELOAD": " ".join(map(str.strip, paths)),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "ON_HOST_FLAGS": f"{flags} -fno-sanitize=pointer-overflow",
+            "ON_HOST_RIGHT": right,
+            "ON_HOST_WRONG": wrong,
+        },
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert says in done.stdout and (done.returncode == 0) == (not right), done.stdout[-3000:]

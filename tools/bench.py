@@ -7,8 +7,6 @@ Usage:
     python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
     python tools/bench.py --model cifar10 MSQKFormer --batch 16    # and with membrane shortcuts
     python tools/bench.py --profile trace.json   # PyTorch's profiler, for chrome://tracing
-    python tools/bench.py --bytes                # bytes moved and saved, by parts of the model
-    python tools/bench.py --predict              # launches and time on an H100 that is not there
 
 What is compared:
     fast          the folder's model as it comes
@@ -42,9 +40,8 @@ from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
 
 import models
-import predict
-import traffic
 from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
+from saved import Saved
 
 OURS = {"fast": (), "dense": (), "compiled": (), "checkpointed": (1, 2)}  # stages computed again
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
@@ -156,7 +153,7 @@ class Candidate:
             self.train()
             return torch.cuda.max_memory_allocated() / 2**20
         self.model.train()
-        with traffic.Saved(self.model) as saved:
+        with Saved(self.model) as saved:
             loss = self.loss()
         loss.backward()
         return saved.total / 2**20
@@ -284,16 +281,6 @@ def main():
         metavar="FILE",
         help="write a trace of one training step of the first path there",
     )
-    parser.add_argument(
-        "--bytes",
-        action="store_true",
-        help="no timing: bytes moved and saved, by parts of the model",
-    )
-    parser.add_argument(
-        "--predict",
-        action="store_true",
-        help="no timing: a step on a GPU that is not there, by parts; by default of 32 images",
-    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
@@ -309,16 +296,7 @@ def main():
     }
     print("; ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
     rows = []
-    for name, batch, T, size in configurations(
-        arguments, device.type == "cuda" or arguments.predict
-    ):
-        if arguments.bytes or arguments.predict:
-            way = predict if arguments.predict else traffic
-            x = make_input(name, batch, T, size, "cpu")
-            found = way.table(name, load(folder_of(name)), x, T)
-            way.print_table(found)
-            rows += found
-            continue
+    for name, batch, T, size in configurations(arguments, device.type == "cuda"):
         try:
             found, candidates = bench(
                 name, batch, T, size, arguments.paths, arguments.rounds, device, dtype

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import models
-from traffic import Saved
+from saved import Saved
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 2**20

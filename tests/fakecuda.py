@@ -8,7 +8,8 @@ batch fits, and nothing is computed.
         fakecuda.backward(loss)
     machine.events                                    # [Launch or Operation, ...]
 
-PyTorch's CUDA build is needed, though no driver. Its engine for the backward pass asks the driver
+It finds tensors and operators on the wrong device, kernels that are called wrongly, copies into
+another layout and layers that run module by module; no value. PyTorch's CUDA build is needed, though no driver. Its engine for the backward pass asks the driver
 for streams, so `backward` walks the graph itself.
 """
 
@@ -44,14 +45,10 @@ class Launch(NamedTuple):
     args: tuple
 
 
-def signature(launch):
-    """[(type, name, whether it is a pointer), ...] of the kernel's parameters, as the source has
-    them; typedefs and -D are resolved.
-    """
-    return parameters_of(launch.module, launch.name)
-
-
 def parameters_of(module, name):
+    """[(type, name, whether it is a pointer), ...] of a kernel, as the source has them; typedefs
+    and -D are resolved.
+    """
     (parameters,) = re.findall(rf"ENTRY\s+{name}\(([^)]*)\)\s*\{{", module.code)
     typedefs = re.findall(r"typedef ([\w ]+) (\w+);", module.code)
     known = {short: long for long, short in typedefs} | module.defines
@@ -105,7 +102,7 @@ class Fake(FakeTensorMode):
         self.events, self.within = events, False
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        ours = operator.namespace.startswith("qkformer_") and operator.namespace != "qkformer_bench"
+        ours = operator.namespace.startswith("qkformer_")
         if self.within or ours or operator.namespace == "prim":
             return self.answer(operator, types, args, kwargs or {})
         if composed(operator):
@@ -163,53 +160,36 @@ class Nothing:
 
 
 class Machine(contextlib.ExitStack):
-    """Context in which a folder's modules find a GPU with CuPy; its tensors are fake.
+    """Context in which a folder's modules find a GPU with CuPy; its tensors are fake."""
 
-    With fake=False tensors are those of the CPU, and say that they are a GPU's: everything happens
-    that a launch needs of Python.
-    """
-
-    def __init__(self, modules, fake=True):
+    def __init__(self, modules):
         super().__init__()
-        self.fake = fake
         self.modules, self.events, self.pointers, self.kernels = [*modules], [], {}, []
         self.mode = Fake(self.events)
-
-    @property
-    def launches(self):
-        return [event for event in self.events if isinstance(event, Launch)]
-
-    @property
-    def operations(self):
-        return [event for event in self.events if isinstance(event, Operation)]
 
     def __enter__(self):
         super().__enter__()
         cupy = SimpleNamespace(RawModule=functools.partial(Module, self))
         self.enter_context(mock.patch.dict(sys.modules, cupy=cupy))
-        self.patch(torch.cuda, "current_device", lambda: None if not self.fake else 0)
+        self.patch(torch.cuda, "current_device", lambda: 0)
         self.patch(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
         self.patch(torch.cuda, "is_bf16_supported", lambda *args: True)
         self.patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         self.patch(torch.cuda, "device", lambda device: Nothing())
         for module, name, value in [*self.replacements()]:
             self.patch(module, name, value)
-        if self.fake:
-            self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.pointer_to(tensor)))
-            self.enter_context(self.mode)
-        else:
-            self.patch(torch.Tensor, "is_cuda", True)
+        self.patch(FakeTensor, "data_ptr", lambda tensor: int(self.pointer_to(tensor)))
+        self.enter_context(self.mode)
         return self
 
     def launch(self, address, *how):
         """In the place of CUDA's cuLaunchKernel."""
         name, module = self.kernels[address]
         grid, block, places, args = how[:3], how[3:6], how[8], []
-        if self.fake:
-            for place, (kind, _, pointer) in zip(places, parameters_of(module, name), strict=True):
-                ctype = ctypes.c_longlong if pointer else getattr(ctypes, CTYPES[kind])
-                value = ctype.from_address(place).value
-                args.append(self.pointers.get(value, value) if pointer else value)
+        for place, (kind, _, pointer) in zip(places, parameters_of(module, name), strict=True):
+            ctype = ctypes.c_longlong if pointer else getattr(ctypes, CTYPES[kind])
+            value = ctype.from_address(place).value
+            args.append(self.pointers.get(value, value) if pointer else value)
         self.events.append(Launch(name, module, grid[:2], block[:2], tuple(args)))
         return 0
 
