@@ -30,8 +30,10 @@ constexpr int LANES = 32 / sizeof(real);
 constexpr int LANES = 16 / sizeof(real);
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
-constexpr int WORDS = 4;    // whose bits a tile has rows for, so that it stays in a near cache
-constexpr int PIXELS = 64;  // that are summed before the next tile
+constexpr int MOST_VECTORS = 8;  // of a tile, in registers
+// Words whose bits a tile has rows for: it has 64 kB, to stay in a near cache.
+constexpr int WORDS = (1 << 16) / (64 * MOST_VECTORS * sizeof(vec));
+constexpr int PIXELS = 128;  // that are summed before the next tile
 
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
@@ -121,7 +123,7 @@ struct Patches {
     Patches(const Shape& s, const word* bits)
         : shape(s), bits(bits), depth(s.kernel_height * s.kernel_width * s.channels),
           words((depth + 63) / 64), blocks((s.channels + 63) / 64), place(words * 64) {
-        for (long k = 0; k < depth; ++k) {
+        for (long k = 0; k < long(place.size()); ++k) {  // behind the depth, too
             const long tap = k / s.channels, y = tap / s.kernel_width, x = tap % s.kernel_width;
             place[k] = (y * s.width + x) * s.channels + k % s.channels;
         }
@@ -161,11 +163,73 @@ struct Patches {
 
 // Sums -------------------------------------------------------------------------------------------
 
+// Writes `first` plus the places of the bits, and up to 32 numbers of no meaning behind; returns how
+// many there are. No branch depends on the bits: it would be guessed wrong as often as not.
+#ifdef __AVX512VBMI2__
+static const byte COUNT[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+static int write_places(word bits, int first, uint16_t* out) {
+    const uint16_t* start = out;
+    const __m512i some = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)COUNT));
+    __m512i places = _mm512_add_epi16(some, _mm512_set1_epi16(first));
+    for (int half = 0; half < 2; ++half, bits >>= 32) {
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(__mmask32(bits), places));
+        out += __builtin_popcount(unsigned(bits));
+        places = _mm512_add_epi16(places, _mm512_set1_epi16(32));
+    }
+    return out - start;
+}
+#else
+typedef uint16_t eight __attribute__((vector_size(16)));
+
+static const struct Places {  // of the bits of each byte
+    eight of[256];
+    Places() : of() {
+        for (int byte = 0; byte < 256; ++byte)
+            for (int bit = 0, n = 0; bit < 8; ++bit)
+                if (byte >> bit & 1) of[byte][n++] = bit;
+    }
+} places;
+
+static int write_places(word bits, int first, uint16_t* out) {
+    const uint16_t* start = out;
+    for (int k = 0; k < 64; k += 8, bits >>= 8) {
+        const eight found = places.of[bits & 255] + uint16_t(first + k);
+        memcpy(out, &found, sizeof found);
+        out += __builtin_popcount(bits & 255);
+    }
+    return out - start;
+}
+#endif
+
+// The values of 64 inputs that lie side by side, where the bits are; and up to 15 of no meaning.
+template <class In, class Out>
+static void write_values(word bits, const In* x, Out* out) {
+    for (; bits; bits &= bits - 1) *out++ = x[__builtin_ctzll(bits)];
+}
+
+#ifdef __AVX512VBMI2__
+static __m512 some_of(__mmask16 some, const float* x) { return _mm512_maskz_loadu_ps(some, x); }
+static __m512 some_of(__mmask16 some, const byte* x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, x)));
+}
+
+template <class In>
+static void write_values(word bits, const In* x, float* out) {
+    for (int k = 0; k < 64; k += 16, bits >>= 16) {
+        const __mmask16 some = bits;
+        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(some, some_of(some, x + k)));
+        out += __builtin_popcount(some);
+    }
+}
+#endif
+
 // Which rows of a tile a row of outputs adds up, and with what values, where these are not all 1.
 template <class In>
 struct Events {
     static constexpr bool ones = std::is_void<In>();
-    static constexpr int MOST = 64 * WORDS;  // of a row
+    static constexpr int MOST = 64 * WORDS + 32;  // of a row, with room for what has no meaning
     const In* x;
     std::vector<int> count;
     std::vector<uint16_t> row;
@@ -175,13 +239,17 @@ struct Events {
         : x(x), count(rows), row(rows * MOST), value(ones ? 0 : rows * MOST) {}
     // Append the bits of a word, whose values are those of x + place + places[bit].
     void add(int r, int first, word bits, long place, const long* places) {
-        int n = count[r];
-        for (; bits; bits &= bits - 1, ++n) {
-            const int bit = __builtin_ctzll(bits);
-            row[r * MOST + n] = first + bit;
-            if constexpr (!ones) value[r * MOST + n] = x[place + places[bit]];
+        uint16_t* rows = row.data() + r * MOST;
+        const int begin = count[r];
+        count[r] += write_places(bits, first, rows + begin);
+        if constexpr (!ones) {
+            real* values = value.data() + r * MOST;
+            if (places[63] - places[0] == 63)
+                write_values(bits, x + place + places[0], values + begin);
+            else
+                for (int n = begin; n < count[r]; ++n)
+                    values[n] = x[place + places[rows[n] - first]];
         }
-        count[r] = n;
     }
     void clear() { std::fill(count.begin(), count.end(), 0); }
 };
@@ -229,7 +297,8 @@ static auto adder(int vectors) {
 }
 
 struct Tiles {  // of `channels` outputs, all but the last of the same width
-    const long channels, all = (channels + LANES - 1) / LANES, count = (all + 7) / 8;
+    const long channels, all = (channels + LANES - 1) / LANES;
+    const long count = (all + MOST_VECTORS - 1) / MOST_VECTORS;
     const long used = (all + count - 1) / count * LANES;  // numbers of a tile
     const int vectors = used == LANES ? 1 : (used / LANES + 1) / 2 * 2;
     const long row = vectors * LANES;  // numbers in memory
