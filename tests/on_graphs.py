@@ -130,8 +130,9 @@ def trainer(monkeypatch, tmp_path):
 
 
 def make_trainer(monkeypatch, tmp_path, name, words):
-    torch.manual_seed(3)
     folder = load(name)
+    ranks = folder.process.Ranks("cpu")
+    torch.manual_seed(3 + ranks.rank)  # each rank has its own batches, and weights before DDP
     data = folder.data
     cfg = resolve_in(folder, *RECIPES[name].split(), *words)
     size, classes = cfg.batch_size, cfg.num_classes or CLASSES[name]
@@ -141,12 +142,13 @@ def make_trainer(monkeypatch, tmp_path, name, words):
     class Samples(list):
         classes = range(CLASSES[name])
 
-    monkeypatch.setattr(data, "build_dataset", lambda *_: Samples(range(4 * size)))
+    monkeypatch.setattr(
+        data, "build_dataset", lambda *_: Samples(range(4 * size * ranks.world_size))
+    )
     batches = [(torch.rand(size, *SHAPES[name]), targets) for _ in range(4)]
     monkeypatch.setattr(data, "train_loader", lambda *_: batches)
     scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    ranks = folder.process.Ranks("cpu")
     run = folder.train.Trainer(folder.run.Start(cfg, {}, ranks, tmp_path, None, None, False))
     run.stop = False
     run.optimizer._step_supports_amp_scaling = True

@@ -17,7 +17,6 @@ import gpu
 import gpu_report
 import stages
 from forks import ended, forked, wait_for
-from on_graphs import cuda  # noqa: F401
 
 
 @pytest.fixture
@@ -172,29 +171,48 @@ def test_kernels(small, monkeypatch):
         assert torch.equal(one.grad, other.grad) and torch.equal(one, other)
 
 
-@pytest.mark.long
-def test_graphs(small, cuda, monkeypatch):  # noqa: F811
-    """The stage's own code; a replay that leaves something out is found."""
-    run, figures = small
-    run.on_gpu = True
+@pytest.fixture
+def graphs(small, cuda, monkeypatch, tmp_path):
+    """graphs(ranks) of stages.py with stand-ins for graphs; it returns the figures."""
+    run, _ = small
+    results = gpu.Results(tmp_path)
+    run.on_gpu, candidate = True, run.candidate
+    run.add = lambda **figures: results.add("graphs", **figures)
     monkeypatch.setattr(stages, "STEPS", 2)
     monkeypatch.setattr(run, "wait", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # and so it will be again
-    candidate = run.candidate
 
     def on_cpu(name, T, path, **options):  # a graph sees no sums of events
-        monkeypatch.setattr(run, "on_gpu", False)
+        run.device, run.on_gpu = torch.device("cpu"), False
         made = candidate(name, T, "dense", **options)
-        monkeypatch.setattr(run, "on_gpu", True)
+        run.on_gpu = True
         return made
 
+    def measure(ranks):
+        stages.graphs(run, ranks)
+        return gpu_report.read(tmp_path)["graphs"]["rows"]
+
     monkeypatch.setattr(run, "candidate", on_cpu)
-    stages.graphs(run, 1)
-    assert [row["equal"] for row in figures if "equal" in row] == [True, True]
-    assert [row["way"] for row in figures if "way" in row] == ["eager", "graph"] * 2
-    monkeypatch.setattr(type(cuda.graphs[0]), "replay", lambda graph: None)
+    return measure
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "kinds"), [(1, ["infer", "train"]), (2, ["train"])])
+def test_graphs(graphs, ranks, kinds):
+    rows = graphs(ranks)
+    assert [row["kind"] for row in rows if row.get("equal")] == kinds
+    assert [row["way"] for row in rows if "way" in row] == ["eager", "graph"] * len(kinds)
+
+
+@pytest.mark.long
+def test_graphs_that_leave_something_out(graphs, monkeypatch):
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     with pytest.raises(RuntimeError, match="infer: graphs and eager steps differ"):
-        stages.graphs(run, 1)
+        graphs(1)
+    with pytest.raises(RuntimeError, match="a rank failed"):
+        graphs(2)
 
 
 @pytest.mark.long

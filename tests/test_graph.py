@@ -1,7 +1,11 @@
 """CUDA graphs: on the CPU all that is around a capture (on_graphs.py), on a GPU equality to the bit."""
 
 import copy
+import functools
 import json
+import os
+import random
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch import nn
 
 from conftest import Golden, load, log_of, on_cpu, same, weights_of
+from forks import ended, forked
 from on_digits import SMALL
 
 cifar10, imagenet = load("cifar10"), load("imagenet")
@@ -27,7 +32,7 @@ CASES = [
 ]
 CASES_LONG = [
     pytest.param("cifar10", options, marks=pytest.mark.long)
-    for options in ({"depths": 3}, {"depths": 3, "fused": False})
+    for options in ({"depths": 3, "memory": "small"}, {"depths": 3, "fused": False})
 ]
 
 
@@ -177,18 +182,19 @@ def test_lines_where_there_is_no_graph(caplog):
         caplog.clear()
         got = graph.graphed(model, cfg, ranks, training)
         assert (got is model) == bool(caplog.messages or not cfg.cuda_graph)
-        return " ".join(caplog.messages).removeprefix("cuda_graph has no effect ")
+        return " ".join(caplog.messages).removeprefix("cuda_graph has no effect: ")
 
     model = nn.Linear(1, 1)
     with caplog.at_level("INFO", logger="qkformer"):
         assert [chosen(on, "cpu", cuda_graph=False) for on in (True, False)] == ["", ""]
         assert [chosen(on) for on in (True, False)] == ["", ""]
-        assert [chosen(on, "cpu") for on in (True, False)] == ["without a GPU"] * 2
-        assert all(chosen(on, compile=True).startswith("with compile") for on in (True, False))
-        assert chosen(True, world_size=2).startswith("in training on several ranks")
-        assert chosen(True, checkpoint_stages=[1]) == "in training with checkpoint_stages"
-        both = {"world_size": 2, "checkpoint_stages": [1]}
-        assert chosen(False, **both) == ""
+        assert [chosen(on, "cpu") for on in (True, False)] == ["a graph needs a GPU"] * 2
+        assert all(chosen(on, compile=True).endswith("compile: false") for on in (True, False))
+        needs = "in training a graph needs "
+        assert chosen(True, checkpoint_stages=[1]) == f"{needs}checkpoint_stages: []"
+        assert chosen(True, sync_bn=True, world_size=2) == f"{needs}sync_bn: false"
+        assert chosen(True, sync_bn=True) == chosen(True, world_size=2) == ""
+        assert chosen(False, world_size=2, checkpoint_stages=[1], sync_bn=True) == ""
 
 
 def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
@@ -227,6 +233,42 @@ def test_trainers_of_other_data_sets(cuda, trainer, monkeypatch, name):
         found.append([*weights, torch.tensor(run.meter.total)])
         assert len(cuda.graphs) == 2 * (on == "true")
     check_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["imagenet", pytest.param("cifar10", marks=pytest.mark.long)])
+def test_two_ranks(cuda, trainer, monkeypatch, tmp_path, name):
+    """Each with batches of its own; on ImageNet gradients are exchanged every second batch."""
+    monkeypatch.setattr(load(name).graph, "obstacle", lambda *_: None)
+
+    def train(rank, on):
+        place = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+        os.environ.update({**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        run = trainer(name, "--cuda_graph", on, "--events", "false")
+        assert isinstance(run.ddp, torch.nn.parallel.DistributedDataParallel)
+        before = {key: value.clone() for key, value in run.model.state_dict().items()}
+        random.seed(rank)
+        run.train_epoch()
+        scale = torch.tensor(run.scaler.get_scale())
+        state = {**run.model.state_dict(), "loss": torch.tensor(run.meter.total), "scale": scale}
+        torch.save([before, state, len(cuda.graphs)], tmp_path / f"{rank}-{on}")
+        torch.distributed.destroy_process_group()
+
+    for on in ("false", "true"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        pids = [forked(functools.partial(train, rank, on)) for rank in range(2)]
+        assert [ended(pid) for pid in pids] == [0, 0]
+    found = {path.name: torch.load(path) for path in tmp_path.glob("?-*")}
+    for rank in range(2):
+        before, eager, graphs = found[f"{rank}-false"]
+        _, graphed, more = found[f"{rank}-true"]
+        assert (graphs, more) == (0, 2) and eager.keys() == graphed.keys()  # names of what is saved
+        check_equal(eager.values(), graphed.values())
+        assert not torch.equal(before["head.weight"], graphed["head.weight"])
+    one, other = (found[f"{rank}-true"][1] for rank in range(2))
+    differ = {key.rpartition(".")[2] for key in one if not torch.equal(one[key], other[key])}
+    assert differ == {"running_mean", "running_var"}  # which are each rank's own
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -216,17 +217,43 @@ def waits(function):
 
 def graphs(run, ranks):
     """Inference and training steps by graphs (graph.py) and without, in time and to the bit."""
-    if not run.on_gpu:
-        raise LeftOut("needs a GPU")
-    if ranks > 1:
-        raise LeftOut("graphs in training are of one rank")
+    if not run.on_gpu or torch.cuda.device_count() < ranks:  # asks NVML, so that forks can use CUDA
+        raise LeftOut(f"needs {ranks} GPU{'s' * (ranks > 1)}")
+    if ranks == 1:
+        return compare(run, 1)
+    with tempfile.TemporaryDirectory() as place:
+        context = torch.multiprocessing.get_context("fork")
+        args = [(run, rank, ranks, f"file://{place}/store") for rank in range(ranks)]
+        processes = [context.Process(target=compare_rank, args=one) for one in args]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError("a rank failed; log.txt has its words")
+
+
+def compare_rank(run, rank, ranks, store):
+    run.device = torch.device("cuda", rank)
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(init_method=store, rank=rank, world_size=ranks)
+    run.add = run.add if rank == 0 else lambda **_: None
+    compare(run, ranks)
+    torch.distributed.destroy_process_group()
+
+
+def compare(run, ranks):
     Graph = models.load("imagenet").graph.Graph
     torch.backends.cudnn.deterministic = True
-    for kind in (infer, train):
+    for kind in (infer, train) if ranks == 1 else (train,):
         found = {}
         for way in ("eager", "graph"):
             candidate = run.candidate("QKFormer_10_384", 4, "fast", lively=True)
             forward = Graph(candidate.model) if way == "graph" else candidate.model
+            if ranks > 1:
+                forward = torch.nn.parallel.DistributedDataParallel(
+                    forward, broadcast_buffers=False
+                )
             logits = [kind(candidate, forward) for _ in range(STEPS)]
             state = [*logits, *candidate.model.state_dict().values()]
             found[way] = [value.clone() for value in state]

@@ -2,12 +2,14 @@
 
 A graph replays the kernels that it was captured from, on the same memory and with the same numbers.
 So an input is copied to where the kernels read it, and what they wrote is copied from there before
-the next replay overwrites it. Loss, gradient scaler and optimizer stay outside.
+the next replay overwrites it. Loss, gradient scaler, optimizer and what ranks exchange stay
+outside.
 """
 
 import contextlib
 
 import torch
+from torch.func import functional_call
 
 from spiking.neuron import say
 
@@ -21,56 +23,50 @@ def graphed(model, cfg, ranks, training=False):
     and the model comes back as it is.
     """
     if cfg.cuda_graph and (why := obstacle(cfg, ranks, training)):
-        say(f"cuda_graph has no effect {why}")
+        say(f"cuda_graph has no effect: {why}")
     return Graph(model) if cfg.cuda_graph and not why else model
 
 
 def obstacle(cfg, ranks, training):
-    """Where a pass of this configuration can't be a graph, in words; None: it can."""
+    """What a pass of this configuration needs to be a graph, in words; None: nothing more."""
     if ranks.device.type != "cuda":
-        return "without a GPU"
-    if cfg.compile:
-        return "with compile: true, which makes programs of its own"
-    if training and ranks.world_size > 1:
-        return "in training on several ranks, which meet within the backward pass"
+        return "a graph needs a GPU"
+    if cfg.compile:  # which makes programs of its own
+        return "a graph needs compile: false"
     if training and cfg.checkpoint_stages:  # they ask for the random state, which no capture allows
-        return "in training with checkpoint_stages"
+        return "in training a graph needs checkpoint_stages: []"
+    if training and ranks.world_size > 1 and getattr(cfg, "sync_bn", False):  # ranks meet within
+        return "in training a graph needs sync_bn: false"
     return None
 
 
-class Graph:
+class Graph(torch.nn.Module):
     """Computes model(x) by a graph of its forward pass and, where gradients are on, one of its
-    backward pass.
+    backward pass. DistributedDataParallel can wrap it: gradients are exchanged after the replay.
 
     They are captured at the first x. Another shape, such as that of a test's last batch, and the
     other mode of train() and eval() run kernel by kernel. Parameters and buffers must stay in their
-    memory, as load_state_dict() and optimizers leave them. In training no earlier loss may be alive
-    at the first x: its nodes in autograd belong to a stream that can't be captured.
+    memory, as load_state_dict() and optimizers leave them.
 
     Raises UserError where the model can't be captured.
     """
 
     def __init__(self, model):
+        super().__init__()
         self.model, self.captured, self.number = model, None, 0
 
-    def train(self):
-        self.model.train()
-
-    def eval(self):
-        self.model.eval()
-
-    def __call__(self, x):
+    def forward(self, x):
         kind = self.model.training, x.shape, x.dtype
         if self.captured is None:
             self.try_capture(x)
             self.captured = kind
         if self.captured != kind:
             return self.model(x)
-        return Replay.apply(self, x, *self.parameters) if self.parameters else self.replay(x)
+        return Replay.apply(self, x, *self.trained) if self.trained else self.replay(x)
 
     def replay(self, x):
         self.x.copy_(x)
-        self.forward.replay()
+        self.passes[0].replay()
         self.number += 1
         return self.logits.clone()
 
@@ -85,9 +81,9 @@ class Graph:
             raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
 
     def capture(self, x):
-        self.x, trained = x.clone(), torch.is_grad_enabled()
-        self.parameters = [p for p in self.model.parameters() if trained and p.requires_grad]
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.x, on = x.clone(), torch.is_grad_enabled()
+        known = {name: p for name, p in self.model.named_parameters() if on and p.requires_grad}
+        self.trained, self.passes = [*known.values()], [torch.cuda.CUDAGraph() for _ in range(2)]
         device = x.device.type
         settings = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # With its cache, autocast could keep 16-bit weights that are those of now for ever.
@@ -96,23 +92,31 @@ class Graph:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    logits = self.model(self.x)
-                    self.gradients(logits, torch.zeros_like(logits))
+                    self.gradients(*self.compute(known))
             torch.cuda.current_stream().wait_stream(side)
-            with capturing(self.forward):
-                logits = self.model(self.x)
-            if self.parameters:
+            with capturing(self.passes[0]):
+                logits, leaves = self.compute(known)
+            if known:
                 self.grad = torch.zeros_like(logits)
-                with capturing(self.backward, self.forward.pool()):
-                    grads = self.gradients(logits, self.grad)
-                pairs = zip(self.parameters, grads, strict=True)
+                with capturing(self.passes[1], self.passes[0].pool()):
+                    grads = self.gradients(logits, leaves, self.grad)
+                pairs = zip(self.trained, grads, strict=True)
                 used = [(parameter, grad) for parameter, grad in pairs if grad is not None]
-                self.parameters, self.grads = zip(*used, strict=True)
+                self.trained, self.grads = zip(*used, strict=True)
             self.logits = logits.detach()  # without the nodes, which are of the capture's stream
 
-    def gradients(self, logits, grad):
-        if self.parameters:
-            return torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
+    def compute(self, known):
+        """(logits, leaves of autograd in the memory of the `known` parameters). The parameters' own
+        nodes, which DistributedDataParallel or an earlier loss keeps, are of another stream, and
+        that can't be captured.
+        """
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in known.items()}
+        return functional_call(self.model, leaves, (self.x,)), [*leaves.values()]
+
+    def gradients(self, logits, leaves, grad=None):
+        if leaves:
+            grad = torch.zeros_like(logits) if grad is None else grad
+            return torch.autograd.grad(logits, leaves, grad, allow_unused=True)
 
 
 class Replay(torch.autograd.Function):
@@ -131,7 +135,7 @@ class Replay(torch.autograd.Function):
         if ctx.number != graph.number:
             raise RuntimeError("a graph's backward pass must come before its next forward pass")
         graph.grad.copy_(grad)
-        graph.backward.replay()
+        graph.passes[1].replay()
         # Autograd would make the graph's own tensors the parameters' gradients, and with accum_iter
         # the next replay would overwrite what is being summed.
         copies = [torch.empty_like(grad) for grad in graph.grads]

@@ -152,9 +152,7 @@ class Run:
         self.ddp = graphed(self.model, cfg, ranks, training=True)
         if ranks.world_size > 1:
             # Running statistics are each rank's own in training; test() makes them alike.
-            self.ddp = torch.nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False
-            )
+            self.ddp = torch.nn.parallel.DistributedDataParallel(self.ddp, broadcast_buffers=False)
         self.ema = None
         if cfg.model_ema:  # after DDP has sent rank 0's weights: each rank keeps the same average
             device = "cpu" if cfg.model_ema_force_cpu else None
