@@ -1,6 +1,14 @@
-"""tools/memory.py: what is counted is what autograd keeps, and grows as the paper says."""
+"""tools/memory.py: what is counted is what autograd keeps, and grows as the paper says;
+tools/segment.py: the masks are what was drawn.
+"""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 import memory
+import segment
 
 
 def test_memory(tmp_path, capsys):
@@ -15,3 +23,21 @@ def test_memory(tmp_path, capsys):
     small, large = rows[1:]  # 2.25 times the tokens
     assert abs(large[2] / small[2] - 2.25) < 0.02 and 2 < large[4] / small[4] < 2.25
     assert large[6] / small[6] > 4 and large[6] > 10 * large[2]
+
+
+def test_segment(tmp_path, capsys, monkeypatch):
+    make = segment.make
+    monkeypatch.setattr(segment, "make", lambda count, *args: make(min(count, 60), *args))
+    figure = tmp_path / "segment.png"
+    assert segment.main(["--steps", "1", "--figure", str(figure)]) == 0
+    said = capsys.readouterr().out
+    assert "step 1/1: loss 1." in said and "mean IoU" in said  # chance is log(4) = 1.39
+    assert Image.open(figure).size == (2 * 8 * segment.SIZE, 2 * 3 * segment.SIZE)
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    for seed in range(5):
+        image, mask = segment.draw(np.random.default_rng(seed), grey)
+        assert ((image != 128).any(2) <= (mask > 0)).all() and 0 < (mask > 0).mean() < 0.9
+        assert (mask > 0).mean() - (image != 128).any(2).mean() < 0.01
+    one, other = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0, 1, 1, 2, 1])
+    mean, ious = segment.mean_iou(one, other)
+    assert [*ious, mean] == pytest.approx([50, 100 / 3, 100, 0, (150 + 100 / 3) / 4])
