@@ -88,7 +88,7 @@ def build_model(modules, cfg, cross_sample_lif=False):
 
 
 # A file is one process's: those that take longest go first, so that both processes end together.
-FIRST = "test_train test_ranks test_fused test_model test_event_runs test_imagenet_runs test_events test_faults"
+FIRST = "test_train test_neurons test_events test_event_frames test_leak test_ranks test_faults test_model"
 
 
 def pytest_collection_modifyitems(items):

@@ -70,8 +70,9 @@ def test_each_measurement_stands_alone(plan, tmp_path, capsys):
         "slow": ("out of time", "its time was over"),
         "last": ("done", ""),
     }
-    for one in found.values():  # CUDA can be used there
-        assert [row["forked"] for row in one["rows"]] == [False]
+    used = bool(ended(forked(torch.cuda._is_in_bad_fork)))  # CUDA, here, by an earlier test
+    for one in found.values():  # if not, it can be used there
+        assert [row["forked"] for row in one["rows"]] == [used]
     assert found["slow"]["rows"] and "no luck" in (tmp_path / "log.txt").read_text()
     assert len(capsys.readouterr().out.splitlines()) == len(found)
 
