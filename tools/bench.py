@@ -15,7 +15,7 @@ What is compared:
     release-like  fused: false, backend: spikingjelly; as in the authors' release
     spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
     compiled      fast, through torch.compile; not by default
-    checkpointed  fast, with the activations of stages 1 and 2 computed again; not by default
+    small         fast, with memory: small; not by default
 
 They take turns, so that a machine that warms up or slows down does so for all; figures are medians
 over the rounds, with the spread between the quartiles. On a GPU in float16 mixed precision, timed
@@ -43,7 +43,7 @@ import models
 from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
 from saved import Saved
 
-OURS = {"fast": (), "dense": (), "compiled": (), "checkpointed": (1, 2)}  # stages computed again
+OURS = {"fast": {}, "dense": {"events": False}, "compiled": {}, "small": {"memory": "small"}}
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
 # Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the
 # default.
@@ -71,7 +71,7 @@ def build(name, path, T, modules, **sizes):
         sizes = {"embed_dims": dim, "num_heads": dim // 64, **sizes}
         return qkformer.QKFormer(T=T, **{**sizes, "num_heads": (sizes["num_heads"],) * 3})
     if path in OURS:
-        return entry(T=T, events=path != "dense", checkpoint_stages=OURS[path], **sizes)
+        return entry(T=T, **OURS[path], **sizes)
     backend = "torch" if path == "plain" else "spikingjelly"
     return entry(T=T, backend=backend, fused=False, **sizes)
 
