@@ -103,6 +103,45 @@ def test_checkpoint_stages(name, on):
         make_model(name, checkpoint_stages=[4])
 
 
+def first(model, name):
+    return next(module for key, module in model.named_modules() if key.endswith(name))
+
+
+def replace(model):
+    conv = first(model, "mlp2_conv")
+    conv.weight = torch.nn.Parameter(conv.weight.detach() * 0.5)
+
+
+CHANGES = {  # what a user may do between two steps
+    "a parameter is replaced": replace,
+    "a parameter is written to": lambda m: first(m, "mlp1_conv").weight.data.mul_(-0.5),
+    "a BatchNorm is replaced": lambda m: setattr(
+        first(m, "mlp"), "mlp1_bn", torch.nn.BatchNorm2d(48, eps=0.1).double()
+    ),
+    "weights are frozen": lambda m: first(m, "q_conv").requires_grad_(False),
+    "a hook is added": lambda m: first(m, "mlp1_lif").register_forward_hook(
+        lambda module, inputs, spikes: spikes * 0.5
+    ),
+    "a threshold is set": lambda m: setattr(first(m, "q_lif"), "v_threshold", 0.3),
+    "tau is set": lambda m: setattr(first(m, "mlp2_lif"), "tau", 3.0),
+    "momentum is set": lambda m: setattr(first(m, "mlp2_bn"), "momentum", 0.9),
+    "a forward is replaced": lambda m: setattr(
+        first(m, "mlp2_conv"), "forward", lambda x: torch.zeros_like(x[:, :12])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_between_steps(change):
+    """A step of a changed model is that of the plain one with the change: nothing old is used."""
+    (ours, x), (plain, _) = (make_model("cifar10", depths=3, fused=on) for on in (True, False))
+    for model in (ours, plain):
+        step(model, x)
+        model.zero_grad()
+        CHANGES[change](model)
+    check_same(step(ours, x), step(plain, x))
+
+
 @pytest.mark.long
 @compiled
 def test_whole_model_compiles(monkeypatch):
