@@ -219,7 +219,8 @@ def test_graphs_that_leave_something_out(graphs, monkeypatch):
 @pytest.mark.long
 def test_all_measurements(tmp_path):
     gpu.START = time.monotonic()
-    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--small"]) == 0
+    words = ["--device", "cpu", "--small", "--minutes", "60"]
+    assert gpu.main(["--out", str(tmp_path), *words]) == 0
     found = gpu_report.read(tmp_path)
     out = {name for name, one in found.items() if one["status"] == "left out"}
     assert out == {"graphs 1", "graphs 2", "tests"} and len(found) == len(gpu.PLAN)
