@@ -135,6 +135,8 @@ def run(arguments):
     """Measure in turn; the exit code."""
     results = Results(arguments.out)
     items = [item for item in PLAN if item.stage in arguments.only]
+    if arguments.device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # more would wait for each other
     try:
         import stages  # noqa: F401  # before processes are forked, so that they find it there
     except ImportError as error:

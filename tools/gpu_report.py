@@ -4,10 +4,10 @@ import json
 from collections import Counter, defaultdict
 
 NONE = "not measured"
-# Of 32 images of 224 x 224, T 1, published with MaxFormer (github.com/bic-L/MaxFormer).
+# Published with MaxFormer (github.com/bic-L/MaxFormer).
 A30 = (
-    ("QKFormer-10-768, an A30, published", 214, 18.2, 53, 5.0),
-    ("Max-Former-10-768, an A30, published", 179, 15.4, 44, 4.4),
+    ("QKFormer-10-768, T 1, 32 images, an A30, published", 214, 18.2, 53, 5.0),
+    ("Max-Former-10-768, T 1, 32 images, an A30, published", 179, 15.4, 44, 4.4),
 )
 
 
@@ -91,9 +91,10 @@ def golden(found, plan):
 
 
 def steps(found, plan):
-    rows, last = [], None
+    rows, last, sizes = [], None, {}
     for (name, T, path), one in of_stage(found, plan, "step"):
         train, infer = pick(one, kind="train"), pick(one, kind="infer")
+        sizes |= {row["what"]: None for row in one["rows"] if "what" in row}
         if path == "fast":
             ours = train, infer
         kernels = pick(one, kernels_of="train")
@@ -104,8 +105,8 @@ def steps(found, plan):
         rows[-1] += [cell(infer, "ms"), ratio(infer, ours[1]), cell(infer, "gb")]
         last = what
     for name, train, train_gb, infer, infer_gb in A30:
-        rows.append([f"{name}, T 1", "", train, "", "", "", "", train_gb, infer, "", infer_gb])
-    head = ["32 images, float16", "path", "step, ms", "fast is", "host, ms", "kernels, ms"]
+        rows.append([name, "", train, "", "", "", "", train_gb, infer, "", infer_gb])
+    head = ["; ".join(sizes), "path", "step, ms", "fast is", "host, ms", "kernels, ms"]
     return table([*head, "launches", "GB", "inference, ms", "fast is", "GB"], rows)
 
 

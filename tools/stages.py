@@ -175,7 +175,9 @@ def step(run, name, T, path):
         if run.on_gpu:
             found["gb"] = torch.cuda.max_memory_allocated() / 1e9
             found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        run.add(kind=kind, batch=len(candidate.x), **found)
+        size = "x".join(map(str, candidate.x.shape[2:]))
+        what = f"{len(candidate.x)} images of {size}, {'float16' if run.on_gpu else 'float32'}"
+        run.add(kind=kind, what=what, **found)
         run.add(kernels_of=kind, **kernels_of(run, function))
     if run.on_gpu and path != "fast":
         run.add(neuron=functional.neuron_implementation("lif", run.device)["implementation"])
