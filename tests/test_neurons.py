@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
+from spikingjelly.activation_based.surrogate import S2NN
 from torch import nn
 
 from conftest import load
@@ -252,6 +253,9 @@ def test_a_surrogate_of_spikingjelly_set_afterwards(caplog):
     node = lif.MultiStepLIF()
     node.surrogate_function = lif.CLASSES["atan"]()
     assert node.is_usual() and (node.surrogate, node.alpha) == ("atan", 2.0)
+    node = lif.MultiStepLIF(surrogate=S2NN, alpha=3.0)  # a class that no kernel knows
+    assert not node.is_usual() and node.surrogate_function.alpha == 3.0
+    assert lif.MultiStepLIF(surrogate=lif.CLASSES["erf"]).surrogate == "erf"
     with pytest.raises(ValueError, match="surrogate is 'tan'; it must be one of sigmoid, atan"):
         lif.MultiStepLIF(surrogate="tan")
 

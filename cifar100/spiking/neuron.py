@@ -51,7 +51,7 @@ class MultiStep:
         fused: whether this neuron, and the layer that ends in it, may run fused: in one pass over
             memory, see layer.py. Default True.
         alpha: slope of the surrogate gradient, > 0. Default: the surrogate's own, 4.0 of a sigmoid.
-        surrogate: a key of plain.SURROGATES. Default "sigmoid".
+        surrogate: a key of plain.SURROGATES, or a class of spikingjelly's kind. Default "sigmoid".
         memory: "small" where a fused layer that ends in it computes its convolution again in the
             backward pass, "fast" where it keeps the output. Default "fast".
         events: whether a layer that ends in it may add up rows of its weight where its input
@@ -78,17 +78,21 @@ class MultiStep:
         memory="fast",
         events=True,
     ):
-        alpha = float(plain.checked_alpha(tau, v_threshold, alpha, surrogate))
+        if isinstance(surrogate, str):
+            alpha = float(plain.checked_alpha(tau, v_threshold, alpha, surrogate))
+            function = CLASSES.get(surrogate, partial(OwnSurrogate, surrogate))(alpha=alpha)
+        else:
+            plain.checked_alpha(tau, v_threshold, alpha, "sigmoid")
+            function = surrogate(**({} if alpha is None else {"alpha": alpha}))
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
         if memory not in ("fast", "small"):
             raise ValueError(f"memory is {memory!r}; it must be fast or small")
         name = {"lif": "tau", "if": None, "plif": "init_tau"}[self.kind]
-        known = CLASSES.get(surrogate, partial(OwnSurrogate, surrogate))
         super().__init__(
             **({name: float(tau)} if name else {}),
             v_threshold=float(v_threshold),
-            surrogate_function=known(alpha=alpha),
+            surrogate_function=function,
             detach_reset=True,
             step_mode="m",
         )
