@@ -27,19 +27,17 @@ def divide(cfg, data, dataset, seed):
 
 
 def places(dataset, seed):
-    """float64 [samples]: the places of a class's samples, evenly between 0 and 1, in an order of
+    """[samples]: the places of a class's samples, evenly between 0 and 1, in an order of
     the seed alone. Labels are those in `samples` or `targets`, as torchvision's data sets have
     them; where there are none, all samples are one class.
     """
     labels = [label for _, label in getattr(dataset, "samples", ())]
     labels = torch.tensor(labels or getattr(dataset, "targets", [0] * len(dataset)))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]  # class by class
-    counts = labels.bincount()
-    first, of_class = counts.cumsum(0) - counts, labels[order]
-    rank = torch.arange(len(order)) - first[of_class]
-    found = torch.empty(len(order), dtype=torch.float64)
-    found[order] = (rank.double() + 0.5) / counts[of_class]
+    generator, found = torch.Generator().manual_seed(seed), torch.empty(len(labels))
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(of_class), generator=generator)
+        found[of_class] = (order + 0.5) / len(of_class)
     return found
 
 
