@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX2__
@@ -305,10 +306,10 @@ struct Tiles {  // of `channels` outputs, all but the last of the same width
     int width(long tile) const { return std::min(channels - tile * used, used); }
 };
 
-struct Memory {  // for vectors
-    std::vector<vec> vectors;
-    Memory(long reals) : vectors((reals + LANES - 1) / LANES) {}
-    real* get() { return (real*)vectors.data(); }
+struct Memory {  // for vectors; what is not written has no meaning
+    std::unique_ptr<vec[]> vectors;
+    Memory(long reals) : vectors(new vec[(reals + LANES - 1) / LANES]) {}
+    real* get() { return (real*)vectors.get(); }
 };
 
 template <class In>
@@ -317,7 +318,7 @@ static void convolve(const Patches& patches, const In* x, const real* weight, re
     const Tiles tiles{patches.shape.out_channels};
     const long size = words * 64 * tiles.row;
     Memory packed(tiles.count * size);
-    _Pragma("omp parallel for") for (long tile = 0; tile < tiles.count; ++tile)
+    _Pragma("omp parallel for collapse(2)") for (long tile = 0; tile < tiles.count; ++tile)
         for (long some = 0; some < depth; some += 64)
             for (int j = 0; j < tiles.width(tile); ++j)
                 for (long k = some; k < std::min(some + 64, depth); ++k)
