@@ -28,14 +28,6 @@ NARROW = (
 # Folders, logs and curves
 
 
-def test_folder_of_a_run_that_did_not_come_to_be(tmp_path):
-    def main():
-        opened(tmp_path / "runs")
-        runs.remove_unused()
-
-    assert ended(forked(main)) == 0 and not list((tmp_path / "runs").iterdir())
-
-
 def make(folder, age, **content):
     """A run's folder with two checkpoints that were written `age` seconds before another's."""
     folder.mkdir()
@@ -66,14 +58,12 @@ def test_tested_is_the_run_written_last(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["", "dataset: digits\ndim: 16\n", "dataset: [digits"])
-def test_a_damaged_args_yaml(tmp_path, caplog, left):
-    """The run behind it is still one of its experiment, and a line names the file."""
-    caplog.set_level("INFO")
+def test_a_damaged_args_yaml(tmp_path, left):
+    """The run behind it is still one of its experiment."""
     make(tmp_path / "a", 1)
     make(tmp_path / "a-2", 0)
     (tmp_path / "a-2" / "args.yaml").write_text(left)
     assert opened(tmp_path, resume="auto")[1] == tmp_path / "a-2" / "last.pth"
-    assert f"{tmp_path / 'a-2' / 'args.yaml'} is damaged" in caplog.text
 
 
 def test_the_run_to_go_on_with_is_the_one_written_last(tmp_path):
@@ -240,8 +230,8 @@ ODD = {
     "scaler": lambda c: c.update(scaler={"scale": math.nan}),
     "rng": lambda c: c.update(rng=["x"]),
     "rng ": lambda c: c.update(rng=7),
-    "statistics": lambda c: c.update(statistics=[{}]),
-    "statistics ": lambda c: c.update(statistics=3),
+    "statistics": lambda c: c["rng"][0].update(statistics=[torch.tensor(math.nan)]),
+    "rng  ": lambda c: c["rng"][0].update(statistics=3),
     "given": lambda c: c.update(given={"yml": 3}),
     "cross_sample_lif": lambda c: c.update(cross_sample_lif="true"),
     "missing": lambda c: c["model_ema"].pop("head.bias"),

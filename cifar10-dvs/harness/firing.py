@@ -1,12 +1,11 @@
 """How often the neurons of a model fire: {stage: mean rate} of a few test samples."""
 
 import re
+from functools import partial
 
 import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch.utils.data import Subset
-
-from .log import logger
 
 SAMPLES = 8
 
@@ -23,37 +22,22 @@ def spread(dataset):
     return Subset(dataset, [index * len(dataset) // count for index in range(count)])
 
 
-class Firing:
-    """The firing rates of a model, epoch by epoch; `images` is a batch of samples.
-
-    One more pass in evaluation mode, which changes nothing in the model.
+@torch.inference_mode()
+def firing_rates(model, batches, autocast) -> dict:
+    """{stage: share of 1 in its spikes} for batches of samples; one more pass in evaluation mode,
+    which changes nothing in the model.
     """
+    sums = {}
 
-    def __init__(self, images):
-        self.images, self.said = images, ""
+    def count(stage, module, args, spikes):
+        ones, values = sums.get(stage, (0.0, 0))
+        sums[stage] = ones + spikes.sum(dtype=torch.float64), values + spikes.numel()
 
-    @torch.inference_mode()
-    def rates(self, model, autocast) -> dict:
-        """{stage: share of 1 in its spikes}; logs which layers are silent if that has changed."""
-        names = {m: name for name, m in model.named_modules() if isinstance(m, BaseNode)}
-        found = {}
-
-        def count(module, args, spikes):
-            found[names[module]] = spikes.sum(dtype=torch.float64), spikes.numel()
-
-        hooks = [module.register_forward_hook(count) for module in names]
-        with autocast():
-            model.forward(self.images)  # torch.compile's would not call the hooks
-        for hook in hooks:
-            hook.remove()
-        stages = {}
-        for name, (spikes, values) in found.items():
-            sums = stages.setdefault(stage_of(name), [0.0, 0])
-            sums[0], sums[1] = sums[0] + spikes.item(), sums[1] + values
-        silent = [name for name, (spikes, _) in found.items() if not spikes]
-        more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
-        line = f"silent: {len(silent)} of {len(found)} layers, {', '.join(silent[:3])}{more}"
-        before, self.said = self.said, line if silent else ""
-        if self.said not in ("", before):
-            logger.info(f"{line} (no spike for {len(self.images)} samples)")
-        return {stage: spikes / values for stage, (spikes, values) in stages.items()}
+    neurons = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseNode)]
+    hooks = [m.register_forward_hook(partial(count, stage_of(name))) for name, m in neurons]
+    with autocast():
+        for images in batches:
+            model.forward(images)  # torch.compile's would not call the hooks
+    for hook in hooks:
+        hook.remove()
+    return {stage: ones.item() / values for stage, (ones, values) in sums.items()}

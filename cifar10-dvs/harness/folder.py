@@ -1,6 +1,5 @@
 """A run's folder: which one it is, its args.yaml, its log and its curves."""
 
-import atexit
 import contextlib
 import errno
 import fcntl
@@ -44,7 +43,7 @@ CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
 
 def root_of(settings):
     """The folder of all runs."""
-    return Path(settings.output) if settings.output else HERE / "output"
+    return Path(settings.output or HERE / "output")
 
 
 def fetch(name: str | Path) -> Path:
@@ -52,9 +51,8 @@ def fetch(name: str | Path) -> Path:
     URL or a key of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name, as
     torch.hub has it, is verified. UserError where it can't be downloaded.
     """
-    path = Path(name)
-    url = str(name) if path.exists() else ASSETS.get(str(name), str(name))
-    if not url.startswith(("https://", "http://")):
+    path, url = Path(name), ASSETS.get(str(name), str(name))
+    if path.exists() or not url.startswith(("https://", "http://")):
         return path / "model.safetensors" if path.is_dir() else path
     file = urllib.parse.urlparse(url).path.rpartition("/")[2] or "checkpoint"
     cache = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:8])
@@ -74,32 +72,28 @@ def find_checkpoint(settings) -> Path:
     """The checkpoint to test: the named one, the named run's best.pth, or the one written last."""
     if settings.checkpoint:
         return fetch(settings.checkpoint)
-    root = root_of(settings)
-    if settings.named and (settings.file.parent / "best.pth").is_file():
-        return settings.file.parent / "best.pth"  # -c output/a/args.yaml
-    runs = runs_of(root, settings.experiment) if settings.experiment else root.glob("*")
-    paths = [run / "best.pth" for run in runs if (run / "best.pth").is_file()]
-    if not paths:
-        name = f" of {settings.experiment}" if settings.experiment else ""
-        none = f"there is no best.pth{name} under {root}"
-        raise UserError(f"no checkpoint: {none}; train first, or name one with --checkpoint")
-    return max(paths, key=lambda path: path.stat().st_mtime)
+    if settings.named and (path := settings.file.parent / "best.pth").is_file():
+        return path  # -c output/a/args.yaml
+    root, name = root_of(settings), settings.experiment
+    if path := newest(runs_of(root, name) if name else root.glob("*"), "best.pth"):
+        return path
+    none = f"there is no best.pth{f' of {name}' if name else ''} under {root}"
+    raise UserError(f"no checkpoint: {none}; train first, or name one with --checkpoint")
 
 
-def runs_of(root, experiment):
-    """The folders of an experiment's runs. The name does not tell: run-2 is the second run of
-    `run`, or the first of `run-2`.
+def newest(runs, name):
+    """The file of that name that was written last in the runs' folders; None without one."""
+    paths = [run / name for run in runs if (run / name).is_file()]
+    return max(paths, key=os.path.getmtime, default=None)
+
+
+def runs_of(root, experiment=None):
+    """The folders of an experiment's runs, or of all. The name does not tell: run-2 is the second
+    run of `run`, or the first of `run-2`; it counts where args.yaml is damaged.
     """
-    return [path.parent for path in root.glob("*/args.yaml") if experiment_of(path) == experiment]
-
-
-def experiment_of(path):
-    """The experiment in a run's args.yaml; if that is damaged, the folder's name without number."""
-    name = read_args(path.parent).get("experiment")
-    if name is None:
-        name = re.sub(r"-\d+$", "", path.parent.name)
-        logger.info(f"warning: {path} is damaged; its run is taken for one of {name}")
-    return str(name)
+    runs = [path.parent for path in root.glob("*/args.yaml")]
+    names = [read_args(run).get("experiment", re.sub(r"-\d+$", "", run.name)) for run in runs]
+    return [run for run, name in zip(runs, names, strict=True) if experiment in (None, str(name))]
 
 
 def read_args(folder) -> dict:
@@ -123,13 +117,11 @@ def find_run(settings):
         return path.parent if own else None, path
     root, experiment = root_of(settings), settings.name or settings.file.stem
     runs = runs_of(root, experiment)
-    others = [] if runs or settings.name else [path.parent for path in root.glob("*/args.yaml")]
-    found = [run / "last.pth" for run in runs + others if (run / "last.pth").is_file()]
-    if found:
-        newest = max(found, key=lambda path: path.stat().st_mtime)
+    others = [] if runs or settings.name else runs_of(root)
+    if path := newest(runs + others, "last.pth"):
         if others:
             logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
-        return newest.parent, newest
+        return path.parent, path
     return (runs[0] if len(runs) == 1 else None), None  # ended before its first checkpoint
 
 
@@ -142,88 +134,78 @@ def open_run(settings):
     root, experiment = root_of(settings), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
         raise UserError(f"experiment is {experiment!r}; letters, digits and -_.+=, name a folder")
-    folder, resume = find_run(settings)
-    going_on, first = folder is not None, root / experiment
-    if not going_on and settings.resume == "auto" and not (first / "args.yaml").exists():
-        folder = first
-    if folder is not None:
+    found, resume = find_run(settings)
+    folder = found or root / experiment
+    if found or (settings.resume == "auto" and is_new(folder)):
         if not claim(folder):
-            raise UserError(
-                f"{folder} is in use by another run; stop it, or set another experiment"
-            )
-        return folder, resume, going_on
-    for number in itertools.count(1):
-        folder = root / (experiment if number == 1 else f"{experiment}-{number}")
-        if not (folder / "args.yaml").exists() and claim(folder):
-            if not (folder / "args.yaml").exists():  # its user may have come and gone meanwhile
-                return folder, resume, False
+            end = "stop it, or set another experiment"
+            raise UserError(f"{folder} is in use by another run; {end}")
+        return folder, resume, found is not None
+    for folder in map(root.joinpath, numbered(experiment)):
+        # Its user may have come and gone between the first look and the claim.
+        if is_new(folder) and claim(folder) and is_new(folder):
+            return folder, resume, False
+
+
+def is_new(folder):
+    return not (folder / "args.yaml").exists()
+
+
+def numbered(name):
+    """name, name-2, name-3, ..."""
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 CLAIMED = []  # files that are open, and so locked, until this process ends
 
 
 def claim(folder):
-    """Make a folder and lock it for this process; False if another one has it. The lock is the
-    system's, so it ends with the process, whatever ends it.
+    """Lock a run's folder for this process; False if another one has it. The lock is the system's,
+    so it ends with the process, whatever ends it. It is on a file beside the folder, which is not
+    made before there is something to write.
     """
+    place = Path(os.path.realpath(folder))
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = open(place.with_name(f".{place.name}.lock"), "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # but for these, the file system has no locks: go on
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     CLAIMED.append(file)
-    there = folder / ".lock"
-    if there.exists() and os.path.samestat(there.stat(), os.fstat(file.fileno())):
-        return True
-    return claim(folder)  # its last user removed the file meanwhile
-
-
-@atexit.register
-def remove_unused():
-    """Remove folders that were claimed for a run that did not come to be."""
-    for file in CLAIMED:
-        folder = Path(file.name).parent
-        with contextlib.suppress(OSError):
-            if [path.name for path in folder.iterdir()] == [".lock"]:
-                os.remove(file.name)
-                folder.rmdir()
+    return True
 
 
 def write_args(folder, values, classes):
     """args.yaml with the whole configuration, and classes.txt with a line for each class's name."""
-    with writing(folder):
-        write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-        if classes:
-            lines = "".join(f"{name}\n" for name in classes)
-            write_whole(folder / "classes.txt", os.fsencode(lines))
+    write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+    if classes:
+        write_whole(folder / "classes.txt", os.fsencode("".join(f"{name}\n" for name in classes)))
 
 
 def write_result(path, result):
     """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written. That of
     another test, of other data or settings, stays: then test-NAME-2.json and so on.
     """
+    text = json.dumps(result, indent=1)
     figures = ("loss", "top1", "top5", "images_per_second", "sha256")
-    test = {key: value for key, value in result.items() if key not in figures}
-    for number in itertools.count(1):
-        end = "" if number == 1 else f"-{number}"
-        file = path.with_name(f"test-{path.stem}{end}.json")
+    figures = {name: result[name] for name in figures if name in result}
+    for name in numbered(f"test-{path.stem}"):
+        file = path.with_name(f"{name}.json")
         try:
-            there = json.loads(file.read_text())
-            there = {key: value for key, value in there.items() if key not in figures}
-        except (OSError, ValueError, RecursionError, AttributeError):
-            break
-        if there == json.loads(json.dumps(test)):
-            break
+            if json.loads(file.read_text()) | figures == json.loads(text):
+                break
+        except (OSError, ValueError, RecursionError, TypeError):
+            break  # none, or none of ours
     try:
-        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
-    except OSError as error:
-        logger.warning(f"warning: {file} can't be written: {error.strerror}")
+        write_whole(file, f"{text}\n".encode())
+    except UserError as error:
+        logger.warning(f"warning: {error}")
 
 
 def write_whole(path, content):
-    with replacing(path) as file:
+    """Write a file that is whole or not at all; UserError where it can't be."""
+    with writing(path), replacing(path) as file:
         file.write(content)
 
 
@@ -233,8 +215,9 @@ def replacing(path):
     `path`, a link too.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a killed run
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a killed run
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -245,12 +228,12 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def writing(folder):
-    """What goes wrong within with a file of the folder, as on a full disk, becomes one line."""
+def writing(path):
+    """What goes wrong within with a file or folder, as on a full disk, becomes one line."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror or error}") from None
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 class RunLog:

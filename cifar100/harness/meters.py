@@ -116,19 +116,19 @@ class LossMeter:
     """Mean loss over ranks and the steps of an epoch.
 
     A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
-    summed with the loss, so that all ranks set `stop` at the same step. `show(step, loss)`, where
-    given, is called for each step, counted from 0 in the epoch.
+    summed with the loss, so that all ranks set `stop` at the same step. `show(loss, step)` is
+    called for each step, counted from 0 in the epoch.
     """
 
-    def __init__(self, ranks, show=None):
-        self.ranks, self.show_loss = ranks, show
+    def __init__(self, ranks, show=lambda loss, step: None):
+        self.ranks, self.show = ranks, show
         self.total, self.steps, self.pending, self.stop = 0.0, 0, None, False
 
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
         stopped = torch.full_like(loss, bool(stop), dtype=torch.float32)
-        status = torch.stack([loss.detach().float(), stopped])
-        status = to_host(self.ranks.sum(status))
+        status = self.ranks.sum(torch.stack([loss.detach().float(), stopped]))
+        status = to_host(status)
         self.flush()
         self.pending = status
         if self.ranks.world_size == 1:
@@ -145,8 +145,7 @@ class LossMeter:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
         loss /= self.ranks.world_size
-        if self.show_loss:
-            self.show_loss(self.steps, loss)
+        self.show(loss, self.steps)
         self.total += loss
         self.steps += 1
         self.stop = self.stop or stop > 0

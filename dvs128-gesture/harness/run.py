@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +17,10 @@ from timm.utils import ModelEmaV3, distribute_bn
 
 from .batches import LostWorker
 from .build import check_classes, convert_all, load_model, recorded_values
-from .checkpoint import (
-    fault_of,
-    load_checkpoint,
-    load_optimizer,
-    load_weights,
-    number,
-    save_checkpoint,
-)
+from .checkpoint import load_checkpoint, load_optimizer, load_weights, number, save_checkpoint
 from .config import Config
-from .firing import Firing, spread
-from .folder import RunLog, open_run, read_args, write_args, write_whole, writing
+from .firing import firing_rates, spread
+from .folder import RunLog, open_run, read_args, write_args, write_whole
 from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
 from .loss import TET
@@ -105,15 +99,17 @@ class Run:
     """What the Trainers of all data sets have in common.
 
     A Trainer adds the recipe: it sets criterion, optimizer, num_epochs and, if it has one,
-    scheduler, calls prepare(), and has train_epoch() and course(), the learning rates.
+    scheduler, and calls prepare(). It has train_epoch(); course(), the learning rates;
+    own_record(), what its log.txt has besides; and epoch_done(), called when `epoch` is the next
+    one, before it is saved.
 
     start: what begin() gives. data, options: the folder's modules.
     """
 
     samples = "images"  # what a batch is of
     accum_iter = 1  # batches behind a step of the optimizer
-    scheduler = None
-    log = None  # rank 0 has one
+    scheduler = log = None  # rank 0 has a log
+    tested = "validation"  # what chooses best.pth
 
     def __init__(self, start, data, options):
         self.start, self.data = start, data
@@ -123,23 +119,20 @@ class Run:
         if start.resumed:
             self.part_seed = number(start.checkpoint, "part_seed", cfg.seed, start.path, low=0)
         self.train_set, self.test_set = divide(cfg, data, whole, self.part_seed)
-        self.tested = "test" if self.test_set is None else "validation"  # what chooses best.pth
         if self.test_set is None:
-            self.test_set = data.build_dataset(cfg, False, ranks)
+            self.tested, self.test_set = "test", data.build_dataset(cfg, False, ranks)
         self.classes = list(self.train_set.classes)
         if start.resumed:
             check_classes(start.checkpoint, start.path, self.classes)
         had, num_classes = len(self.classes), cfg.num_classes or len(self.classes)
         if had > num_classes:
             raise UserError(f"num_classes is {num_classes}, but the data has {had} classes")
-        shape = " x ".join(map(str, data.input_shape(cfg)))
-        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} {self.tested}"
+        size, shape = len(self.train_set), " x ".join(map(str, data.input_shape(cfg)))
+        sizes = f"{size:,} training and {len(self.test_set):,} {self.tested} {self.samples}"
         parts = "" if self.train_set is whole else f" (of {len(whole):,} to train with)"
-        sizes = f"{sizes} {self.samples} of {had} classes, {shape}{parts}"
-        logger.info(f"data: {cfg.dataset}, {sizes}")
-        weights, new_head = (start.checkpoint, start.path), not start.resumed
+        logger.info(f"data: {cfg.dataset}, {sizes} of {had} classes, {shape}{parts}")
         self.model, self.cross_sample_lif, self.semantics = load_model(
-            cfg, options, data, ranks, num_classes, *weights, new_head
+            cfg, options, data, ranks, num_classes, start.checkpoint, start.path, not start.resumed
         )
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if cfg.freeze:
@@ -165,31 +158,21 @@ class Run:
         self.batch = f"batch_size {cfg.batch_size}"  # what a step is made of
         self.batch += f" x accum_iter {self.accum_iter}" if self.accum_iter > 1 else ""
         self.batch += f" x {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-        size = len(self.train_set)
         self.steps = size // self.global_batch
         if self.steps == 0:
             raise UserError(f"{self.batch} is more than the {size} training samples; make it less")
-        self.epoch, self.best, self.meter = 0, -1.0, self.new_meter()
+        self.epoch, self.best = cfg.start_epoch or 0, -1.0
+        # A step's loss is a point of a curve.
+        self.new_meter = partial(LossMeter, ranks, partial(self.add_point, "loss"))
+        self.meter = self.new_meter()
         self.lr = cfg.lr  # at its peak
         self.seed = cfg.seed  # of the order and augmentation of this epoch
 
     def prepare(self):
         """Say what the run is, and go on where the checkpoint was written."""
-        cfg = self.cfg
+        cfg, device = self.cfg, self.ranks.device
         if cfg.loss == "tet":
             self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
-        self.say()
-        if self.start.resumed:
-            self.resume(self.start.checkpoint, self.start.path)
-            self.best = self.ranks.from_main(lambda: self.keep_best(self.start.path))
-        elif cfg.start_epoch:
-            self.epoch = cfg.start_epoch
-        if self.scheduler:
-            self.scheduler.step(self.epoch)
-
-    def say(self):
-        """The first lines of a run, for a person."""
-        cfg, device = self.cfg, self.ranks.device
         network = f"{cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
         logger.info(f"network: {network}, on {device}")
         logger.info(self.semantics)
@@ -201,6 +184,11 @@ class Run:
             logger.info("amp: float16 needs a GPU; this run is in float32 (bfloat16 would work)")
         if getattr(cfg, "sync_bn", False) and device.type != "cuda":
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
+        if self.start.resumed:
+            self.resume(self.start.checkpoint, self.start.path)
+            self.best = self.ranks.from_main(lambda: self.keep_best(self.start.path))
+        if self.scheduler:
+            self.scheduler.step(self.epoch)
 
     def schedule(self):
         """The learning rate's course in words; UserError where it does not come down from its peak,
@@ -216,17 +204,6 @@ class Run:
             said = f"{said} and min_lr {cfg.min_lr:g}: the learning rate never comes down ({text})"
             raise UserError(f"{said}; warmup_epochs must be below epochs, min_lr at most lr")
         return text
-
-    def own_record(self):
-        """What this data set's log.txt has besides: the learning rate, for one."""
-        return {}
-
-    def epoch_done(self):
-        """Called after an epoch, when self.epoch is the next one, before it is saved."""
-
-    def new_meter(self):
-        """The loss of an epoch, each step of which is a point of a curve."""
-        return LossMeter(self.ranks, lambda step, loss: self.add_point("loss", loss, step))
 
     def add_point(self, name, value, step):
         """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
@@ -250,7 +227,7 @@ class Run:
             "seed": self.seed,
             "part_seed": self.part_seed,
             "best": self.best,
-            "rng": self.ranks.gather(get_rng_state(self.ranks.device)),
+            "rng": self.ranks.gather(get_rng_state(self.ranks.device, self.statistics())),
             "config": vars(self.cfg),
             "given": self.start.given,
             "cross_sample_lif": self.cross_sample_lif,
@@ -291,8 +268,7 @@ class Run:
             load_weights(self.ema.module, checkpoint["model_ema"], path)
         elif self.ema:
             logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
-        self.load_statistics(checkpoint, path)
-        set_rng_state(checkpoint.get("rng", []), self.ranks, path)
+        set_rng_state(checkpoint.get("rng", []), self.ranks, path, self.statistics())
         logger.info(f"resuming {typed(path)} at epoch {self.epoch}, step {self.meter.steps}")
 
     def start_again(self):
@@ -300,35 +276,15 @@ class Run:
         return self.cfg.resume != "auto" and self.cfg.start_epoch != self.epoch
 
     def statistics(self):
-        """{name: running statistic} of this rank, within an epoch of dist_bn: reduce; else {}."""
-        modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema else {})}
-        buffers = torch.nn.ModuleDict(modules).named_buffers()
+        """This rank's running statistics within an epoch of dist_bn: reduce; else []."""
+        models = [self.model, *([self.ema.module] if self.ema else [])]
         within = self.reduce_bn and self.meter.steps
-        return {name: buffer for name, buffer in buffers if within and "running_" in name}
-
-    def load_statistics(self, checkpoint, path):
-        """Go on with those of this rank, if as many ranks as now saved theirs."""
-        saved, ranks = checkpoint.get("statistics", ()), self.ranks
-        try:
-            own = self.statistics() if len(saved) == ranks.world_size else {}
-            for name, buffer in own.items():
-                value = saved[ranks.rank][name]
-                if fault := fault_of(name, value):
-                    raise ValueError(f"{name} {fault}")
-                buffer.copy_(value)
-        except Exception as error:  # whatever the file has there
-            raise UserError(f"{path}: its statistics are not of its model ({error})") from None
+        named = (pair for model in models for pair in model.named_buffers() if within)
+        return [buffer for name, buffer in named if "running_" in name]
 
     def save(self, *names):
         state = self.state()
-        if own := self.statistics():
-            state["statistics"] = self.ranks.gather({name: own[name].cpu() for name in own})
-
-        def write():
-            for name in names:
-                save_checkpoint(state, self.folder / name)
-
-        self.ranks.from_main(write)
+        self.ranks.from_main(lambda: [save_checkpoint(state, self.folder / n) for n in names])
 
     def keep_best(self, path):
         """Copy best.pth to a run's new folder. Returns the best top-1, -1 without it; rank 0's."""
@@ -337,8 +293,7 @@ class Run:
             if not old.is_file():
                 logger.info(f"{old} is missing: best.pth will be the best from here on")
                 return -1.0
-            with writing(self.folder):
-                write_whole(new, old.read_bytes())
+            write_whole(new, old.read_bytes())
         return self.best
 
     # The loop -------------------------------------------------------------------------------------
@@ -364,9 +319,8 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise FloatingPointError(
-                f"gradients are not finite any more at step {self.meter.steps}"
-            )
+            step = self.meter.steps
+            raise FloatingPointError(f"gradients are not finite any more at step {step}")
 
     def stopped(self, why):
         """Save; returns a line that says where the run is, and the command that goes on."""
@@ -376,10 +330,9 @@ class Run:
         if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # several nodes
             launcher = ["..."]
         on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
-        words = ["--resume", str(last), *(["--device", "cpu"] if on_cpu else [])]
-        again = shlex.join([*launcher, os.path.relpath(sys.argv[0]), *words])
+        words = [os.path.relpath(sys.argv[0]), "--resume", str(last), *["--device", "cpu"] * on_cpu]
         where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
-        return f"{why}: {where}; to go on: {again}"
+        return f"{why}: {where}; to go on: {shlex.join([*launcher, *words])}"
 
     def fit(self) -> int:
         """Train to the last epoch. Returns the exit code: 0, or 128 + a signal that stopped it."""
@@ -393,7 +346,7 @@ class Run:
                 raise UserError(f"{said}; a smaller lr, or amp_dtype: bfloat16, may help") from None
 
     def _fit(self, stop):
-        cfg, ranks, firing = self.cfg, self.ranks, None
+        cfg, ranks, few = self.cfg, self.ranks, None
         autocast = make_autocast(cfg, ranks, cfg.eval_amp)
         test_loader = self.data.test_loader(cfg, self.test_set, ranks)
         if self.epoch >= self.num_epochs:
@@ -410,10 +363,9 @@ class Run:
                 speed = self.train_epoch()
                 self.check_weights()
                 tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
-                if tested and ranks.main and firing is None:
+                if tested and ranks.main and few is None:
                     loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
                     few = [images for images, _ in loader]
-                    firing = Firing(torch.cat(few)) if few else None
             except LostWorker as error:
                 if ranks.world_size > 1:  # the others wait for this one within a step
                     raise
@@ -437,22 +389,17 @@ class Run:
                 "seconds": round(time.perf_counter() - start, 2),
                 "images_per_second": round(speed, 1),
                 "peak_memory_mb": peak_memory_mb(ranks.device),
-                "firing_rate": firing.rates(self.model, autocast) if firing else {},
+                "firing_rate": firing_rates(self.model, few, autocast) if few else {},
             }
             is_best, self.best = test.top1 > self.best, max(test.top1, self.best)
             ranks.from_main(lambda record=record: self.log.epoch(record))
-            logger.info(
-                f"epoch {self.epoch}: train loss {self.meter.mean:.4f}, "
-                f"{self.tested} loss {test.loss:.4f}, "
-                f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
-                + "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
-                + f", {record['seconds']:.0f} s"
-            )
-            self.meter = self.new_meter()
-            self.epoch += 1
-            self.seed = cfg.seed
+            tops = f"top-1 {test.top1:.2f} % (best {self.best:.2f} %), top-5 {test.top5:.2f} %"
+            tops += "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
+            losses = f"train loss {self.meter.mean:.4f}, {self.tested} loss {test.loss:.4f}"
+            logger.info(f"epoch {self.epoch}: {losses}, {tops}, {record['seconds']:.0f} s")
+            self.meter, self.epoch, self.seed = self.new_meter(), self.epoch + 1, cfg.seed
             self.epoch_done()
-            self.save(*(["best.pth"] if is_best else []), "last.pth")
+            self.save(*["best.pth"] * is_best, "last.pth")
         if self.best >= 0:
             best, path = f"best top-1 {self.best:.2f} %", typed(self.folder / "best.pth")
             logger.info(f"{best}{' in validation' * (self.tested != 'test')}: {path}")

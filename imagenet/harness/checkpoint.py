@@ -2,10 +2,9 @@
 
 Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next
 epoch) with the sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config,
-given (the yml behind it), cross_sample_lif, classes (their names), with model_ema the averaged
-weights under that name and, within an epoch of dist_bn: reduce, the running statistics of every
-rank. Files of others are read too: the release's, timm's, DeepSpeed's, Lightning's, safetensors and
-bare state dicts.
+given (the yml behind it), cross_sample_lif, classes (their names) and, where they are averaged, the
+averaged weights under model_ema. Files of others are read too: the release's, timm's, DeepSpeed's,
+Lightning's, safetensors and bare state dicts.
 """
 
 import argparse

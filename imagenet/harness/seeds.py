@@ -10,20 +10,23 @@ import torch
 from .log import UserError, logger
 
 
-def get_rng_state(device):
-    """The state of all generators, of types that torch.load(weights_only=True) takes."""
+def get_rng_state(device, statistics=()):
+    """The state of all generators, of types that torch.load(weights_only=True) takes, and running
+    statistics that differ from rank to rank.
+    """
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
+        "statistics": [values.cpu() for values in statistics],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(states, ranks, path):
+def set_rng_state(states, ranks, path, statistics=()):
     """Set this rank's of a checkpoint's states; those of another number of ranks fit none."""
     try:
         if len(states) != ranks.world_size:
@@ -38,6 +41,10 @@ def set_rng_state(states, ranks, path):
         torch.set_rng_state(state["torch"])
         if ranks.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], ranks.device)
+        for values, saved in zip(statistics, state.get("statistics", ()), strict=False):
+            if not saved.isfinite().all():
+                raise ValueError("statistics are not finite")
+            values.copy_(saved)
     except Exception as error:  # whatever the file has there
         raise UserError(f"{path}: can't be resumed: its rng is no random state ({error})") from None
 
