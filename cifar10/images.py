@@ -11,10 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from harness.log import UserError, logger
+from spiking.compiler import first_line
 
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -54,17 +55,13 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
         if image.format == "PNG":  # its checksums, which decoding leaves out
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
         # Decoders take missing data for grey: the end of a JPEG comes after its last scan's start.
-        short = image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
-        fault = "a JPEG without an end" if short else None
-        image = None if fault else decode(image, data)
-    except UnidentifiedImageError:
-        fault = "unknown format"
+        if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+            raise ValueError("a JPEG without an end")
+        return decode(image, data)
     except Exception as error:  # damaged bytes can make a decoder fail in any way
-        fault = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        fault = fault.splitlines()[0]
-    if fault:
-        raise BadImage(f"{path}: not a whole image ({fault})")
-    return image
+        fault = getattr(error, "strerror", None) or first_line(error)
+    fault = "unknown format" if fault.startswith("cannot identify") else fault
+    raise BadImage(f"{path}: not a whole image ({fault})")
 
 
 def list_images(folder, others):
@@ -86,6 +83,8 @@ def list_images(folder, others):
         images = [n for n in names if n.lower().endswith(IMG_EXTENSIONS) and n[0] != "."]
         others.update(map(kind_of, set(names) - set(images)))
         found += [os.path.join(place, name) for name in images]
+    if not found:
+        raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     return sorted(found, key=os.path.split)
 
 
@@ -96,8 +95,6 @@ def list_unlabelled(folder):
     others = Counter()
     paths = sorted(map(Path, list_images(folder, others)))
     say_others(folder, others)
-    if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
     return [(str(path), index) for index, path in enumerate(paths)]
 
 
@@ -141,9 +138,6 @@ def list_folder(folder):
     folder, classes = Path(folder), list_classes(folder)
     samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
     for label, name in enumerate(classes):
-        paths = list_images(folder / name, others)
-        if not paths:
-            raise UserError(f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        samples += [(path, label) for path in paths]
+        samples += [(path, label) for path in list_images(folder / name, others)]
     say_others(folder, others)
     return samples, classes

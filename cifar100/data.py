@@ -16,6 +16,7 @@ from torchvision.datasets.utils import check_integrity
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError
 from images import list_folder, list_split, list_unlabelled, read_image, to_rgb
+from spiking.compiler import first_line
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,
@@ -173,13 +174,11 @@ def read_corrupted(path, severity):
 def open_array(path):
     """The array in a .npy file, which is not read yet; UserError if it says another size."""
     try:
-        if not path.is_file():  # a pipe would never end
-            raise ValueError("no such file")
         array = np.load(path, mmap_mode="r")
         if path.stat().st_size != array.offset + array.nbytes:
             raise ValueError(f"it says {array.nbytes:,} bytes")
     except Exception as error:  # whatever NumPy makes of a bad file
-        raise UserError(f"{path}: not a whole array ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a whole array ({first_line(error)})") from None
     return array
 
 
@@ -189,12 +188,10 @@ def open_cifar(cfg, train, transform, download=False):
     try:
         return cifar(cfg.data_path, train=train, transform=transform, download=download)
     except Exception as error:  # whatever the network, the disk and torchvision make of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{cifar_fault(cifar, Path(cfg.data_path).absolute())}, and {cfg.dataset} could not be "
-            f"downloaded ({reason}): put {cifar.filename} from {cifar.url} there; "
-            "`-c quickstart.yml` needs no data set"
-        ) from None
+        fault = cifar_fault(cifar, Path(cfg.data_path).absolute())
+        fault = f"{fault}, and {cfg.dataset} could not be downloaded ({first_line(error)})"
+        there = f"put {cifar.filename} from {cifar.url} there"
+        raise UserError(f"{fault}: {there}; `-c quickstart.yml` needs no data set") from None
 
 
 def cifar_fault(cifar, where):
@@ -211,8 +208,7 @@ def cifar_fault(cifar, where):
 def make_loader(cfg, dataset, collate, batches, ranks):
     pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
     loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
-    channels = input_shape(cfg)[0]
-    return PrefetchLoader(loader, cfg.mean, cfg.std, channels=channels, device=ranks.device)
+    return PrefetchLoader(loader, cfg.mean, cfg.std, device=ranks.device)
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks, seed):

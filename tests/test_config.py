@@ -198,14 +198,6 @@ def test_what_must_not_differ_from_the_checkpoint():
         assert getattr(settings.resolve("resume", {name: value}, "a.pth"), name) == value
 
 
-def test_a_configuration_never_changes():
-    cfg = resolve()
-    for name in ("lr", "no_such_key"):
-        with pytest.raises(AttributeError, match=f"{name}: a configuration never changes"):
-            setattr(cfg, name, 1.0)
-    assert cfg.lr == 1e-3 and not hasattr(cfg, "no_such_key")
-
-
 def test_which_yml(tmp_path, monkeypatch):
     """A file where you are goes over the one beside the script, but never by itself."""
     monkeypatch.chdir(tmp_path)

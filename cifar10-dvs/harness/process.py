@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from spiking.compiler import first_line
+
 from .log import UserError, escaped
 
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
@@ -34,7 +36,7 @@ class Ranks:
             os.environ.update(slurm_ranks(os.environ))
         self.rank = 0 if alone else variable("RANK", 0)
         self.world_size = 1 if alone else variable("WORLD_SIZE", 1, least=1)
-        self.note = None  # for the log
+        self.main, self.note = self.rank == 0, None  # a note for the log
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
             hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -45,7 +47,13 @@ class Ranks:
             raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
         self.device = torch.device(device)
         if self.device.type == "cuda":
-            self._take_gpu()
+            if self.device.index is None:
+                self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
+            elif self.world_size > 1:
+                raise UserError(f"device is {self.device}; with several ranks say cuda")
+            if self.device.index >= (count := torch.cuda.device_count()):
+                raise UserError(f"device {self.device}: this machine has {count} CUDA devices")
+            torch.cuda.set_device(self.device)
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
@@ -53,25 +61,11 @@ class Ranks:
             try:
                 torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
             except (ValueError, RuntimeError) as error:
-                places = "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-                text = f"{places} ({str(error).strip().splitlines()[0]})"
-                raise UserError(f"the ranks do not find each other by {text}") from None
+                by = f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT ({first_line(error)})"
+                raise UserError(f"the ranks do not find each other by {by}") from None
             # For from_main, which needs no GPU, and for what takes rank 0 hours there.
             self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
             self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
-
-    def _take_gpu(self):
-        if self.device.index is None:
-            self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
-        elif self.world_size > 1:
-            raise UserError(f"device is {self.device}; with several ranks say cuda")
-        if self.device.index >= (count := torch.cuda.device_count()):
-            raise UserError(f"device {self.device}: this machine has {count} CUDA devices")
-        torch.cuda.set_device(self.device)
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def sum(self, tensor):
         """The sum over ranks, in place."""
@@ -94,15 +88,15 @@ class Ranks:
         """
         if self.world_size == 1:
             return function()
-        box = [None, None]
+        box = [None]
         if self.main:
             try:
-                box[0] = function()
+                box = [function()]
             except UserError as error:
-                box[1] = str(error)
+                box = [error]
         torch.distributed.broadcast_object_list(box, group=self.patient if slow else self.quick)
-        if box[1] is not None:
-            raise UserError(box[1])
+        if isinstance(box[0], UserError):
+            raise box[0]
         return box[0]
 
 
@@ -215,7 +209,7 @@ def run(main):
 
 def explain(error):
     """The line for a fault of the user or the machine; None for one of the program."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA out of|ALLOC_FAILED", text):

@@ -66,12 +66,10 @@ class Progress:
             run.meter.flush()
         line = line or time.perf_counter() - self.said > SECONDS
         if line or not self.bar.disable:
-            speed = self.speed(done)
+            speed, memory = self.speed(done), peak_memory_mb(run.ranks.device)
             left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
-            text = (
-                f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s, "
-                f"{timedelta(seconds=round(left))} left, {peak_memory_mb(run.ranks.device):,} MB"
-            )
+            text = f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s"
+            text = f"{text}, {timedelta(seconds=round(left))} left, {memory:,} MB"
             self.bar.set_postfix_str(text, refresh=False)
             if line and self.bar.disable:
                 self.said = time.perf_counter()
@@ -87,8 +85,7 @@ def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metric
     None if `stop` turned true on some rank on the way. UserError if there is no sample.
     """
     model.eval()
-    start = time.perf_counter()
-    rows = []  # of each batch: loss, top-1, top-5, samples
+    start, rows = time.perf_counter(), []  # of each batch: loss, top-1, top-5, samples
     for images, targets in progress(loader, "test", ranks):
         with autocast():
             logits = model(images)
@@ -127,8 +124,7 @@ class LossMeter:
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
         stopped = torch.full_like(loss, bool(stop), dtype=torch.float32)
-        status = self.ranks.sum(torch.stack([loss.detach().float(), stopped]))
-        status = to_host(status)
+        status = to_host(self.ranks.sum(torch.stack([loss.detach().float(), stopped])))
         self.flush()
         self.pending = status
         if self.ranks.world_size == 1:

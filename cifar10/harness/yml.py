@@ -4,6 +4,8 @@ import re
 
 import yaml
 
+from spiking.compiler import first_line
+
 from .log import UserError
 
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -23,7 +25,7 @@ def read_yml(path):
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{file}{place}: not a yml: {problem}") from None
     if root is None or root.value == "":
         return []  # nothing but comments

@@ -20,6 +20,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from torch.utils._pytree import tree_leaves
+
+from spiking.compiler import first_line
 
 from .folder import replacing
 from .log import UserError, logger
@@ -78,9 +81,8 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     if use_ema and averaged is None:
         raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
     if averaged is not None and not use_ema:
-        which = "averaged weights only, which are taken"
-        which = which if plain is None else "plain weights, which are taken, and averaged ones"
-        logger.info(f"{path}: holds {which}")
+        which = "averaged weights only" if plain is None else "averaged weights and plain ones"
+        logger.info(f"{path}: holds {which}, which are taken")
     extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
@@ -117,8 +119,8 @@ def read_file(path):
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # damaged bytes can make the reader fail in any way
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            what = str(error).split("WeightsUnpickler error:")[-1].split(". ")[0].strip()
-            why = f"not loaded, since doing so could run code in it: {what.splitlines()[0]}"
+            what = first_line(str(error).split("WeightsUnpickler error:")[-1].split(". ")[0])
+            why = f"not loaded, since doing so could run code in it: {what}"
             raise UserError(f"{path}: {why}") from None
         raise UserError(f"{path}: not a checkpoint, or not whole; {AGAIN}") from None
     if not isinstance(checkpoint, dict):
@@ -142,8 +144,7 @@ def check_records(archive, path):
 def own_names(weights, path):
     """Weights by the names that the model has, without what wrappers put around them; checked."""
     counters = ("total_ops", "total_params")  # of operations, left there by a tool
-    names = [n for n in weights if isinstance(n, str) and not n.endswith(counters)]
-    weights = {name: weights[name] for name in names}
+    weights = {n: v for n, v in weights.items() if isinstance(n, str) and not n.endswith(counters)}
     while prefix := next(
         (p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None
     ):
@@ -224,23 +225,17 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
         if isinstance(config, dict) and config.get("opt", opt) != opt:
             raise ValueError(f"it is of {config['opt']}, opt is {opt}")
         state = checkpoint["optimizer"]
-        values = (value for entry in state["state"].values() for value in entry.values())
-        if larger_than_memory(
-            [v for value in values for v in ([value], value)[type(value) is list]]
-        ):
+        if larger_than_memory(tree_leaves(state["state"])):
             raise ValueError("its tensors are views of less memory than they show")
-        kernels = {
-            k: optimizer.defaults[k]
-            for k in ours
-            if k in ("foreach", "fused") and k in optimizer.defaults
-        }  # chosen for this device
+        # Chosen for this device.
+        kernels = {k: v for k, v in optimizer.defaults.items() if k in ("foreach", "fused")}
         groups = [{**group, **kernels} for group in state["param_groups"]]
         optimizer.load_state_dict({**state, "param_groups": groups})
         if checkpoint.get("scaler"):  # empty where the run was not in float16
             scaler.load_state_dict(checkpoint["scaler"])
         check_optimizer(optimizer, checkpoint.get("scaler"))
     except Exception as error:  # whatever the file has there
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         why = f"no fitting optimizer state ({reason}); --finetune takes its weights alone"
         raise UserError(f"{path}: {why}") from None
     for group, values in zip(optimizer.param_groups, own, strict=True):

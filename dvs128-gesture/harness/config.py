@@ -97,33 +97,26 @@ class Key:
         text = str(value) if isinstance(value, (bool, int, float)) else value
         if not isinstance(text, str):
             raise ValueError(self.wanted())
-        if "true" in self.choices:  # cross_sample_lif: yes, or True
-            text = str(TRUTH.get(text.lower(), text)).lower()
+        found = None
         if self.choices:
+            if "true" in self.choices:  # cross_sample_lif: yes, or True
+                text = str(TRUTH.get(text.lower(), text)).lower()
             found = text if text in self.choices else None
         elif kind is bool:
             found = TRUTH.get(text.lower())
         elif kind in (int, float):
-            found = self._number(text, kind)
-        else:
-            found = self._text(text, kind)
+            number = float(text) if NUMBER.fullmatch(text) else math.nan
+            if self.low <= number <= self.high and (kind is float or number.is_integer()):
+                found = kind(number)
+        elif text.isprintable() and 0 < len(text) <= 4000:
+            if kind is Path:
+                text = os.path.expanduser(os.path.expandvars(text))
+                if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
+                    raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
+            found = text if re.fullmatch(self.pattern or ".*", text) else None
         if found is None:
             raise ValueError(self.wanted())
         return found
-
-    def _number(self, text, kind):
-        number = float(text) if NUMBER.fullmatch(text) else math.nan
-        inside = self.low <= number <= self.high
-        return kind(number) if inside and (kind is float or number.is_integer()) else None
-
-    def _text(self, text, kind):
-        if not text.isprintable() or not 0 < len(text) <= 4000:
-            return None
-        if kind is Path:
-            text = os.path.expanduser(os.path.expandvars(text))
-            if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
-                raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
-        return text if re.fullmatch(self.pattern or ".*", text) else None
 
     def wanted(self):
         """What the value must be, in words."""
@@ -166,10 +159,7 @@ def by_name(reasons):
 
 
 class Config(argparse.Namespace):
-    """A run's values of all keys, as attributes. They never change."""
-
-    def __setattr__(self, name, value):
-        raise AttributeError(f"{name}: a configuration never changes; Settings.resolve makes one")
+    """A run's values of all keys, as attributes."""
 
 
 class Settings:
@@ -229,9 +219,7 @@ class Settings:
                     raise UserError(f"{said} is of {name} {had}; leave it out to use that")
                 logger.info(f"{said} was trained with {had}; {value} is used")
             values[name] = value
-        config = Config()
-        vars(config).update(values | chosen)
-        return config
+        return Config(**(values | chosen))
 
 
 def read_settings(options, argv=None, script=None, description=None) -> Settings:
@@ -278,14 +266,12 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             try:
                 value = keys[name].convert(text)
             except ValueError as wanted:
-                raise UserError(
-                    f"{where}: {spelled} is {shown(text)}; it must be {wanted}"
-                ) from None
+                said = f"{where}: {spelled} is {shown(text)}"
+                raise UserError(f"{said}; it must be {wanted}") from None
             other, before = here.setdefault(name, (spelled, value))
             if before != value:
-                raise UserError(
-                    f"{where}: {other} and {spelled} are one key, but their values differ"
-                )
+                both = f"{other} and {spelled} are one key"
+                raise UserError(f"{where}: {both}, but their values differ")
             if not from_flags:
                 settings.yml[name] = value
             if from_flags or named:

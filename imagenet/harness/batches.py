@@ -27,8 +27,7 @@ class Batches(Dataset):
     """
 
     def __init__(self, dataset, collate):
-        self.dataset = dataset
-        self.collate = collate
+        self.dataset, self.collate = dataset, collate
 
     def __getitem__(self, key):
         indices, seed = key
@@ -76,13 +75,11 @@ class BatchLoader(DataLoader):
         with without_signals():
             if self.num_workers and context.get_start_method() != "fork":
                 resource_tracker.ensure_running()  # which hears some of the signals again
-            try:
-                with without_signals():
-                    batches = super().__iter__()
-            finally:
-                if signal.getsignal(signal.SIGCHLD) != handler:
-                    # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
-                    signal.signal(signal.SIGCHLD, handler)
+            with without_signals():
+                batches = super().__iter__()
+            if signal.getsignal(signal.SIGCHLD) != handler:
+                # PyTorch's raises anywhere, even within a step; a lost worker is seen without.
+                signal.signal(signal.SIGCHLD, handler)
         try:
             for batch in batches:
                 if isinstance(batch, str):

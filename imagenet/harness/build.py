@@ -112,11 +112,9 @@ def read_shapes(options, weights, path, recorded):
     if int(dim * ratio) != wide:
         ratio = wide / dim
         ratio = ratio if int(dim * ratio) == wide else math.nextafter(ratio, math.inf)
-    kinds = [
-        "ssa" if any(n.startswith(f"stage{s}.") and ".v_conv." in n for n in weights) else "token"
-        for s in sorted(hidden)
-    ]
+    ssa = {name.partition(".")[0] for name in weights if ".v_conv." in name}
     # What is recorded counts: a token and a channel attention, or one of your own, look alike.
+    kinds = ["ssa" if f"stage{stage}" in ssa else "token" for stage in sorted(hidden)]
     kinds = recorded.get("attention", kinds)
     plif = any(LEARNT.search(name) for name in weights)
     names = recorded.get("model"), family, f"{family}_10_{dim}"  # the first: a variant of your own
@@ -212,13 +210,11 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device, memory_format=layout(cfg, ranks))
     if cfg.compile:
-        place = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")
-        if os.path.basename(place).startswith("torchinductor_"):
+        cache = "TORCHINDUCTOR_CACHE_DIR"
+        if os.path.basename(os.environ.get(cache, "torchinductor_")).startswith("torchinductor_"):
             # PyTorch's own choice, set as it is imported: in a folder of all users, and it is run.
-            private = os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.expanduser(
-                "~/.cache/qkformer"
-            )
-            os.makedirs(private, 0o700, exist_ok=True)
+            os.environ[cache] = os.path.expanduser("~/.cache/qkformer")
+            os.makedirs(os.environ[cache], 0o700, exist_ok=True)
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
@@ -236,9 +232,8 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
     """(model with the checkpoint's weights, its cross_sample_lif, a line that says why). With
     `new_head`, a head of another number of classes, or none, stays as it was initialised.
     """
-    setting = cfg.cross_sample_lif
-    cross_sample_lif, semantics = resolve_semantics(setting, checkpoint, path, cfg.model)
-    model = build_model(cfg, options, data, cross_sample_lif, num_classes, ranks)
+    cross, why = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    model = build_model(cfg, options, data, cross, num_classes, ranks)
     weights = checkpoint["model"] if checkpoint else None
     if weights and new_head:
         classes = weights["head.weight"].shape[:1] if "head.weight" in weights else None
@@ -250,7 +245,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
         logger.info(f"{path}: {head}")
     if weights:
         load_weights(model, weights, path)
-    return model, cross_sample_lif, semantics
+    return model, cross, why
 
 
 def check_classes(checkpoint, path, classes):
@@ -295,8 +290,8 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
     classes = cfg.num_classes or 0  # weights without a head
-    model, cross, semantics = load_model(cfg, options, data, ranks, classes, checkpoint, path)
-    logger.info(semantics)
+    model, cross, why = load_model(cfg, options, data, ranks, classes, checkpoint, path)
+    logger.info(why)
     back = {n: v for n, v in vars(cfg).items() if options.KEYS[n].back in ("network", "data")}
     settings = {**back, "use_ema": settings.use_ema, "cross_sample_lif": cross, "sha256": sha256}
     return Tested(cfg, ranks, path, model, settings, checkpoint.get("classes"))
@@ -311,9 +306,8 @@ def measure(tested: Tested, data, **published) -> Metrics:
     if not tested.model.num_classes:
         raise UserError(f"{path}: weights without a head, which can't be tested")
     weights, columns = tested.model.state_dict(), None
-    own = {name: getattr(cfg, name, None) for name in ("test_path", "severity")}
-    own = {name: value for name, value in own.items() if value is not None}
-    if own:
+    names = "test_path", "severity"
+    if own := {n: v for n in names if (v := getattr(cfg, n, None)) is not None}:
         dataset = data.own_test_set(cfg)
         columns = columns_of(cfg.test_path, dataset.classes, tested)
         said = ", ".join(f"{name} {value}" for name, value in own.items())

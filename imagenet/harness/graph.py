@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch.func import functional_call
 
-from spiking.neuron import say
+from spiking.compiler import first_line, say
 
 from .log import UserError
 
@@ -77,7 +77,7 @@ class Graph(torch.nn.Module):
             first = error.__context__ or error  # an error in a capture makes its end fail too
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            text = f"this model can't be captured ({str(first).strip().splitlines()[0]})"
+            text = f"this model can't be captured ({first_line(first)})"
             raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
 
     def capture(self, x):
