@@ -13,9 +13,8 @@ from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
 
 from harness.batches import BatchLoader, test_batches, train_batches
-from harness.log import UserError
+from harness.log import UserError, first_line
 from images import list_folder, list_split, list_unlabelled, read_image, to_rgb
-from spiking.compiler import first_line
 
 CIFAR = {
     "torch/cifar10": torchvision.datasets.CIFAR10,

@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness.log import UserError, logger
-from spiking.compiler import first_line
+from harness.log import UserError, first_line, logger
 
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")

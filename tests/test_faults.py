@@ -363,6 +363,7 @@ def test_two_runs_of_one_name(tmp_path):
     assert opened(tmp_path)[0].name == "a-2"
     with pytest.raises(UserError, match="in use by another run"):
         opened(tmp_path, resume="auto")
+    (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.yaml").write_text("experiment: a\n")
     with pytest.raises(UserError, match="in use by another run"):
         opened(tmp_path, resume="auto")

@@ -22,10 +22,8 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_leaves
 
-from spiking.compiler import first_line
-
 from .folder import replacing
-from .log import UserError, logger
+from .log import UserError, first_line, logger
 
 # Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
 # numbers.

@@ -29,6 +29,11 @@ class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
 
 
+def first_line(error: Exception | str) -> str:
+    """What an error says, on one line, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def set_up_log(ranks):
     """Lines of rank 0 to standard output; warnings of every rank."""
     with contextlib.suppress(AttributeError):  # where it is no file

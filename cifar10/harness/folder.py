@@ -177,7 +177,11 @@ def claim(folder):
 
 
 def write_args(folder, values, classes):
-    """args.yaml with the whole configuration, and classes.txt with a line for each class's name."""
+    """Make a run's folder, with args.yaml, the whole configuration, and classes.txt, a line for
+    each class's name.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
     if classes:
         write_whole(folder / "classes.txt", os.fsencode("".join(f"{name}\n" for name in classes)))
@@ -216,7 +220,6 @@ def replacing(path):
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a killed run
         with open(temporary, "xb") as file:
             yield file

@@ -14,9 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from spiking.compiler import first_line
-
-from .log import UserError, escaped
+from .log import UserError, escaped, first_line
 
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -4,9 +4,7 @@ import re
 
 import yaml
 
-from spiking.compiler import first_line
-
-from .log import UserError
+from .log import UserError, first_line
 
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 

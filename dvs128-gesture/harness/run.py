@@ -186,7 +186,6 @@ class Run:
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
         if self.start.resumed:
             self.resume(self.start.checkpoint, self.start.path)
-            self.best = self.ranks.from_main(lambda: self.keep_best(self.start.path))
         if self.scheduler:
             self.scheduler.step(self.epoch)
 
@@ -357,6 +356,8 @@ class Run:
             self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
 
         ranks.from_main(open_files)
+        if self.start.resumed:
+            self.best = ranks.from_main(lambda: self.keep_best(self.start.path))
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             try:

@@ -11,9 +11,9 @@ import contextlib
 import torch
 from torch.func import functional_call
 
-from spiking.compiler import first_line, say
+from spiking.neuron import say
 
-from .log import UserError
+from .log import UserError, first_line
 
 WARM_UP = 3  # passes in which libraries load kernels, choose algorithms and make workspaces
 
