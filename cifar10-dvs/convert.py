@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -160,10 +161,15 @@ def say_newer(found, made, suffixes):
         newer += sum(path.stat().st_mtime > when for path in files or [source])
     if newer:
         again = "to have all converted again, remove events_np and frames_*"
-        logger.info(
+        say_once(
             f"warning: {newer} files in {made.parent}/download are newer than the frames, "
             f"and left out; {again}"
         )
+
+
+@cache  # training and test set are opened one after the other
+def say_once(line):
+    logger.info(line)
 
 
 def make_events(found, work, reader, suffixes):

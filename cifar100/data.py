@@ -162,10 +162,14 @@ def read_corrupted(path, severity):
     images, labels = open_array(path), open_array(path.with_name("labels.npy"))
     fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
     fits = fits and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not fits or labels.min() < 0:
+    if not fits or not 0 <= labels.min() <= labels.max() < 2**16:
         has = f"{images.dtype} {[*images.shape]} and {labels.dtype} {[*labels.shape]}"
         raise UserError(f"{path} and labels.npy are {has}, not uint8 [N, H, W, 3] and labels [N]")
     size = len(images) // 5
+    if severity and (len(labels) % 5 or (labels.reshape(5, size) != labels[:size]).any()):
+        raise UserError(
+            f"severity is {severity}, but {path} is not five parts with the same labels"
+        )
     part = slice((severity - 1) * size, severity * size) if severity else slice(None)
     return np.array(images[part]), labels[part].tolist()
 

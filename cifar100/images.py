@@ -20,6 +20,8 @@ from harness.log import UserError, first_line, logger
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
+MOST_SCANS = 100  # over a JPEG; a progressive one has ten
+
 
 class BadImage(UserError):
     """A file that is not a whole image."""
@@ -54,6 +56,8 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
             raise ValueError(f"{image.width:,} x {image.height:,} pixels, more than {most:,}")
         if image.format == "PNG":  # its checksums, which decoding leaves out
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
+        if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+            raise ValueError(f"{scans:,} scans, more than {MOST_SCANS}")  # of a few bytes each
         # Decoders take missing data for grey: the end of a JPEG comes after its last scan's start.
         if image.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise ValueError("a JPEG without an end")

@@ -27,7 +27,7 @@ def check_raw(folder, shown):
         path = folder / f"trials_to_{split}.txt"
         if not path.exists():
             raise UserError(f"DvsGesture/{path.name} is missing; get the data set again")
-        for name in filter(None, map(str.strip, path.read_text(errors="replace").splitlines())):
+        for name in filter(None, map(str.strip, lines_of(path, shown[path]))):
             # A name must be a file that is there: one such as ../x would be written elsewhere.
             if folder / name not in shown or "/" in name:
                 raise UserError(f"{shown[path]} has {name!r}, but there is no such recording")
@@ -77,7 +77,7 @@ def check_recording(path, shown):
 
 def check_labels(path, shown):
     """The end of the last trial in microseconds. UserError for a line that can't be a trial's."""
-    first, *lines = path.read_text(errors="replace").splitlines() or [""]
+    first, *lines = lines_of(path, shown) or [""]
     if is_trial(first):
         raise UserError(f"{shown} has no header; its first line must be {COLUMNS}")
     trials = {}
@@ -102,6 +102,13 @@ def check_labels(path, shown):
     if missing := sorted(set(GESTURES) - {label for _, label, _ in trials.values()}):
         logger.info(f"warning: {shown} has no trial of class {', '.join(map(str, missing))}")
     return max(end for *_, end in trials.values())
+
+
+def lines_of(path, shown):
+    """The lines of a list; UserError where it is longer than any of this data set."""
+    if (size := path.stat().st_size) > 2**20:
+        raise UserError(f"{shown} is damaged: it has {size:,} bytes; get it again")
+    return path.read_text(errors="replace").splitlines()
 
 
 def is_trial(line):

@@ -21,6 +21,7 @@ import torch
 
 import data
 import options
+from harness.build import names_in
 from harness.config import read_settings
 from harness.folder import write_whole
 from harness.graph import graphed
@@ -62,7 +63,7 @@ def class_names(cfg, recorded, classes):
     """
     if cfg.labels is not None:
         return read_wnids(cfg, classes)
-    if isinstance(recorded, list) and len(recorded) == classes:
+    if len(names_in(recorded)) == classes:
         return data.class_names(recorded)
     return data.class_names() if classes == 1000 else None
 

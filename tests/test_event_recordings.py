@@ -169,6 +169,7 @@ LABELS = {
     "a float": (lambda rows: [*rows, "1,1.5,2"], ["line 13"]),
     "negative": (lambda rows: [*rows, "1,-1,2"], ["line 13"]),
     "backwards": (lambda rows: [*rows, "1,9,2"], ["line 13", "from 9 to 2"]),
+    "endless": (lambda rows: [*rows, " " * 2**20], ["bytes; get it again"]),
     "too late": (lambda rows: [*rows, "1,9,4294967296"], ["line 13", "4294967296"]),
 }
 

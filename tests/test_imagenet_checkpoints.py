@@ -270,6 +270,14 @@ def test_predictions_of_two_ranks(tmp_path, narrow, photo_data):
         assert row["name1"] == names[int(row["class1"])]
 
 
+def test_classes_that_are_no_names():
+    """In a stranger's checkpoint: as if there were none."""
+    cfg = resolve()
+    for classes in ([["1"], ["2"]], "ab", {"a": 1, "b": 2}):
+        assert imagenet.test.class_names(cfg, classes, 2) is None
+    assert imagenet.test.class_names(cfg, ["a", "n01440764"], 2)[0] == "a"
+
+
 def test_test_errors(tmp_path, narrow, lines):
     def last(*args):
         return lines(imagenet.test.main, *narrow, "--checkpoint", best, *args).splitlines()[-1]

@@ -39,7 +39,7 @@ def bad(path, *words):
     with pytest.raises(images.BadImage) as error:
         images.read_image(path)
     text = str(error.value)
-    assert "\n" not in text and str(path) in text, text
+    assert "\n" not in text and load("cifar10").log.escaped(str(path)) in text, text
     assert all(word in text for word in words), text
 
 
@@ -192,7 +192,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     samples, _ = images.list_split(tmp_path, True)
     (empty, _), (whole, _) = samples
     assert images.read_image(whole).size == (40, 24)
-    bad(empty, "\udce4.jpg")
+    bad(empty, r"\udce4.jpg")
 
 
 def test_layouts_that_can_not_be_trained_on(tmp_path):

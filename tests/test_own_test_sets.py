@@ -71,7 +71,7 @@ def test_class_folders(run, capsys, tmp_path):
 def test_cifar_c(run, capsys, tmp_path):
     """A severity is its fifth of the file; all are the whole."""
     images = np.random.default_rng(0).integers(0, 255, (20, 12, 12, 3), dtype=np.uint8)
-    labels = np.arange(20) % 3
+    labels = np.arange(20) % 4 % 3
     np.save(tmp_path / "fog.npy", images)
     np.save(tmp_path / "labels.npy", labels)
     for flags, part in ((["--severity", 3], slice(8, 12)), ([], slice(None))):
@@ -106,9 +106,13 @@ def test_arrays_that_do_not_fit(tmp_path):
     np.save(path, np.zeros((5, 8, 8, 3)))
     fails("are float64 ")
     np.save(path, np.zeros((5, 8, 8, 3), np.uint8))
-    for other in (np.zeros(4, int), np.zeros(5), np.full(5, -1)):
+    for other in (np.zeros(4, int), np.zeros(5), np.full(5, -1), np.full(5, 10**12)):
         np.save(labels, other)
         fails("not uint8")
+    for size, other in ((6, np.zeros(6, int)), (5, np.arange(5))):  # one severity alone
+        np.save(path, np.zeros((size, 8, 8, 3), np.uint8))
+        np.save(labels, other)
+        fails("severity is 1, but .*fog.npy is not five parts with the same labels")
 
 
 def test_imagenet_and_frames(tmp_path):
@@ -126,6 +130,11 @@ def test_imagenet_and_frames(tmp_path):
     assert imagenet.build.columns_of("x", [f"c{n}" for n in range(1000)], empty) == [*range(1000)]
     with pytest.raises(imagenet.config.UserError, match="its class c0 is none of the model's"):
         imagenet.build.columns_of("x", ["c0"], empty)
+    # names that are numbers: a folder 1 is not the model's class 1, which is called 2
+    model.num_classes, named = 3, empty._replace(classes=["1", "2", "10"])
+    assert imagenet.build.columns_of("x", ["10", "2"], named) == [2, 1]
+    with pytest.raises(imagenet.config.UserError, match="its class 0 is none of the model's"):
+        imagenet.build.columns_of("x", ["0", "1", "2"], named)
     gesture = load("dvs128-gesture")
     for name in ("0", "10"):
         (tmp_path / name).mkdir()

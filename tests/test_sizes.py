@@ -1,5 +1,6 @@
 """What a file declares against what is needed, before it is read; and what is left out, counted."""
 
+import argparse
 import gzip
 import io
 import logging
@@ -89,10 +90,43 @@ def test_deep_nesting_beside_a_checkpoint(tmp_path):
     assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: (path.touch(), os.truncate(path, 2**40))])
+def test_pipes_and_endless_files_beside_a_checkpoint(tmp_path, make):
+    """They are left aside, or an error, at once."""
+    folder = load("cifar10").folder
+    for name in ("args.yaml", "test-x.json", "log.txt"):
+        make(tmp_path / name)
+    assert folder.read_args(tmp_path) == {}
+    folder.write_result(tmp_path / "x.pth", {"top1": 1.0})
+    assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
+    assert "log.txt is no file of a run" in refused(load("cifar10"), folder.RunLog, tmp_path, 1, 0)
+
+
+def test_lists_that_show_more_than_they_hold(tmp_path):
+    """3 KB that are a billion numbers to whoever goes through them, and a list in itself."""
+    modules, path = load("cifar10"), tmp_path / "x.pth"
+    many, loop = [0] * 10, []
+    loop.append(loop)
+    for _ in range(8):
+        many = [many] * 10
+    for odd in (many, loop):
+        for content in (
+            {"optimizer": {"state": {0: {"more": odd}}}},
+            {"cross_sample_lif": odd},
+            {"rng": [{"python": odd}]},
+            {"args": argparse.Namespace(T=odd)},
+        ):
+            torch.save({"model": {"a": torch.ones(2)}, **content}, path)
+            said = refused(modules, modules.checkpoint.load_checkpoint, path)
+            assert "it shows more than 10,000,000 values" in said and path.stat().st_size < 5000
+
+
 def test_a_name_of_a_megabyte():
     """Its start is printed, and what it could do to a terminal is not done."""
-    said = load("cifar10").log.escaped("\x1b[2J" + "x" * 10**6)
-    assert said.startswith("\\x1b[2Jxxx") and len(said) < 10_010
+    name = "\x1b[2J" + "x" * 10**6
+    log = load("cifar10").log
+    for said in (log.escaped(name), str(log.UserError(name))):  # of torch.hub too
+        assert said.startswith("\\x1b[2Jxxx") and len(said) < 10_010
 
 
 # Images
@@ -109,6 +143,21 @@ def test_images_that_declare_too_much(folder, tmp_path, monkeypatch):
     assert "11 x 10 pixels, more than 100" in said
     os.truncate(path, 401)
     assert "401 bytes are too many" in refused(modules, modules.images.read_image, path)
+
+
+@pytest.mark.parametrize("folder", IMAGES)
+def test_scans_without_end(folder, tmp_path):
+    """Each of a JPEG's takes as long as a whole one, for some hundred bytes."""
+    modules, path, content = load(folder), tmp_path / "x.jpg", io.BytesIO()
+    Image.new("L", (64, 64), 99).save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    path.write_bytes(whole)
+    want = modules.images.read_image(path)
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    path.write_bytes(whole[:-2] + 20 * last + whole[-2:])
+    assert modules.images.read_image(path) == want
+    path.write_bytes(whole[:-2] + 200 * last + whole[-2:])
+    assert " scans, more than 100" in refused(modules, modules.images.read_image, path)
 
 
 @pytest.mark.parametrize("folder", IMAGES)
@@ -199,8 +248,10 @@ def test_recordings_newer_than_the_frames(folder, tmp_path, caplog):
     new = new[:2] or sorted((tmp_path / "download").iterdir())[:1]  # in archives
     for path in new:
         os.utime(path, (time.time() + 60, time.time() + 60))
-    assert len(folder.data.build_dataset(cfg, True, cpu(folder))) == made
-    assert f"warning: {len(new)} files in {tmp_path}/download are newer than" in caplog.text
+    for train in (True, True, False):
+        assert len(folder.data.build_dataset(cfg, train, cpu(folder))) == made or not train
+    said = f"warning: {len(new)} files in {tmp_path}/download are newer than"
+    assert caplog.text.count(said) == 1
 
 
 # What is run

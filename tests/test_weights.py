@@ -150,6 +150,10 @@ def test_finetune(trained_on_images, tmp_path, train):
         assert new["head.weight"].shape == (classes or 3, 16)
         kept = torch.allclose(new["head.weight"][:3], old["head.weight"], atol=1e-6)
         assert kept == (classes is None)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "classes": ["red", "green things", "über"]}, tmp_path / "other.pth")
+    text = train("--finetune", tmp_path / "other.pth", "--experiment", "other")
+    assert "other.pth: class 0 is 'red', but in the data it is 'green things'; its head is" in text
     text = train("--initial-checkpoint", path, "--dim", 32)
     assert text.splitlines()[-1].startswith("error: command line: dim is 32"), text
 

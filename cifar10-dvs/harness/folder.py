@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import time
 import urllib.parse
 from pathlib import Path
@@ -96,10 +97,20 @@ def runs_of(root, experiment=None):
     return [run for run, name in zip(runs, names, strict=True) if experiment in (None, str(name))]
 
 
+def read_text(path, most=2**24):
+    """The text of a file. OSError for what is none, such as a pipe, which would never end, and for
+    one of more bytes than a run writes.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode) or info.st_size > most:
+        raise OSError(f"{path.name} is no file of a run")
+    return path.read_text(errors="replace")
+
+
 def read_args(folder) -> dict:
     """A run's args.yaml; {} where there is none that can be read."""
     try:
-        found = yaml.safe_load((folder / "args.yaml").read_text())
+        found = yaml.safe_load(read_text(folder / "args.yaml"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         found = None
     return found if isinstance(found, dict) else {}
@@ -197,7 +208,7 @@ def write_result(path, result):
     for name in numbered(f"test-{path.stem}"):
         file = path.with_name(f"{name}.json")
         try:
-            if json.loads(file.read_text()) | figures == json.loads(text):
+            if json.loads(read_text(file)) | figures == json.loads(text):
                 break
         except (OSError, ValueError, RecursionError, TypeError):
             break  # none, or none of ours
@@ -250,7 +261,7 @@ class RunLog:
     def __init__(self, folder, epoch, step):
         self.folder, self.path = folder, folder / "log.txt"
         with writing(folder):
-            text = self.path.read_text(errors="replace") if self.path.is_file() else ""
+            text = read_text(self.path) if self.path.exists() else ""
             lines = [line + "\n" for line in text.splitlines() if epoch_of(line) < epoch]
             write_whole(self.path, "".join(lines).encode())
             self.epochs = Curves(folder, epoch)
@@ -301,5 +312,5 @@ def epoch_of(line):
     """Epoch of a line of log.txt; infinity for a line that a crash has cut short, to drop it."""
     try:
         return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")

@@ -255,9 +255,16 @@ def check_classes(checkpoint, path, classes):
     had = len(names) or (*getattr(head, "shape", ()), 0)[0]
     if had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
+    if other := other_class(names, classes):
+        raise UserError(f"{path}: {other}")
+
+
+def other_class(names, classes):
+    """The first of a checkpoint's classes that has another name in the data, in words, or None."""
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
         if name != str(here):
-            raise UserError(f"{path}: class {number} is {name!r}, but in the data it is {here!r}")
+            return f"class {number} is {name!r}, but in the data it is {here!r}"
+    return None
 
 
 def names_in(classes):
@@ -334,6 +341,8 @@ def columns_of(test_path, classes, tested):
     """
     total = tested.model.num_classes
     names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
+    if any(map(str.isdigit, names)):  # a 1 is then the class of that name
+        numbers = []
     for known in (names, numbers, [] if names or len(classes) != total else classes):
         if set(classes) <= set(known):
             if len(classes) < total:

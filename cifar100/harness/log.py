@@ -28,6 +28,9 @@ def escaped(text: str) -> str:
 class UserError(Exception):
     """A mistake that the user can mend. The scripts print it as one line and exit with 1."""
 
+    def __str__(self):
+        return escaped(super().__str__())
+
 
 def first_line(error: Exception | str) -> str:
     """What an error says, on one line, or its kind where it says nothing."""

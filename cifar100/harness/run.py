@@ -3,6 +3,7 @@
 How an epoch is trained is train.py's, whose Trainer is a Run.
 """
 
+import hashlib
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 
 from .batches import LostWorker
-from .build import check_classes, convert_all, load_model, recorded_values
+from .build import check_classes, convert_all, load_model, names_in, other_class, recorded_values
 from .checkpoint import load_checkpoint, load_optimizer, load_weights, number, save_checkpoint
 from .config import Config
 from .firing import firing_rates, spread
@@ -95,6 +96,16 @@ def begin(settings, options) -> Start:
     return Start(cfg, given, ranks, folder, checkpoint, path, bool(last))
 
 
+def digest_of_files(dataset):
+    """Of the names and labels of a data set's files, in their order; None for one without files.
+    The data may have moved: folders do not count.
+    """
+    found = hashlib.sha256()
+    for path, label in getattr(dataset, "samples", ()):
+        found.update(os.fsencode(f"{os.path.basename(path)}/{label}/"))
+    return found.hexdigest() if hasattr(dataset, "samples") else None
+
+
 class Run:
     """What the Trainers of all data sets have in common.
 
@@ -134,6 +145,10 @@ class Run:
         self.model, self.cross_sample_lif, self.semantics = load_model(
             cfg, options, data, ranks, num_classes, start.checkpoint, start.path, not start.resumed
         )
+        names = names_in(start.checkpoint.get("classes")) if start.checkpoint else []
+        other = other_class(names, self.classes) if len(names) == num_classes else None
+        if other and not start.resumed:
+            logger.info(f"warning: {start.path}: {other}; its head is kept all the same")
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if cfg.freeze:
             self.model.freeze(cfg.freeze)
@@ -166,6 +181,7 @@ class Run:
         self.new_meter = partial(LossMeter, ranks, partial(self.add_point, "loss"))
         self.meter = self.new_meter()
         self.lr = cfg.lr  # at its peak
+        self.files = digest_of_files(self.train_set)
         self.seed = cfg.seed  # of the order and augmentation of this epoch
 
     def prepare(self):
@@ -223,6 +239,7 @@ class Run:
             "loss_total": self.meter.total,
             "global_batch": self.global_batch,
             "samples": len(self.train_set),
+            "files": self.files,
             "seed": self.seed,
             "part_seed": self.part_seed,
             "best": self.best,
@@ -244,8 +261,9 @@ class Run:
         size, before = len(self.train_set), checkpoint.get("samples", len(self.train_set))
         if cfg.start_epoch is not None and self.start_again():
             self.epoch = cfg.start_epoch
-        elif steps and before != size:
-            now = f"{before} training {self.samples}, now there are {size}"
+        elif steps and (before != size or checkpoint.get("files", self.files) != self.files):
+            others = " others" if before == size else ""
+            now = f"{before} training {self.samples}, now there are {size}{others}"
             logger.info(f"warning: {path} is of {now}: epoch {self.epoch} begins again")
         elif steps:
             self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)

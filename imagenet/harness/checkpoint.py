@@ -39,6 +39,7 @@ WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where 
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
+MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 AGAIN = "get or make it again"
 
 
@@ -111,6 +112,7 @@ def read_file(path):
                     raise UserError(f"{path}: damaged: the checksum of its {damaged} differs")
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_values(checkpoint, path)
     except UserError as error:
         raise UserError(f"{error}; {AGAIN}") from None
     except MemoryError:
@@ -137,6 +139,22 @@ def check_records(archive, path):
             raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
     if len({record.filename for record in records}) < len(records):
         raise UserError(f"{path}: damaged: a record of it is there twice")
+
+
+def check_values(checkpoint, path):
+    """UserError where dicts and lists show more values than there can be: a small file may have one
+    list in another many times, or in itself, and whoever goes through it would never end.
+    """
+    count, left = 0, [checkpoint]
+    while left:
+        value = left.pop()
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, tuple, set)):
+            count += len(inner)
+            left.extend(inner)
+        if count > MOST_VALUES:
+            raise UserError(f"{path}: damaged: it shows more than {MOST_VALUES:,} values")
 
 
 def own_names(weights, path):
