@@ -290,7 +290,7 @@ def test_test_errors(tmp_path, narrow, lines):
     assert "not a folder" in last("--predict", tmp_path / "none", *into)
     assert "holds no images" in last("--predict", folder, *into)
     gone = tmp_path / "gone" / "predict.csv"
-    assert f"{gone} can't be written" in last("--predict", folder, "--predictions", gone)
+    assert f"{gone}: can't be written" in last("--predict", folder, "--predictions", gone)
     (folder / "a.JPEG").write_bytes(b"")
     said = last("--predict", folder, *into, "--on_bad_image", "skip")
     assert said == f"error: predict: no image in {folder} can be read" and not free.exists()
