@@ -26,7 +26,7 @@ MODEL = {
     "mlp_ratio": NetworkKey(float, 1, "an MLP's hidden channels over its input's", 0.1, 64,
         fixed=same),
     "attention": NetworkKey([str], ["token", "ssa"], "attention of each stage: token, channel or "
-        "ssa", choices=("token", "channel", "ssa"), length=(2, 2), fixed=ssa_stages),
+        "ssa", choices=(*model.ATTENTION,), length=(2, 2), fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
@@ -86,7 +86,7 @@ AUGMENTATION = {
         0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 0.5, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
-    "mixup_mode": TrainKey(str, "batch", "one draw for each", choices=("batch", "pair", "elem")),
+    "mixup_mode": TrainKey(str, "batch", "what one draw is for", choices=("batch", "pair", "elem")),
     "mixup_off_epoch": TrainKey(int, 75, "first epoch without either; 0: none", 0, 100_000),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
 }
@@ -116,7 +116,7 @@ OPTIMISATION = {
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of lr_noise", 0, 10),
     "lr_cycle_mul": TrainKey(float, 1.0, "factor of a cosine cycle's length", 1, 100),
     "lr_cycle_limit": TrainKey(int, 1, "number of cosine cycles", 1, 1000),
-    "loss": TrainKey(str, "ce", "ce; tet: of each time step too", choices=("ce", "tet")),
+    "loss": TrainKey(str, "ce", "ce; tet: one at each step too", choices=("ce", "tet")),
     "tet_weight": TrainKey(float, 1.0, "share of the steps' own losses in loss: tet", 0, 1),
     "model_ema": TrainKey(bool, False, "a moving average of the weights is kept, and tested too"),
     "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", 0, 1),

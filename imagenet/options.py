@@ -31,7 +31,7 @@ MODEL = {
     "mlp_ratio": NetworkKey(float, 4, "an MLP's hidden channels over its input's", 0.1, 64,
         fixed=same),
     "attention": NetworkKey([str], ["token", "token", "ssa"],
-        "attention of each stage: token, channel or ssa", choices=("token", "channel", "ssa"),
+        "attention of each stage: token, channel or ssa", choices=(*model.ATTENTION,),
         length=(3, 3), fixed=ssa_stages),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99, null=True),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
@@ -60,8 +60,8 @@ MODEL = {
 }
 
 DATA = {
-    "dataset": Key(str, "imagenet", "data set; photos, which are made in data_path, need no "
-        "download", flags=("-d",), choices=("imagenet", "photos")),
+    "dataset": Key(str, "imagenet", "data set; photos: a small one, made in data_path",
+        flags=("-d",), choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
     "test_path": TestKey(Path, None, "another test set: a folder of class folders"),
@@ -93,7 +93,7 @@ AUGMENTATION = {
         0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 1.0, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
-    "mixup_mode": TrainKey(str, "batch", "one draw for each", choices=("batch", "pair", "elem")),
+    "mixup_mode": TrainKey(str, "batch", "what one draw is for", choices=("batch", "pair", "elem")),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
     "reprob": TrainKey(float, 0.25, "probability of random erasing", 0, 1),
     "remode": TrainKey(str, "pixel", "content of an erased rectangle",
@@ -117,7 +117,7 @@ OPTIMISATION = {
     "weight_decay": TrainKey(float, 0.05, "weight decay; 1-D parameters have none", 0, 100),
     "clip_grad": TrainKey(float, None, "largest norm of the gradient; none: it is not clipped",
         1e-10, 1e10),
-    "loss": TrainKey(str, "ce", "ce; tet: of each time step too", choices=("ce", "tet")),
+    "loss": TrainKey(str, "ce", "ce; tet: one at each step too", choices=("ce", "tet")),
     "tet_weight": TrainKey(float, 1.0, "share of the steps' own losses in loss: tet", 0, 1),
     "model_ema": TrainKey(bool, False, "a moving average of the weights is kept, and tested too"),
     "model_ema_decay": TrainKey(float, 0.9998, "decay of that average, per step", 0, 1),

@@ -1,5 +1,9 @@
 """Files of weights: their layouts, damage, and runs that start from them or average them."""
 
+import hashlib
+import json
+import logging
+
 import pytest
 import safetensors.torch
 import torch
@@ -197,3 +201,19 @@ def test_averaged_weights(tmp_path, train, monkeypatch):
         model.head.weight.add_(1)
     average.update(model)
     assert torch.allclose(average.module.head.weight, old + 0.25)
+
+
+def test_checksum_of_an_exported_file(tmp_path, caplog):
+    """config.json of tools/export.py has the SHA-256 of the weights beside it."""
+    path, weights = tmp_path / "model.safetensors", {"head.weight": torch.ones(3, 4)}
+    safetensors.torch.save_file(weights, path)
+    known = {"qkformer": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    with caplog.at_level(logging.INFO, logger="qkformer"):
+        assert torch.equal(load_checkpoint(path)["model"]["head.weight"], torch.ones(3, 4))
+    assert "no checksums" not in caplog.text
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its SHA-256 is not that in"):
+        load_checkpoint(path)

@@ -89,6 +89,8 @@ class Probe:
         heads = self.blocks[stage].num_heads
         kinds = [kind for kind in ("q", "k", "v") if (stage, kind) in self.seen]
         spikes = {kind: self.seen[stage, kind][:, 0].unflatten(1, (heads, -1)) for kind in kinds}
+        if "v" not in spikes and (stage, "attn") not in self.seen:
+            raise SystemExit(f"error: {stage}: its attention calls no attn_lif, so it has no mask")
         if "v" not in spikes:
             # [T, H, W, heads, channels], of one channel or of one token
             spikes["mask"] = self.seen[stage, "attn"][:, 0].movedim((3, 4), (1, 2))

@@ -216,6 +216,9 @@ def count(counter):
 
 def products(counter, name, attention):
     """Rows of what an attention computes between the neurons of q, k (and v) and its projection."""
+    if not counter.neurons[f"{name}.attn_lif"].values:
+        print(f"{name}: a {type(attention).__name__}, whose own products are not counted")
+        return []
     q, k = (counter.neurons[f"{name}.{neuron}"] for neuron in ("q_lif", "k_lif"))
     work = [("sum of q", q, 1), ("mask * k", k, 1)]
     if hasattr(attention, "v_lif"):
@@ -334,10 +337,11 @@ def describe(counter, rows, sums):
         f"energy: {total.energy:.4g} mJ an image, the mean of {counter.images:,}; T = {counter.T}, "
         f"{number(total.macs)} MACs a step, {number(total.sops)} SOPs",
         f"ANN equivalent: {total.ann:.4g} mJ, {times}; in 8 bits {total.ann * MAC8 / MAC:.4g} mJ; "
-        f"the head, in none: {head:.2g} mJ",
-        f"by the counters' rule: {total.counters:.4g} mJ, {number(total.effective_acs)} effective "
+        f"not in these: the head, {head:.2g} mJ",
+        f"by NeuroBench's and spikingjelly's rule: {total.counters:.4g} mJ, "
+        f"{number(total.effective_acs)} effective "
         f"ACs, {number(total.effective_macs)} effective MACs",
-        f"memory, in none of these: {total.memory:.4g} mJ for weights, "
+        f"not in these: memory, {total.memory:.4g} mJ for weights, "
         f"{membranes(counter):.4g} mJ for membranes",
         f"activation sparsity {sparsity(counter):.4f}, footprint {footprint(counter.model):,} B",
     ]

@@ -40,6 +40,9 @@ def export(modules, tested, folder, command, onnx=False):
     config = {"pretrained_cfg": seen, "qkformer": json.loads(json.dumps(ours, default=str))}
     model._model_args = {}
     save_for_hf(model, folder, model_config=config, model_args=args, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["qkformer"]["sha256"] = sha256(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if onnx:
         write_onnx(model, shape, folder / "model.onnx")
     (folder / "README.md").write_text(card(tested, model, shape, folder, command))

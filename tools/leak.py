@@ -395,7 +395,14 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="FILE.py:FACTORY")
-    parser.add_argument("--input", type=int, nargs="+", default=[4, 3, 224, 224], metavar="N")
+    parser.add_argument(
+        "--input",
+        type=int,
+        nargs="+",
+        default=[4, 3, 224, 224],
+        metavar="N",
+        help="shape of the inputs, the batch first (default: 4 3 224 224)",
+    )
     parser.add_argument("--time-first", action="store_true", help="the input is [T, B, ...]")
     args = parser.parse_args(argv)
     torch.manual_seed(SEED)

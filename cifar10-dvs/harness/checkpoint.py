@@ -8,6 +8,7 @@ Lightning's, safetensors and bare state dicts.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -66,12 +67,16 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    checkpoint, beside = read_file(path), path.with_name("config.json")
+    beside, ours = path.with_name("config.json"), {}
     if path.name == "model.safetensors" and beside.is_file():  # of tools/export.py
         try:
-            checkpoint = {"model": checkpoint, **json.loads(beside.read_text())["qkformer"]}
+            ours = {**json.loads(beside.read_text())["qkformer"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             logger.info(f"{beside}: holds no configuration of ours")
+    if (known := ours.pop("sha256", None)) and known != digest(path):
+        raise UserError(f"{path}: damaged: its SHA-256 is not that in {beside.name}; {AGAIN}")
+    checkpoint = read_file(path, checked=known is not None)
+    checkpoint = {"model": checkpoint, **ours} if ours else checkpoint
     held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
     plain = next((held[name] for name in WEIGHTS if name in held), None)
     averaged = next((held[name] for name in EMA if name in held), None)
@@ -92,13 +97,19 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
 
-def read_file(path):
-    """The dict in a file."""
+def digest(path):
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_file(path, checked=False):
+    """The dict in a file. checked: whether its checksum was right."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         if path.stat().st_size > memory:
             raise MemoryError
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(path) and not checked:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:

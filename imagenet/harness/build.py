@@ -4,7 +4,6 @@ A folder's own parts are handed in: `options`, its table of keys with its MODELS
 """
 
 import argparse
-import hashlib
 import math
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from spiking.compiler import available
 from spiking.neuron import resolve_backend
 
-from .checkpoint import load_checkpoint, load_weights
+from .checkpoint import digest, load_checkpoint, load_weights
 from .config import Config, read_settings
 from .folder import fetch, find_checkpoint, read_args, write_result
 from .graph import graphed
@@ -328,7 +327,9 @@ def measure(tested: Tested, data, **published) -> Metrics:
     loader = data.test_loader(cfg, dataset, ranks)
     metrics = evaluate(model, loader, ranks, autocast, columns=columns)
     figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
-    logger.info(f"{typed(path)}: {figures}, {metrics.images_per_second:.0f} images/s")
+    data_set = f"{cfg.dataset}, {len(dataset):,} samples"
+    speed = f"{metrics.images_per_second:.0f} a second"
+    logger.info(f"{typed(path)}: {figures} ({'test_path' if own else data_set}, {speed})")
     result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
     result |= {"input": shape, **tested.settings, **own, **published}
     ranks.from_main(lambda: write_result(path, result))
@@ -352,11 +353,6 @@ def columns_of(test_path, classes, tested):
     alien = next(name for name in classes if name not in (names or numbers))
     known = f"the model's are {', '.join((names or numbers)[:3])}, …"
     raise UserError(f"test_path is {test_path}: its class {alien} is none of the model's; {known}")
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(options, data, path, device="cpu", rename=None):

@@ -297,9 +297,10 @@ def read_with_bases(file, above=()):
     for key, name, where in entries:
         if key == "base" and name is not None:
             base = file.parent / str(name)
-            if not os.path.isfile(base) or base.resolve() in (file, *above):
-                wanted = "another yml there, that does not lead back"
-                raise UserError(f"{where}: base is {shown(name)}; it must be {wanted}")
+            fault = "no such file" if not os.path.isfile(base) else ""
+            if fault or base.resolve() in (file, *above):
+                fault = f"{fault or 'it leads back'} in {shown(str(file.parent))}"
+                raise UserError(f"{where}: base is {shown(name)}: {fault}")
             sources = read_with_bases(base.resolve(), (file, *above))
     return [*sources, [entry for entry in entries if entry[0] != "base"]]
 
