@@ -4,22 +4,19 @@ import copy
 from pathlib import Path
 
 import numpy as np
-import torchvision
 from PIL import Image
 from timm.data import FastCollateMixup, auto_augment, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import Dataset
-from torchvision import transforms
+from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError, first_line
 from images import list_folder, list_split, list_unlabelled, read_image, to_rgb
 
-CIFAR = {
-    "torch/cifar10": torchvision.datasets.CIFAR10,
-    "torch/cifar100": torchvision.datasets.CIFAR100,
-}
+CIFAR = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
+SAME = "no_aug mean std crop_pct scale ratio hflip vflip color_jitter".split()  # keys as in timm
 
 
 def posterize(image, bits_to_keep, **_):
@@ -92,24 +89,14 @@ def input_shape(cfg):
 
 
 def build_transform(cfg, train, use_prefetcher=True):
-    """timm's transform of a PIL image to [3, height, width]: uint8, which the loader normalises;
-    without a prefetcher normalised float32.
-    """
+    """timm's transform of a PIL image to uint8 [3, H, W]; without prefetcher normalised float32."""
     return create_transform(
         input_shape(cfg),
         is_training=train,
         use_prefetcher=use_prefetcher,
-        no_aug=cfg.no_aug,
-        mean=cfg.mean,
-        std=cfg.std,
-        crop_pct=cfg.crop_pct,
-        scale=cfg.scale,
-        ratio=cfg.ratio,
-        hflip=cfg.hflip,
-        vflip=cfg.vflip,
-        color_jitter=cfg.color_jitter,
         auto_augment=cfg.aa,
         interpolation=cfg.train_interpolation if train else cfg.interpolation,
+        **{name: getattr(cfg, name) for name in SAME},
     )
 
 
@@ -119,9 +106,8 @@ def input_transform(cfg):
 
 
 def build_dataset(cfg, train, ranks):
-    """The training or test set: (uint8 [3, height, width], label), with names in `classes`.
-
-    Downloads CIFAR where it is missing.
+    """The training or test set: (uint8 [3, height, width], label), with names in `classes`; CIFAR
+    is downloaded where it is missing.
     """
     transform = build_transform(cfg, train)
     if cfg.dataset == "digits":

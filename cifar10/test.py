@@ -33,9 +33,7 @@ from harness.run import enter
 
 @torch.inference_mode()
 def predict(tested, names):
-    """[[file, class, its name where known, its probability, the same of the next best], ...] of the
-    images of cfg.predict.
-    """
+    """[[file, class, its name where known, its probability, the same of the next best], ...]."""
     cfg, ranks = tested.cfg, tested.ranks
     images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
     model = graphed(tested.model.eval(), cfg, ranks)
@@ -56,9 +54,7 @@ def predict(tested, names):
 
 
 def check_predictions(path):
-    """UserError, before anything is computed, where predictions can't be written or would replace
-    others.
-    """
+    """UserError, before the work, where predictions can't be written or would replace others."""
     if os.path.lexists(path):
         raise UserError(f"predictions: {path} is there already; name another file")
     write_whole(path, b"")
@@ -66,9 +62,7 @@ def check_predictions(path):
 
 
 def write_predictions(path, rows, names):
-    """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever
-    they encode.
-    """
+    """A csv of the rows; names of files keep their bytes, whatever they encode."""
     columns = ("class", "name", "probability") if names else ("class", "probability")
     best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
     head = ["file", *(f"{column}{k}" for k in best for column in columns)]

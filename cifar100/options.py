@@ -21,8 +21,7 @@ DATASET = "torch/cifar100"
 # fmt: off
 MODEL = {
     "model": NetworkKey(str, "QKFormer", "of model.py or ms.py", choices=(*MODELS,), fixed=same),
-    "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", 1, 1024,
-        flags=("-T",), aliases=("T",)),
+    "time_step": NetworkKey(int, 4, "T, the time steps", 1, 1024, flags=("-T",), aliases=("T",)),
     "layer": NetworkKey(int, 4, "blocks; stage 3: all but 2", 3, 100, flags=("-L",), fixed=same),
     "dim": NetworkKey(int, 384, "D, the width of stage 3", 8, 8192, fixed=same),
     "num_heads": NetworkKey(int, 8, "heads of every attention", 1, 1024),
@@ -63,8 +62,7 @@ DATA = {
         flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
     "data_path": Key(Path, "./data", "where the data set is, or is downloaded to; of dataset: "
         "folder that of train/ and val/", flags=("-data-dir",), aliases=("data_dir",)),
-    "test_path": TestKey(Path, None, "another test set: a folder of class folders, or a .npy of "
-        "CIFAR-10-C with labels.npy beside it"),
+    "test_path": TestKey(Path, None, "another test set: class folders, or a .npy of CIFAR-10-C"),
     "severity": TestKey(int, None, "part of that .npy; none: all", 1, 5),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
@@ -87,10 +85,8 @@ DATA = {
 
 AUGMENTATION = {
     "no_aug": TrainKey(bool, False, "no augmentation but mixup and cutmix"),
-    "scale": TrainKey([float], [1.0, 1.0], "bounds of the random crop's area", 0.01, 1,
-        length=(2, 2), rising=True),
-    "ratio": TrainKey([float], [1.0, 1.0], "bounds of the random crop's aspect", 0.01, 100,
-        length=(2, 2), rising=True),
+    "scale": TrainKey([float], [1.0, 1.0], "a crop's area", 0.01, 1, length=(2, 2), rising=True),
+    "ratio": TrainKey([float], [1.0, 1.0], "its aspect", 0.01, 100, length=(2, 2), rising=True),
     "hflip": TrainKey(float, 0.5, "probability of a horizontal flip", 0, 1),
     "vflip": TrainKey(float, 0.0, "probability of a vertical flip", 0, 1),
     "color_jitter": TrainKey(float, 0.0, "colour jitter, without aa only", 0, 10, null=True),
@@ -136,8 +132,7 @@ OPTIMISATION = {
     "cooldown_epochs": TrainKey(int, 10, "epochs at min_lr, after the schedule", 0, 100_000),
     "decay_epochs": TrainKey(float, 30, "epochs between two steps of sched: step", 1, 100_000),
     "decay_rate": TrainKey(float, 0.1, "factor of one step of sched: step", 0, 1),
-    "lr_noise": TrainKey([float], None, "when noise of lr begins and ends, as shares", 0, 1,
-        length=(1, 2), rising=True),
+    "lr_noise": TrainKey([float], None, "begin, end, as shares", 0, 1, length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of lr_noise, as a share of lr", 0, 10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of lr_noise", 0, 10),
     "lr_cycle_mul": TrainKey(float, 1.0, "factor of a cosine cycle's length", 1, 100),
@@ -157,22 +152,19 @@ RUN = {
     "timeout_minutes": Key(float, 10, "minutes to wait for another rank", 0.01, 10_000, back=""),
     "deterministic": TrainKey(bool, False, "same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 42, "seed of all random numbers", 0, 2**31),
-    "output": Key(Path, None, "folder of all runs; none: output/ beside the script",
-        aliases=("output_dir",), back=""),
+    "output": Key(Path, None, "folder of runs; none: output/", aliases=("output_dir",), back=""),
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "no_resume_opt": TrainKey(bool, False, "resume leaves the optimizer's state out", back=""),
     "prepare": TrainKey(bool, False, "download, check and convert the data, and end", back=""),
     "finetune": TrainKey(Path, None, "weights to start from; a head that does not fit is made new",
         aliases=("initial_checkpoint",)),
-    "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",
-        0, 3, fixed=same),
+    "freeze": TrainKey(int, 0, "first stages that keep their weights", 0, 3, fixed=same),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted"),
     "predictions": TestKey(Path, "predict.csv", "new file for what predict finds"),
-    "log_interval": TrainKey(int, 50, "steps between two lines of progress", 1, 1_000_000,
-        aliases=("print_freq",)),
+    "log_interval": TrainKey(int, 50, "steps between lines", 1, 1_000_000, aliases=("print_freq",)),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
 KEYS = grouped(
@@ -186,14 +178,12 @@ NO_EFFECT = by_name({
     "curves go to TensorBoard": "log_wandb",
     "drop_path is the model's only dropout": "drop drop_block drop_connect",
     "finetune loads weights": "pretrained",
-    "last.pth, of each epoch and a signal, and best.pth are kept": "checkpoint_hist eval_metric "
-    "recovery_interval save_images",
+    "last.pth and best.pth are kept": "checkpoint_hist eval_metric recovery_interval save_images",
     "layer is the number of blocks": "depths",
     "spikes always wait for the backward pass as bytes": "byte_spikes",
     "the head takes the mean over space": "gp",
     "the loader prefetches, in new workers each epoch": "no_prefetcher use_multi_epochs_loader",
     "there is no sched: plateau": "patience_epochs",
-    "the data set's split is used, once an epoch and in whole batches": "aug_splits epoch_repeats "
-    "jsd resplit split_bn train_split tta",
+    "an epoch is the whole split": "aug_splits epoch_repeats jsd resplit split_bn train_split tta",
 })
 # fmt: on

@@ -39,10 +39,8 @@ def to_rgb(image):
 
 
 def read_image(path, decode=lambda image, data: to_rgb(image)):
-    """The RGB image in a file; BadImage if it can't be read or is not whole.
-
-    `decode` makes it of the opened PIL image and the file's bytes. A JPEG has no checksums: changed
-    bytes that still decode, to other pixels, can't be seen.
+    """The RGB image in a file, by `decode` of the PIL image and the file's bytes; BadImage if it is
+    not whole. A JPEG has no checksums: bytes that decode to other pixels can't be seen.
     """
     try:
         info, most = os.stat(path), Image.MAX_IMAGE_PIXELS

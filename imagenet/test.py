@@ -35,9 +35,7 @@ from released import load_released, measure_released
 # Copied from cifar10/test.py
 @torch.inference_mode()
 def predict(tested, names):
-    """[[file, class, its name where known, its probability, the same of the next best], ...] of the
-    images of cfg.predict.
-    """
+    """[[file, class, its name where known, its probability, the same of the next best], ...]."""
     cfg, ranks = tested.cfg, tested.ranks
     images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
     model = graphed(tested.model.eval(), cfg, ranks)
@@ -83,9 +81,7 @@ def read_wnids(cfg, classes):
 
 # Copied from cifar10/test.py
 def check_predictions(path):
-    """UserError, before anything is computed, where predictions can't be written or would replace
-    others.
-    """
+    """UserError, before the work, where predictions can't be written or would replace others."""
     if os.path.lexists(path):
         raise UserError(f"predictions: {path} is there already; name another file")
     write_whole(path, b"")
@@ -94,9 +90,7 @@ def check_predictions(path):
 
 # Copied from cifar10/test.py
 def write_predictions(path, rows, names):
-    """A csv of the rows, written whole or not at all; names of files keep their bytes, whatever
-    they encode.
-    """
+    """A csv of the rows; names of files keep their bytes, whatever they encode."""
     columns = ("class", "name", "probability") if names else ("class", "probability")
     best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
     head = ["file", *(f"{column}{k}" for k in best for column in columns)]

@@ -159,12 +159,10 @@ def steps_of(checkpoint, path):
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
-    """(cross_sample_lif, a line that says why).
+    """(cross_sample_lif, a line that says why) of the key's value, "true", "false" or "auto".
 
-    Args:
-        setting: the key's value, "true", "false" or "auto".
-        checkpoint, path: whose record counts for auto; None for a run that starts from scratch.
-        model: the key's value; an MS model has no such neuron.
+    checkpoint, path: whose record counts for auto; None from scratch. model: one of ms.py has no
+    such neuron.
     """
     if model.startswith("MS"):
         if setting == "true":
@@ -279,10 +277,8 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
 
-    Args:
-        path: of the checkpoint; None: settings say which.
-        known: {key: value} of what the file does not record.
-        rename: {part of a weight's name in the file: what it is here}.
+    path: of the checkpoint; None: settings say which. known: {key: value} of what the file does
+    not record. rename: {part of a weight's name in the file: what it is here}.
     """
     path = path or find_checkpoint(settings)
     checkpoint = load_checkpoint(path, settings.use_ema)
@@ -304,9 +300,7 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
 
 
 def measure(tested: Tested, data, **published) -> Metrics:
-    """Metrics on the test set, in a line and in test-NAME.json beside the checkpoint, with what was
-    `published` of it.
-    """
+    """Metrics on the test set, in a line and, with what was `published`, in a JSON beside it."""
     cfg, ranks, path = tested.cfg, tested.ranks, tested.path
     shape = data.input_shape(cfg)
     if not tested.model.num_classes:
@@ -337,8 +331,8 @@ def measure(tested: Tested, data, **published) -> Metrics:
 
 
 def columns_of(test_path, classes, tested):
-    """The model's number of each class of another test set, by its name or, where all are numbers,
-    by these. A line says where classes are missing; UserError for one that the model has not.
+    """The model's number of each class of another test set, by name or, where all are numbers, by
+    these. A line says where classes are missing; UserError for one that the model has not.
     """
     total = tested.model.num_classes
     names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
@@ -356,9 +350,8 @@ def columns_of(test_path, classes, tested):
 
 
 def load(options, data, path, device="cpu", rename=None):
-    """(model in eval mode, transform of a sample, such as a PIL image, to the model's input, names
-    of the classes or None) of a checkpoint, for use from Python. UserError as test.py has it;
-    rename: see load_tested.
+    """(model in eval mode, transform of a sample, such as a PIL image, to its input, names of the
+    classes or None) of a checkpoint, for use from Python; rename: see load_tested.
     """
     settings = read_settings(options, ["--device", device])
     ranks = Ranks(settings.device, alone=True)

@@ -48,9 +48,9 @@ def root_of(settings):
 
 
 def fetch(name: str | Path) -> Path:
-    """The file that a checkpoint's name means: a path, a folder that tools/export.py wrote, or a
-    URL or a key of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name, as
-    torch.hub has it, is verified. UserError where it can't be downloaded.
+    """The file that a checkpoint's name means: a path, a folder of tools/export.py, or a URL or key
+    of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name is verified.
+    UserError where it can't be downloaded.
     """
     path, url = Path(name), ASSETS.get(str(name), str(name))
     if path.exists() or not url.startswith(("https://", "http://")):
@@ -171,9 +171,8 @@ CLAIMED = []  # files that are open, and so locked, until this process ends
 
 
 def claim(folder):
-    """Lock a run's folder for this process; False if another one has it. The lock is the system's,
-    so it ends with the process, whatever ends it. It is on a file beside the folder, which is not
-    made before there is something to write.
+    """Lock a run's folder for this process; False if another one has it. The system ends the lock
+    with the process. It is on a file beside the folder, which is made when there is what to write.
     """
     place = Path(os.path.realpath(folder))
     with writing(folder):
@@ -188,9 +187,7 @@ def claim(folder):
 
 
 def write_args(folder, values, classes):
-    """Make a run's folder, with args.yaml, the whole configuration, and classes.txt, a line for
-    each class's name.
-    """
+    """Make a run's folder, with args.yaml and classes.txt, which has a class's name a line."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
@@ -226,9 +223,7 @@ def write_whole(path, content):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file that is whole or not at all: once it is on the disk it takes the place of what is at
-    `path`, a link too.
-    """
+    """A file that is whole or not at all; once on the disk it replaces `path`, a link too."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed run
@@ -252,10 +247,8 @@ def writing(path):
 
 class RunLog:
     """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over
-    steps: TensorBoard drops all points of a folder from one x on.
-
-    What was written from the run's first `epoch` and `step` (over all epochs) on is dropped, since
-    they are done again.
+    steps: TensorBoard drops all points of a folder from one x on. What was written from `epoch`
+    and `step` (over all epochs) on is dropped, since it is done again.
     """
 
     def __init__(self, folder, epoch, step):
@@ -285,11 +278,9 @@ class RunLog:
 
 
 class Curves:
-    """A file of TensorBoard's in a folder. Points of older files from x = `first` on do not count
-    any more.
-
-    PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names files by the
-    clock, which TensorBoard then reads in a wrong order where that was set back.
+    """A file of TensorBoard's, for which points of the folder's older files from x = `first` on do
+    not count. PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names
+    files by the clock, in a wrong order where that was set back.
     """
 
     def __init__(self, folder, first):

@@ -65,10 +65,8 @@ def prepare_data(settings, data) -> int:
 
 
 def begin(settings, options) -> Start:
-    """The ranks, the run's folder, the checkpoint and the whole configuration.
-
-    Which folder and checkpoint: folder.find_run. What the checkpoint brings back: recorded_values
-    of build.py. What of it counts over yml and flags: Settings.resolve of config.py.
+    """The ranks, the run's folder, the checkpoint and the whole configuration. See folder.find_run,
+    build.recorded_values for what a checkpoint brings back, and Settings.resolve.
     """
     ranks = enter(settings)
     folder, last, going_on = ranks.from_main(lambda: open_run(settings))
@@ -206,9 +204,7 @@ class Run:
             self.scheduler.step(self.epoch)
 
     def schedule(self):
-        """The learning rate's course in words; UserError where it does not come down from its peak,
-        unless min_lr is lr.
-        """
+        """The learning rate's course in words; UserError where it does not come down."""
         cfg, rates = self.cfg, self.course()
         peak, first, last = max(rates, key=rates.get), min(rates), max(rates)
         text = f"from {rates[first]:.3g}, peak {rates[peak]:.3g} at epoch {peak:g}, "
@@ -330,9 +326,7 @@ class Run:
         return tested
 
     def check_weights(self):
-        """FloatingPointError if a weight that is about to be saved is not finite, or the scaler
-        leaves out step after step, since the gradients are not.
-        """
+        """FloatingPointError for weights that are not finite, or gradients step after step."""
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
@@ -346,10 +340,9 @@ class Run:
         launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
         if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # several nodes
             launcher = ["..."]
-        on_cpu = self.ranks.device.type == "cpu" and torch.cuda.is_available()
-        words = [os.path.relpath(sys.argv[0]), "--resume", str(last), *["--device", "cpu"] * on_cpu]
+        words = [*launcher, os.path.relpath(sys.argv[0]), "--resume", str(last)]
         where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
-        return f"{why}: {where}; to go on: {shlex.join([*launcher, *words])}"
+        return f"{why}: {where}; to go on: {shlex.join(words)}"
 
     def fit(self) -> int:
         """Train to the last epoch. Returns the exit code: 0, or 128 + a signal that stopped it."""

@@ -22,9 +22,7 @@ class LostWorker(UserError):
 
 
 class Batches(Dataset):
-    """One item is one whole batch, made from (indices, seed). All its randomness comes from the
-    seed, so it is the same whatever process makes it, and whatever came before.
-    """
+    """One item is a whole batch of (indices, seed), all whose randomness comes from the seed."""
 
     def __init__(self, dataset, collate):
         self.dataset, self.collate = dataset, collate
@@ -52,10 +50,7 @@ def usable_cores():
 
 
 class BatchLoader(DataLoader):
-    """The batches of [(indices, seed)] in order, made by worker processes.
-
-    Raises their UserError, and LostWorker where one is lost.
-    """
+    """The batches of [(indices, seed)] in order, by workers; their UserError, or LostWorker."""
 
     def __init__(self, dataset, collate, batches, workers, pin_memory):
         workers = min(workers, len(batches), usable_cores())

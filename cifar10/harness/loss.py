@@ -10,9 +10,7 @@ from torch import nn
 class TET(nn.Module):
     """(1 - weight) x the loss of the mean logits + weight x the mean of the losses of all steps.
 
-    Args:
-        criterion: the recipe's loss of logits [N, classes] and targets [N] or [N, classes].
-        weight: from 0 to 1.
+    criterion: the recipe's, of logits [N, classes] and targets [N] or [N, classes]. weight: 0 to 1.
     """
 
     def __init__(self, criterion, weight):

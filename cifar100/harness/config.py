@@ -40,8 +40,8 @@ BACK = {
 class Key:
     """A key of the yml, and the flag of the same name.
 
-    kind: int, float, bool, str, Path, or a list of one of these, as in [float]. A value of kind
-        Path is a string in which ~ and $VARIABLES are expanded.
+    kind: int, float, bool, str, Path (a string in which ~ and $VARIABLES are expanded), or a list
+        of one of these, as in [float].
     low, high, choices, pattern: what the value, or each of a list, is checked against.
     null: whether the value may be null (`none` as a flag), as it may where that is the default.
     flags, aliases: the release's short forms, and other names for it.
@@ -50,8 +50,7 @@ class Key:
     back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
         "data" in testing and resuming, "run" in resuming alone, "" never.
     fixed: function of a value, whose result must stay the checkpoint's, or be None: as there.
-    scripts: those that use the key and have it in --help.
-    group: of the keys in --help.
+    scripts, group: those that use the key, and where it stands in their --help.
     """
 
     kind: object
@@ -187,16 +186,12 @@ class Settings:
         return self.experiment or (self.file.stem if self.named else None)
 
     def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
-        """The configuration. A line names each value that goes over a checkpoint's.
+        """The configuration; a line names each value that goes over a checkpoint's. UserError for
+        one that can't.
 
-        Args:
-            purpose: a key of BACK.
-            recorded, path: {name: value} of a checkpoint, and where it is from.
-            then: the yml that its run had, {"file": name, "yml": {...}}. What that says again is
-                nothing new.
-            chosen: values that are known otherwise.
-
-        UserError where a value can't go over the checkpoint's.
+        purpose: a key of BACK. recorded, path: {name: value} of a checkpoint, and where it is from.
+        then: the yml that its run had, {"file": name, "yml": {...}}; what that says again is
+        nothing new. chosen: values that are known otherwise.
         """
         values = {name: key.default for name, key in self.keys.items()} | self.yml
         back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in BACK[purpose]}
@@ -225,12 +220,10 @@ class Settings:
 def read_settings(options, argv=None, script=None, description=None) -> Settings:
     """The Settings of a command line; UserError for what is wrong with it or with a yml.
 
-    Args:
-        options: the folder's table: KEYS {name: Key}, NO_EFFECT {name: reason} of names that are
-            accepted and do nothing, DEFAULT_CONFIG, the yml that is read when no -c is given.
-        argv: the command line, default sys.argv[1:].
-        script: "train" or "test", whose flags --help shows and others are refused; None: all.
-        description: first line of --help.
+    options: the folder's table: KEYS {name: Key}, NO_EFFECT {name: reason} of names that are
+    accepted and do nothing, DEFAULT_CONFIG, the yml without -c. argv: default sys.argv[1:].
+    script: "train" or "test", whose flags --help shows and others are refused; None: all.
+    description: first line of --help.
     """
     keys, no_effect = options.KEYS, options.NO_EFFECT
     names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
@@ -289,9 +282,8 @@ def find_yml(name):
 
 
 def read_with_bases(file, above=()):
-    """[[(key, text, where), ...], ...] of a yml and of its bases, which come first.
-
-    `base: other.yml` names a yml beside the one that says so; `above` are those that lead here.
+    """[[(key, text, where), ...], ...] of a yml and of its bases, which come first. `base:
+    other.yml` names one beside the yml that says so; `above` are those that lead here.
     """
     entries, sources = read_yml(file), []
     for key, name, where in entries:

@@ -1,9 +1,7 @@
 """A model as a CUDA graph: the GPU gets all kernels of a pass in one call, not hundreds.
 
-A graph replays the kernels that it was captured from, on the same memory and with the same numbers.
-So an input is copied to where the kernels read it, and what they wrote is copied from there before
-the next replay overwrites it. Loss, gradient scaler, optimizer and what ranks exchange stay
-outside.
+It replays them on the same memory. So an input is copied to where they read it, and what they wrote
+is copied before the next replay. Loss, scaler, optimizer and what ranks exchange stay outside.
 """
 
 import contextlib
@@ -19,9 +17,7 @@ WARM_UP = 3  # passes in which libraries load kernels, choose algorithms and mak
 
 
 def graphed(model, cfg, ranks, training=False):
-    """The model as a Graph where cfg.cuda_graph asks for it; where that can't be, a line says why
-    and the model comes back as it is.
-    """
+    """The model as a Graph where cfg.cuda_graph asks for it; a line says why where it can't be."""
     if cfg.cuda_graph and (why := obstacle(cfg, ranks, training)):
         say(f"cuda_graph has no effect: {why}")
     return Graph(model) if cfg.cuda_graph and not why else model
@@ -46,9 +42,7 @@ class Graph(torch.nn.Module):
 
     They are captured at the first x. Another shape, such as that of a test's last batch, and the
     other mode of train() and eval() run kernel by kernel. Parameters and buffers must stay in their
-    memory, as load_state_dict() and optimizers leave them.
-
-    Raises UserError where the model can't be captured.
+    memory, as load_state_dict() and optimizers leave them. UserError if it can't be captured.
     """
 
     def __init__(self, model):
@@ -107,8 +101,7 @@ class Graph(torch.nn.Module):
 
     def compute(self, known):
         """(logits, leaves of autograd in the memory of the `known` parameters). The parameters' own
-        nodes, which DistributedDataParallel or an earlier loss keeps, are of another stream, and
-        that can't be captured.
+        nodes, which an earlier loss keeps, are of another stream, and that can't be captured.
         """
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in known.items()}
         return functional_call(self.model, leaves, (self.x,)), [*leaves.values()]

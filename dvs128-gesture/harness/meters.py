@@ -41,9 +41,8 @@ def peak_memory_mb(device):
 
 
 class Progress:
-    """Where an epoch of the Trainer `run` stands, whose remaining `steps` it iterates over: a bar
-    where rank 0 has a terminal, else lines, after the first and the last step, every `interval`
-    steps and every 30 s.
+    """Where an epoch of the Trainer `run` stands, whose `steps` it iterates over: a bar on a
+    terminal, else lines, after the first and the last step, every `interval` steps and every 30 s.
     """
 
     def __init__(self, steps, run, interval):
@@ -79,10 +78,8 @@ class Progress:
 
 @torch.inference_mode()
 def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metrics | None:
-    """Metrics over the batches of all ranks, each sample once. `columns`: the model's number of
-    each of the data's classes; None: the same.
-
-    None if `stop` turned true on some rank on the way. UserError if there is no sample.
+    """Metrics over the batches of all ranks, each sample once; None if `stop` turned true on a
+    rank, UserError without a sample. columns: the model's number of each of the data's classes.
     """
     model.eval()
     start, rows = time.perf_counter(), []  # of each batch: loss, top-1, top-5, samples
@@ -113,8 +110,8 @@ class LossMeter:
     """Mean loss over ranks and the steps of an epoch.
 
     A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
-    summed with the loss, so that all ranks set `stop` at the same step. `show(loss, step)` is
-    called for each step, counted from 0 in the epoch.
+    summed with it, so that all ranks set `stop` at the same step. `show(loss, step)` is called for
+    each step, counted from 0.
     """
 
     def __init__(self, ranks, show=lambda loss, step: None):
@@ -124,9 +121,13 @@ class LossMeter:
     def update(self, loss, stop):
         """Take one step's loss; FloatingPointError if that of the step before was not finite."""
         stopped = torch.full_like(loss, bool(stop), dtype=torch.float32)
-        status = to_host(self.ranks.sum(torch.stack([loss.detach().float(), stopped])))
+        status = self.ranks.sum(torch.stack([loss.detach().float(), stopped]))
+        copied = torch.cuda.Event() if status.is_cuda else None
+        status = status.to("cpu", non_blocking=True)  # into pinned memory; kernels go on
+        if copied:
+            copied.record()
         self.flush()
-        self.pending = status
+        self.pending = status, copied
         if self.ranks.world_size == 1:
             self.stop = bool(stop)
 
@@ -135,7 +136,7 @@ class LossMeter:
         if self.pending is None:
             return
         (status, copied), self.pending = self.pending, None
-        if copied is not None:
+        if copied:
             copied.synchronize()
         loss, stop = status.tolist()
         if not math.isfinite(loss):
@@ -149,15 +150,3 @@ class LossMeter:
     @property
     def mean(self):
         return self.total / max(self.steps, 1)
-
-
-def to_host(values):
-    """(values on the CPU, event): they are there once the event has happened; None: already.
-
-    The CPU does not wait for the copy, but goes on launching kernels.
-    """
-    if not values.is_cuda:
-        return values, None
-    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
-    copied.record()
-    return copy, copied

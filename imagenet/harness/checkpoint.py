@@ -45,9 +45,7 @@ AGAIN = "get or make it again"
 
 
 def save_checkpoint(state: dict, path: Path):
-    """Write a checkpoint. After a crash `path` is either the old file or the whole new one;
-    UserError on a full disk.
-    """
+    """Write a checkpoint: after a crash `path` is the old file or the whole new one."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
@@ -59,10 +57,8 @@ def save_checkpoint(state: dict, path: Path):
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     """A checkpoint on the CPU: its dict, the weights under `model`, averaged ones under
-    `model_ema`; with `use_ema` these are under `model` too.
-
-    UserError if the file can't be read safely, is damaged, or does not hold weights that are finite
-    numbers.
+    `model_ema`; with `use_ema` these are under `model` too. UserError if it can't be read safely,
+    is damaged, or does not hold weights that are finite numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -240,9 +236,8 @@ def number(checkpoint, name, default, path, low=-1):
 
 
 def load_optimizer(optimizer, scaler, checkpoint, path, opt):
-    """Load the states of optimizer and scaler; the settings of its groups stay this run's.
-
-    opt: the optimizer's name. UserError where they are of another one, or damaged.
+    """Load the states of optimizer and scaler, but not its groups' settings. UserError where they
+    are damaged or of another optimizer than `opt`.
     """
     ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused maximize amsgrad "
     ours = f"{ours} capturable nesterov differentiable decoupled_weight_decay".split()

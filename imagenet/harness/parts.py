@@ -10,9 +10,8 @@ from .log import UserError
 
 def divide(cfg, data, dataset, seed):
     """(what trains, what validates or None) of a training set, drawn by the seed within each class.
-
-    The validation samples are those of the smallest places and the same for every train_share; they
-    come as in testing (data.as_tested).
+    The validation samples are those of the smallest places, the same for every train_share; they
+    come as in testing.
     """
     if not cfg.val_split and cfg.train_share == 1:
         return dataset, None

@@ -80,10 +80,7 @@ class Ranks:
         return values
 
     def from_main(self, function, slow=False):
-        """What function() returns on rank 0, on every rank; its UserError too.
-
-        `slow`: it may take hours, for which the others wait.
-        """
+        """What function() returns on rank 0, or its UserError, on every rank. slow: for hours."""
         if self.world_size == 1:
             return function()
         box = [None]
@@ -127,10 +124,9 @@ def slurm_ranks(env):
 
 class StopSignal:
     """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number`
-    theirs; one that is ignored, as nohup has it, stays so.
+    theirs; one that is ignored, as nohup has it, stays so. A second one ends the process at once.
 
-    A second one ends the process at once. A thread reads them, because Python's own handlers do not
-    run while the main thread is within a call of C, such as one that waits for a lost rank.
+    A thread reads them: Python's own handlers wait while the main thread is in a call of C.
     """
 
     number = 0

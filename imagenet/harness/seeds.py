@@ -11,19 +11,15 @@ from .log import UserError, logger
 
 
 def get_rng_state(device, statistics=()):
-    """The state of all generators, of types that torch.load(weights_only=True) takes, and running
-    statistics that differ from rank to rank.
-    """
+    """All generators' states, and this rank's `statistics`, of types that torch.load takes."""
     name, keys, *rest = np.random.get_state()
-    state = {
+    return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
         "statistics": [values.cpu() for values in statistics],
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def set_rng_state(states, ranks, path, statistics=()):
