@@ -134,9 +134,6 @@ def check(cfg):
     """UserError for keys that do not go together."""
     if mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
-    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        wrong = "the first must be smaller than the second"
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; {wrong}")
     if cfg.T_train is not None and cfg.T_train > cfg.time_step:
         has = f"a sample has only T = {cfg.time_step} frames to draw from"
         raise UserError(f"T_train is {cfg.T_train}; {has}")

@@ -6,7 +6,6 @@ A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold
 from pathlib import Path
 
 import model
-from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
 from spiking.plain import SURROGATES
 
@@ -26,13 +25,14 @@ MODEL = {
     "mlp_ratio": NetworkKey(float, 1, "an MLP's hidden channels over its input's", 0.1, 64,
         fixed=same),
     "attention": NetworkKey([str], ["token", "ssa"], "attention of each stage: token, channel or "
-        "ssa", choices=(*model.ATTENTION,), length=(2, 2), fixed=ssa_stages),
+        "ssa", choices=(*model.ATTENTION,), length=(2, 2),
+        fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
         "without one", choices=("auto", "true", "false"), back=""),
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
-        choices=("lif", "if", "plif"), fixed=learns_tau),
+        choices=("lif", "if", "plif"), fixed=lambda neuron: neuron == "plif"),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
     "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
         1e-6, 1e6),
@@ -95,7 +95,7 @@ OPTIMISATION = {
     "epochs": TrainKey(int, 96, "epochs before those of cooldown_epochs", 1, 100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
-        pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="timm's own, no bnb or fused"),
+        pattern=r"(?!(lookahead_)?(bnb|fused|adahessian)).+", words="timm's, no bnb, fused, adahessian"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
         0, 0.999999, null=True, length=(2, 2)),

@@ -77,14 +77,9 @@ class MSMLP(nn.Module):
 
 
 class MSBlock(nn.Module):
-    """x + attention(x), then x + mlp(x): membrane inputs add up.
+    """x + attention(x), then x + mlp(x): membrane inputs add up. See model.Block."""
 
-    `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
-    """
-
-    def __init__(
-        self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False
-    ):
+    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, *_):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:
@@ -103,9 +98,7 @@ class Embed(nn.Module):
     def __init__(self, in_channels, channels, kernel, stride, lif):
         super().__init__()
         self.embed_lif = lif()
-        self.embed_conv = nn.Conv2d(
-            in_channels, channels, kernel, stride, padding=kernel // 2, bias=False
-        )
+        self.embed_conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
         self.embed_bn = nn.BatchNorm2d(channels)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import model
 import ms
-from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
 from spiking.plain import SURROGATES
 
@@ -16,6 +15,7 @@ DATA_SET = "CIFAR"  # as in harness/build.py
 # @register_model of timm puts a model's name into its file's __all__.
 MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__all__}
 DATASET = "torch/cifar10"
+FILTERS = ("bicubic", "bilinear", "nearest", "lanczos")
 
 # fmt: off
 MODEL = {
@@ -28,13 +28,13 @@ MODEL = {
     "patch_size": Key(int, 4, "accepted, but not used: the embedding is made for 4", 1, 1024),
     "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=(*model.ATTENTION,),
-        length=(3, 3), fixed=ssa_stages),
+        length=(3, 3), fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99, null=True),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
         "without one", choices=("auto", "true", "false"), back=""),
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
-        choices=("lif", "if", "plif"), fixed=learns_tau),
+        choices=("lif", "if", "plif"), fixed=lambda neuron: neuron == "plif"),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
     "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif: half", 1e-6, 1e6),
     "surrogate": NetworkKey(str, "sigmoid", "whose derivative stands for a spike's",
@@ -70,8 +70,7 @@ DATA = {
     "mean": Key([float], [0.4914, 0.4822, 0.4465], "mean of each colour", 0, 1, length=(3, 3)),
     "std": Key([float], [0.2470, 0.2435, 0.2616], "their deviations", 1e-6, 10, length=(3, 3)),
     "crop_pct": Key(float, 1.0, "share of an image's side that a test keeps", 0.01, 1),
-    "interpolation": Key(str, "bicubic", "interpolation in testing",
-        choices=("bicubic", "bilinear", "nearest", "lanczos")),
+    "interpolation": Key(str, "bicubic", "interpolation in testing", choices=FILTERS),
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
         "best.pth; 0: the test set does", 0, 0.9, fixed=same),
     "train_share": TrainKey(float, 1.0, "share of the rest that trains", 1e-6, 1),
@@ -94,8 +93,7 @@ AUGMENTATION = {
         pattern=r"rand(-n\d{1,2}|-(m|p|mstd|mmax|inc)[0-9.]{1,4}|-t(weights|3aw?))*|"
         r"augmix(-(w|d)\d{1,2}|-(m|a|b|mstd)[0-9.]{1,4})*|(original|originalr|v0|v0r|3a)(-mstd[0-9.]+)?",
         words="a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
-    "train_interpolation": TrainKey(str, "bicubic", "interpolation in training",
-        choices=("bicubic", "bilinear", "nearest", "lanczos", "random")),
+    "train_interpolation": TrainKey(str, "bicubic", "in training", choices=(*FILTERS, "random")),
     "mixup": TrainKey(float, 0.5, "alpha of mixup's Beta distribution; 0: no mixup", 0, 100),
     "cutmix": TrainKey(float, 0.0, "alpha of cutmix's Beta distribution; 0: no cutmix", 0, 100),
     "cutmix_minmax": TrainKey([float], None, "bounds of the cut's side, as shares; turns cutmix on",
@@ -114,7 +112,7 @@ OPTIMISATION = {
     "epochs": TrainKey(int, 400, "epochs before those of cooldown_epochs", 1, 100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
-        pattern=r"(?!(lookahead_)?(bnb|fused)).+", words="timm's own, no bnb or fused"),
+        pattern=r"(?!(lookahead_)?(bnb|fused|adahessian)).+", words="timm's, no bnb, fused, adahessian"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
         0, 0.999999, null=True, length=(2, 2)),

@@ -103,9 +103,6 @@ def build_optimizer(cfg, model):
     except Exception as error:  # an optimizer of timm fails in its own way on settings
         settings = f"opt {cfg.opt} with opt_betas {cfg.opt_betas} and sched {cfg.sched}"
         raise UserError(f"{settings}: {error}") from None
-    if getattr(optimizer, "is_second_order", False):
-        why = "which needs second derivatives; the surrogate gradient has none"
-        raise UserError(f"opt is {cfg.opt}, {why}")
     return optimizer, scheduler, num_epochs
 
 

@@ -105,8 +105,6 @@ def check(cfg):
     """UserError for keys that do not go together."""
     if mixes(cfg) and cfg.batch_size % 2:
         raise UserError(f"batch_size is {cfg.batch_size}; mixup and cutmix need an even one")
-    if cfg.cutmix_minmax and cfg.cutmix_minmax[0] >= cfg.cutmix_minmax[1]:
-        raise UserError(f"cutmix_minmax is {cfg.cutmix_minmax}; the first must be smaller")
     if cfg.batch_size * cfg.time_step * (cfg.img_size // 16) ** 2 == 1:
         size = cfg.img_size
         raise UserError(f"batch_size 1, img_size {size}, T = 1 leave BatchNorm a single value")

@@ -84,14 +84,9 @@ class MSMLP(nn.Module):
 
 # Copied from cifar10/ms.py
 class MSBlock(nn.Module):
-    """x + attention(x), then x + mlp(x): membrane inputs add up.
+    """x + attention(x), then x + mlp(x): membrane inputs add up. See model.Block."""
 
-    `attention`: see model.Block. cross_sample_lif is there because HST passes it; it is not used.
-    """
-
-    def __init__(
-        self, dim, num_heads, mlp_ratio, attention, drop_path, lif, cross_sample_lif=False
-    ):
+    def __init__(self, dim, num_heads, mlp_ratio, attention, drop_path, lif, *_):
         super().__init__()
         self.attn = MS_ATTENTION[attention](dim, num_heads, lif)
         if int(dim * mlp_ratio) < 1:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import model
 import ms
-from harness.build import learns_tau, ssa_stages
 from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
 from spiking.plain import SURROGATES
 
@@ -32,13 +31,13 @@ MODEL = {
         fixed=same),
     "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=(*model.ATTENTION,),
-        length=(3, 3), fixed=ssa_stages),
+        length=(3, 3), fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99, null=True),
     "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
         "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
         "without one", choices=("auto", "true", "false"), back=""),
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
-        choices=("lif", "if", "plif"), fixed=learns_tau),
+        choices=("lif", "if", "plif"), fixed=lambda neuron: neuron == "plif"),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
     "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
         1e-6, 1e6),

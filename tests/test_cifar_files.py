@@ -90,13 +90,13 @@ def test_an_archive_is_enough(cifar):
 
 def test_nothing_there(cifar):
     text = cifar.fails()
-    assert f"not in data_path {cifar.dir}" in text and "no network here" in text
+    assert f"is missing or damaged in data_path {cifar.dir}" in text and "no network here" in text
     assert cifar.kind.filename in text and cifar.kind.url in text and cifar.tried
     assert "`-c quickstart.yml` needs no data set" in text
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "empty", "html"])
-def test_a_damaged_archive_is_called_damaged(cifar, kind):
+def test_a_damaged_archive(cifar, kind):
     path, generator = cifar.dir / cifar.kind.filename, random.Random(1)
     for _ in range(3):
         whole, place = bytearray(cifar.archive), generator.randrange(len(cifar.archive))
@@ -105,8 +105,8 @@ def test_a_damaged_archive_is_called_damaged(cifar, kind):
         content = contents[kind]
         path.write_bytes(content)
         text = cifar.fails()
-        assert f"{path} is damaged" in text and cifar.kind.url in text
-        assert "not in data_path" not in text and path.read_bytes() == content
+        assert f"is missing or damaged in data_path {cifar.dir}, " in text
+        assert cifar.kind.url in text and path.read_bytes() == content
 
 
 def test_a_damaged_or_missing_file_of_the_extracted_folder(cifar):
@@ -116,20 +116,20 @@ def test_a_damaged_or_missing_file_of_the_extracted_folder(cifar):
     for name in (cifar.kind.train_list[-1][0], cifar.kind.meta["filename"]):
         path = cifar.dir / cifar.kind.base_folder / name
         path.write_bytes(cifar.batches[name][:-1])
-        assert f"{path} is damaged" in cifar.fails()
+        assert "missing or damaged" in cifar.fails()
         path.unlink()
-        assert f"{path} is missing" in cifar.fails()
+        assert "missing or damaged" in cifar.fails()
         path.write_bytes(cifar.batches[name])
     cifar.build()
 
 
 def test_a_wrong_place(cifar):
     (cifar.dir / cifar.kind.filename).write_bytes(cifar.archive)
-    assert f"is not in data_path {cifar.dir.parent}, " in cifar.fails(cifar.dir.parent)
+    assert f"in data_path {cifar.dir.parent}, " in cifar.fails(cifar.dir.parent)
     assert str(cifar.dir / cifar.kind.filename) in cifar.fails(cifar.dir / cifar.kind.filename)
     cifar.build()
     inside = cifar.dir / cifar.kind.base_folder
-    assert f"is not in data_path {inside}, " in cifar.fails(inside)
+    assert f"in data_path {inside}, " in cifar.fails(inside)
     loop = cifar.dir.parent / "loop"
     loop.symlink_to(loop)
     assert str(loop) in cifar.fails(loop)

@@ -131,16 +131,6 @@ def read_shapes(options, weights, path, recorded):
     return found
 
 
-def ssa_stages(kinds):
-    """For Key.fixed of `attention`: which stages have other weights."""
-    return [kind == "ssa" for kind in kinds]
-
-
-def learns_tau(neuron):
-    """For Key.fixed of `neuron`: PLIF has weights of its own."""
-    return neuron == "plif"
-
-
 def steps_of(checkpoint, path):
     """T of a file without our configuration, from its args or its name; None if neither has it."""
     args = checkpoint.get("args")
@@ -285,7 +275,9 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     for theirs, ours in (rename or {}).items():
         weights = checkpoint["model"].items()
         checkpoint["model"] = {name.replace(theirs, ours): value for name, value in weights}
-    recorded, sha256 = recorded_values(options, checkpoint, path), digest(path)
+    recorded = recorded_values(options, checkpoint, path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if checkpoint.get("cross_sample_lif") is not True:  # else the figure depends on the batch
         recorded.pop("val_batch_size", None)
     recorded |= known or {}
