@@ -94,8 +94,8 @@ AUGMENTATION = {
 OPTIMISATION = {
     "epochs": TrainKey(int, 96, "epochs before those of cooldown_epochs", 1, 100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
-    "opt": TrainKey(str, "adamw", "optimizer, by timm's name",
-        pattern=r"(?!(lookahead_)?(bnb|fused|adahessian)).+", words="timm's, no bnb, fused, adahessian"),
+    "opt": TrainKey(str, "adamw", "optimizer, by timm's name", words="timm's, no bnb, fused, "
+        "adahessian", pattern=r"(?!(lookahead_)?(bnb|fused|adahessian)).+"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
     "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
         0, 0.999999, null=True, length=(2, 2)),

@@ -275,9 +275,7 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     for theirs, ours in (rename or {}).items():
         weights = checkpoint["model"].items()
         checkpoint["model"] = {name.replace(theirs, ours): value for name, value in weights}
-    recorded = recorded_values(options, checkpoint, path)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    recorded, sha256 = recorded_values(options, checkpoint, path), digest(path)
     if checkpoint.get("cross_sample_lif") is not True:  # else the figure depends on the batch
         recorded.pop("val_batch_size", None)
     recorded |= known or {}
