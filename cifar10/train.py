@@ -73,9 +73,6 @@ class Trainer(Run):
         meter.flush()
         return bar.speed(meter.steps)
 
-    def epoch_done(self):
-        self.scheduler.step(self.epoch)
-
     def own_record(self):
         return {"lr": self.optimizer.param_groups[0]["lr"]}
 

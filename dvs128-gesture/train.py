@@ -70,10 +70,6 @@ class Trainer(Run):
         return bar.speed(meter.steps)
 
     # Copied from cifar10/train.py
-    def epoch_done(self):
-        self.scheduler.step(self.epoch)
-
-    # Copied from cifar10/train.py
     def own_record(self):
         return {"lr": self.optimizer.param_groups[0]["lr"]}
 

@@ -45,7 +45,6 @@ class Trainer(Run):
         self.lr = optim.peak_lr(cfg, world_size)
         self.micro_steps = len(self.train_set) // self.micro_batch  # with those left over
         self.num_epochs = cfg.epochs
-        self.saved = time.monotonic()
         self.prepare()
         if (note := optim.differences(cfg, world_size)) is not None:
             logger.info(note)
@@ -82,6 +81,7 @@ class Trainer(Run):
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
         loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks, self.seed)
         batches, autocast = iter(loader), make_autocast(cfg, self.ranks)
+        self.saved = time.monotonic()
         self.ddp.train()
         self.optimizer.zero_grad()
         bar = Progress(range(first, self.steps), self, cfg.log_interval)
@@ -109,9 +109,6 @@ class Trainer(Run):
 
     def start_again(self):
         return False  # start_epoch is of a run that starts from the weights of finetune
-
-    def epoch_done(self):
-        self.saved = time.monotonic()
 
     def own_record(self):
         lr = optim.mean_lr(self.cfg, self.lr, self.epoch, self.micro_steps)

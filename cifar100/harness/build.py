@@ -3,7 +3,6 @@
 A folder's own parts are handed in: `options`, its table of keys with its MODELS, and `data`.
 """
 
-import argparse
 import math
 import os
 import re
@@ -134,8 +133,7 @@ def read_shapes(options, weights, path, recorded):
 def steps_of(checkpoint, path):
     """T of a file without our configuration, from its args or its name; None if neither has it."""
     args = checkpoint.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else {}
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
     found = [(args[n], f"its args.{n}") for n in ("time_step", "T") if type(args.get(n)) is int]
     found += [(int(named[1]), "its name")] if named else []

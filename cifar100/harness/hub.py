@@ -41,15 +41,10 @@ def import_folder(here: Path, *names: str) -> list[types.ModuleType]:
         found = take()
         sys.modules.update(foreign)
     sys.modules.setdefault(package, types.ModuleType(package)).here = here
-    for name, module in found.items():
-        if name not in loaded:
-            rename(module, prefix + name)
+    for name in found.keys() - loaded.keys():
+        sys.modules[prefix + name] = module = found[name]
+        module.__name__ = prefix + name
+        for value in vars(module).values():
+            if isinstance(value, (type, types.FunctionType)) and value.__module__ == name:
+                value.__module__ = module.__name__
     return [found[name] for name in names]
-
-
-def rename(module, new):
-    old, module.__name__ = module.__name__, new
-    for value in vars(module).values():
-        if isinstance(value, (type, types.FunctionType)) and value.__module__ == old:
-            value.__module__ = new
-    sys.modules[new] = module

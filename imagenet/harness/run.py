@@ -108,9 +108,8 @@ class Run:
     """What the Trainers of all data sets have in common.
 
     A Trainer adds the recipe: it sets criterion, optimizer, num_epochs and, if it has one,
-    scheduler, and calls prepare(). It has train_epoch(); course(), the learning rates;
-    own_record(), what its log.txt has besides; and epoch_done(), called when `epoch` is the next
-    one, before it is saved.
+    scheduler, and calls prepare(). It has train_epoch(); course(), the learning rates; and
+    own_record(), what its log.txt has besides.
 
     start: what begin() gives. data, options: the folder's modules.
     """
@@ -410,7 +409,8 @@ class Run:
             losses = f"train loss {self.meter.mean:.4f}, {self.tested} loss {test.loss:.4f}"
             logger.info(f"epoch {self.epoch}: {losses}, {tops}, {record['seconds']:.0f} s")
             self.meter, self.epoch, self.seed = self.new_meter(), self.epoch + 1, cfg.seed
-            self.epoch_done()
+            if self.scheduler:
+                self.scheduler.step(self.epoch)
             self.save(*["best.pth"] * is_best, "last.pth")
         if self.best >= 0:
             best, path = f"best top-1 {self.best:.2f} %", typed(self.folder / "best.pth")
