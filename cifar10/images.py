@@ -72,7 +72,7 @@ def list_images(folder, others):
     """
 
     def fail(error):
-        raise UserError(f"{error.filename}: can't be read ({error.strerror})")
+        raise error
 
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -112,11 +112,7 @@ def say_others(folder, others):
 
 def list_classes(folder):
     """The names of the folders in a folder, in order: the classes."""
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
-    except OSError as error:
-        raise UserError(f"{folder}: can't be read ({error.strerror})") from None
+    names = [path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != "."]
     if not names:
         raise UserError(f"{folder} holds no folders; it needs one for each class, with its images")
     return sorted(names)

@@ -191,16 +191,11 @@ def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
     """
     collate = fast_collate
     if mixes(cfg):
-        collate = FastCollateMixup(
-            mixup_alpha=cfg.mixup,
-            cutmix_alpha=cfg.cutmix,
-            cutmix_minmax=cfg.cutmix_minmax,
-            prob=cfg.mixup_prob,
-            switch_prob=cfg.mixup_switch_prob,
-            mode=cfg.mixup_mode,
-            label_smoothing=cfg.smoothing,
-            num_classes=cfg.num_classes or len(dataset.classes),
-        )
+        alphas = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax
+        draws = cfg.mixup_prob, cfg.mixup_switch_prob, cfg.mixup_mode
+        classes = cfg.num_classes or len(dataset.classes)
+        soft = {"label_smoothing": cfg.smoothing, "num_classes": classes}
+        collate = FastCollateMixup(*alphas, *draws, **soft)
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     return make_loader(cfg, dataset, collate, batches[first_step:], ranks)

@@ -21,19 +21,10 @@ from .yml import NUMBER, read_yml, shown
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = (None, "none", "null", "None", "", ["none"])
 # Flags of train.py that mean another key where test.py gets them, as the release's does.
-IN_TEST = {
-    "batch_size": "val_batch_size",
-    "model_ema": "use_ema",
-    "finetune": "checkpoint",
-    "resume": "checkpoint",
-}
+IN_TEST = {"batch_size": "val_batch_size", "model_ema": "use_ema"}
+IN_TEST |= dict.fromkeys(("finetune", "resume"), "checkpoint")
 # What a checkpoint brings back, by what is done with it; see Key.
-BACK = {
-    "train": (),
-    "finetune": ("network",),
-    "test": ("network", "data"),
-    "resume": ("network", "data", "run"),
-}
+BACK = {"train": "", "finetune": "network", "test": "network data", "resume": "network data run"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +185,8 @@ class Settings:
         nothing new. chosen: values that are known otherwise.
         """
         values = {name: key.default for name, key in self.keys.items()} | self.yml
-        back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in BACK[purpose]}
+        kinds = BACK[purpose].split()
+        back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in kinds}
         then = then["yml"] if then and then["file"] == self.file.name else {}
         for name, value in self.yml.items():
             edited = purpose == "resume" and not self.named and then.get(name, value) != value
