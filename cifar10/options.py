@@ -30,9 +30,8 @@ MODEL = {
         "attention of each stage: token, channel or ssa", choices=(*model.ATTENTION,),
         length=(3, 3), fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99, null=True),
-    "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
-        "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
-        "without one", choices=("auto", "true", "false"), back=""),
+    "cross_sample_lif": Key(str, "auto", "true: SSA's last neuron runs on from image to image, as "
+        "in the release; auto: as trained, else false", choices=("auto", "true", "false"), back=""),
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
         choices=("lif", "if", "plif"), fixed=lambda neuron: neuron == "plif"),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),

@@ -5,6 +5,7 @@ is copied before the next replay. Loss, scaler, optimizer and what ranks exchang
 """
 
 import contextlib
+from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -88,11 +89,13 @@ class Graph(torch.nn.Module):
                 for _ in range(WARM_UP):
                     self.gradients(*self.compute(known))
             torch.cuda.current_stream().wait_stream(side)
+            # The loader's thread goes on pinning memory meanwhile, which the mode "global" forbids.
+            capturing = partial(torch.cuda.graph, capture_error_mode="thread_local")
             with capturing(self.passes[0]):
                 logits, leaves = self.compute(known)
             if known:
                 self.grad = torch.zeros_like(logits)
-                with capturing(self.passes[1], self.passes[0].pool()):
+                with capturing(self.passes[1], pool=self.passes[0].pool()):
                     grads = self.gradients(logits, leaves, self.grad)
                 pairs = zip(self.trained, grads, strict=True)
                 used = [(parameter, grad) for parameter, grad in pairs if grad is not None]
@@ -134,12 +137,6 @@ class Replay(torch.autograd.Function):
         copies = [torch.empty_like(grad) for grad in graph.grads]
         torch._foreach_copy_(copies, graph.grads)  # in a few kernels, not one each
         return None, None, *copies
-
-
-def capturing(graph, pool=None):
-    """Context whose kernels go into the graph and are not run."""
-    # The loader's thread goes on pinning memory meanwhile, which the mode "global" forbids.
-    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Parts of a training set: what trains (train_share), and what validates (val_split)."""
 
 import copy
+import hashlib
+import os
 
 import torch
 from torch.utils.data import Subset
@@ -49,3 +51,13 @@ def part(dataset, indices):
     subset = Subset(dataset, indices)
     subset.classes = dataset.classes
     return subset
+
+
+def digest_of_files(dataset):
+    """Of the names and labels of a data set's files, in their order; None for one without files.
+    The data may have moved: folders do not count.
+    """
+    found = hashlib.sha256()
+    for path, label in getattr(dataset, "samples", ()):
+        found.update(os.fsencode(f"{os.path.basename(path)}/{label}/"))
+    return found.hexdigest() if hasattr(dataset, "samples") else None

@@ -44,16 +44,13 @@ def start_worker(_):
     queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
-def usable_cores():
-    """Cores that this process may use: more workers than these would only wait for each other."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class BatchLoader(DataLoader):
     """The batches of [(indices, seed)] in order, by workers; their UserError, or LostWorker."""
 
     def __init__(self, dataset, collate, batches, workers, pin_memory):
-        workers = min(workers, len(batches), usable_cores())
+        # More workers than the cores that this process may use would only wait for each other.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(workers, len(batches), cores or 1)
         super().__init__(
             Batches(dataset, collate),
             batch_size=None,

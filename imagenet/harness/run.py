@@ -3,7 +3,6 @@
 How an epoch is trained is train.py's, whose Trainer is a Run.
 """
 
-import hashlib
 import os
 import shlex
 import signal
@@ -26,9 +25,9 @@ from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
 from .loss import TET
 from .meters import LossMeter, evaluate, make_autocast, peak_memory_mb
-from .parts import divide
+from .parts import digest_of_files, divide
 from .process import Ranks, StopSignal
-from .seeds import get_rng_state, set_deterministic, set_rng_state
+from .seeds import get_rng_state, set_rng_state
 
 SMALLEST_SCALE = 1e-10  # of the gradients: some 50 steps in a row were left out then
 
@@ -90,18 +89,9 @@ def begin(settings, options) -> Start:
     else:
         cfg = settings.resolve(**name)
     if cfg.deterministic:
-        set_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)  # of kernels that differ
     return Start(cfg, given, ranks, folder, checkpoint, path, bool(last))
-
-
-def digest_of_files(dataset):
-    """Of the names and labels of a data set's files, in their order; None for one without files.
-    The data may have moved: folders do not count.
-    """
-    found = hashlib.sha256()
-    for path, label in getattr(dataset, "samples", ()):
-        found.update(os.fsencode(f"{os.path.basename(path)}/{label}/"))
-    return found.hexdigest() if hasattr(dataset, "samples") else None
 
 
 class Run:

@@ -1,7 +1,6 @@
-"""Random states of Python, NumPy and PyTorch, and kernels that give the same bits each time."""
+"""Random states of Python, NumPy and PyTorch."""
 
 import contextlib
-import os
 import random
 
 import numpy as np
@@ -58,10 +57,3 @@ def seeded(seed: int):
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def set_deterministic():
-    """Let PyTorch choose kernels that give the same bits each time; it warns where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
