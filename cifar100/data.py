@@ -160,6 +160,8 @@ def read_corrupted(path, severity):
 def open_array(path):
     """The array in a .npy file, which is not read yet."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("no such file")
         return np.load(path, mmap_mode="r")
     except Exception as error:  # whatever NumPy makes of a bad file
         raise UserError(f"{path}: not a whole array ({first_line(error)})") from None

@@ -92,7 +92,7 @@ def test_arrays_that_do_not_fit(tmp_path):
             cifar10.data.read_corrupted(path, 1)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
-    fails("No such file")
+    fails("no such file")
     np.save(labels, np.zeros(5, int))
     np.save(path, np.zeros((5, 8, 8, 3), np.uint8))
     assert cifar10.data.read_corrupted(path, 5)[0].shape == (1, 8, 8, 3)
