@@ -35,7 +35,7 @@ def load_released(settings, ranks, path: Path | None = None, rename=None) -> tup
     """(the checkpoint to test, {"published_top1": the paper's} where it is one of the release's and
     tested at its own size).
     """
-    path = path or find_checkpoint(settings)
+    path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     released = RELEASED.get(ranks.from_main(lambda: md5(path)))
     if released is None:
         return load_tested(settings, options, data, ranks, path, rename=rename), {}

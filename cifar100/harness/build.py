@@ -268,7 +268,7 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     path: of the checkpoint; None: settings say which. known: {key: value} of what the file does
     not record. rename: {part of a weight's name in the file: what it is here}.
     """
-    path = path or find_checkpoint(settings)
+    path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     checkpoint = load_checkpoint(path, settings.use_ema)
     for theirs, ours in (rename or {}).items():
         weights = checkpoint["model"].items()

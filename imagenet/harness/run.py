@@ -330,6 +330,8 @@ class Run:
         if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # several nodes
             launcher = ["..."]
         words = [*launcher, os.path.relpath(sys.argv[0]), "--resume", str(last)]
+        if self.ranks.device.type == "cpu" and torch.cuda.is_available():
+            words += ["--device", "cpu"]
         where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
         return f"{why}: {where}; to go on: {shlex.join(words)}"
 
