@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from harness.log import UserError, logger
+from harness.log import UserError, escaped, logger
 
 VERSION = b"3.1"  # of AEDAT
 HEADER = struct.Struct("<HHIIIIII")  # of a packet: type, source, bytes an event, ..., three counts
@@ -36,7 +36,8 @@ def check_raw(folder, shown):
             listed[name] = path.name
     for path in sorted(folder.glob("*.aedat")):
         if path.name not in listed:
-            logger.info(f"warning: {shown[path]} is left out: neither list of trials has it")
+            said = "is left out: neither list of trials has it"
+            logger.info(f"warning: {escaped(str(shown[path]))} {said}")
     quiet = not sys.stderr.isatty()
     for name in tqdm(sorted(listed), "checking recordings", leave=False, disable=quiet):
         path = folder / name
