@@ -186,13 +186,15 @@ def test_split_of_the_training_stays():
             read(folder, "--split_seed", other).resolve("test", back, "a.pth")
 
 
-def test_folders_come_from_args_yaml_alone(trained_on_images, image_data, tmp_path):
-    """A file from elsewhere has no say in what is read."""
+def test_folders_come_from_args_yaml_alone(trained_on_images, image_data, tmp_path, caplog):
+    """A file from elsewhere has no say in what is read; a line says what is not."""
+    caplog.set_level("INFO", "qkformer")
     checkpoint = cifar10.checkpoint.load_checkpoint(trained_on_images / "last.pth")
     assert checkpoint["config"]["data_path"] == str(image_data)
     beside = recorded(cifar10, checkpoint, trained_on_images / "last.pth")
-    assert beside["data_path"] == str(image_data)
+    assert beside["data_path"] == str(image_data) and "data_path" not in caplog.text
     assert "data_path" not in recorded(cifar10, checkpoint, tmp_path / "last.pth")
+    assert f"last.pth: its data_path is {image_data}, which is not there" in caplog.text
     (tmp_path / "args.yaml").write_text(f"data_path: {tmp_path}/no-such-folder\n")
     assert "data_path" not in recorded(cifar10, checkpoint, tmp_path / "last.pth")
     (tmp_path / "args.yaml").write_text(f"data_dir: {tmp_path}\nworkers: 3\ndim: 99\n")

@@ -59,11 +59,12 @@ class Tested(NamedTuple):
 # What a checkpoint tells --------------------------------------------------------------------------
 
 
-def recorded_values(options, checkpoint, path) -> dict:
+def recorded_values(options, checkpoint, path, data=True) -> dict:
     """{key: value} that a checkpoint brings back: what it records, and what its shapes tell.
 
     Folders are taken from the args.yaml beside it alone: a file from elsewhere has no say in what
-    is read. UserError for weights of another network, and for values that no key takes.
+    is read. With `data`, where its data count too, a line says which are left out. UserError for
+    weights of another network, and for values that no key takes.
     """
     recorded = {name: options.KEYS[name].default for name in ("neuron", "tau", "v_threshold")}
     read_shapes(options, checkpoint["model"], path, recorded)  # an error for another folder's file
@@ -72,10 +73,15 @@ def recorded_values(options, checkpoint, path) -> dict:
         recorded |= convert_all(options, config, path)
         beside = Path(path).parent
         args = convert_all(options, read_args(beside), beside / "args.yaml")
-        for name in [name for name, key in options.KEYS.items() if key.kind is Path]:
-            recorded.pop(name, None)
+        for name, key in [item for item in options.KEYS.items() if item[1].kind is Path]:
+            had = recorded.pop(name, None)
             if os.path.isdir(args.get(name) or ""):
                 recorded[name] = args[name]
+            elif data and key.back == "data" and had not in (None, key.default):
+                left = "which is not there, or not in the args.yaml beside it"
+                logger.info(
+                    f"warning: {path}: its {name} is {had}, {left}; what is set here counts"
+                )
     elif (steps := steps_of(checkpoint, path)) is not None:
         recorded["time_step"] = steps
     return recorded | read_shapes(options, checkpoint["model"], path, recorded)

@@ -82,7 +82,8 @@ def begin(settings, options) -> Start:
         recorded = convert_all(options, args, folder / "args.yaml")
         cfg = settings.resolve("resume", recorded, folder / "args.yaml", **name)
     elif checkpoint:
-        recorded, before = recorded_values(options, checkpoint, path), checkpoint.get("given")
+        recorded = recorded_values(options, checkpoint, path, data=bool(last))
+        before = checkpoint.get("given")
         cfg = settings.resolve("resume" if last else "finetune", recorded, path, before, **name)
         if last and before and before["file"] != given["file"]:
             given = before
