@@ -72,6 +72,24 @@ def test_size_of_a_header_of_safetensors(folder, tmp_path):
     assert "damaged: its header has 67,108,864 bytes" in said
 
 
+def test_types_that_are_no_weights(tmp_path):
+    """Float8, for one, of which PyTorch can't say whether it is finite."""
+    modules, path = load("cifar10"), tmp_path / "x.pth"
+    for kind in (torch.float8_e4m3fn, torch.complex64, torch.int32):
+        torch.save({"model": {"a": torch.ones(2).to(kind)}}, path)
+        said = refused(modules, modules.checkpoint.load_checkpoint, path)
+        assert f"a is of type {kind}, which weights are not" in said
+
+
+def test_endless_yml(tmp_path):
+    path = tmp_path / "x.yml"
+    path.touch()
+    os.truncate(path, 2**40)
+    assert "x.yml: not a yml: it has 1,0" in refused(
+        load("cifar10"), load("cifar10").yml.read_yml, path
+    )
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_file_larger_than_memory(tmp_path, suffix):
     modules, path = load("cifar10"), tmp_path / f"x.{suffix}"

@@ -39,6 +39,7 @@ HARMLESS = [
 WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where files keep them
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
 MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 AGAIN = "get or make it again"
@@ -202,7 +203,7 @@ def fault_of(name, value):
     real = value.is_floating_point()
     if name.endswith("num_batches_tracked"):
         return f"is of type {value.dtype}" if real or value.is_complex() else None
-    if not real:
+    if value.dtype not in FLOATS:
         return f"is of type {value.dtype}, which weights are not"
     return None if value.isfinite().all() else "has values that are not finite numbers"
 

@@ -17,6 +17,8 @@ def read_yml(path):
     """
     file = shown(path.name)
     try:
+        if (size := path.stat().st_size) > 2**18:
+            raise ValueError(f"it has {size:,} bytes")
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"{file}: can't be read: {error.strerror}") from None
