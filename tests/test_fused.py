@@ -88,7 +88,8 @@ def check_pooling(dtype, C, size, device="cpu"):
     grad = torch.randn(want.shape).to(device, dtype).contiguous(memory_format=CL)
     want.backward(grad.double())
 
-    pooled, taps = fused.pool(y)
+    pooled, taps = fused.pool(y, True)
+    assert torch.equal(fused.pool(y, False)[0], pooled)
     assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1)) and taps.dtype == torch.uint8
     norm = fused.batch_norm(y, gamma, beta, 1e-5, 1)
     partial = fused.gradient_sums(grad, pooled, norm[0])
@@ -243,8 +244,9 @@ def test_operators_are_registered_right():
     check(fused.gradient_sums, flat.clone(), flat, row)
     check(fused.normalise, flat, affine)
     check(fused.normalise_backward, flat.clone(), flat, torch.empty_like(flat), torch.rand(3, 8))
-    check(fused.pool, flat)
-    check(fused.pool_backward, *fused.pool(flat), flat, torch.rand(3, 8))
+    for with_taps in (True, False):
+        check(fused.pool, flat, with_taps)
+    check(fused.pool_backward, *fused.pool(flat, True), flat, torch.rand(3, 8))
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@
 typedef uint64_t word;
 typedef scalar_t real;
 typedef unsigned char byte;
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #if defined(__AVX512F__)
 constexpr int LANES = 64 / sizeof(real);
 #elif defined(__AVX__)
@@ -78,23 +78,25 @@ Found look(const float* x) {
 }
 #endif
 
-// Bits of the places of x that are not 0. Returns how many these are, or minus that where one of
-// them is not 1.
+// Bits of the places of x that are not 0: x is `rows` of `size` numbers, each of which begins a word.
+// Returns how many these are, or minus that where one of them is not 1.
 template <class In>
-static long find(long pixels, long channels, const In* x, word* bits) {
-    const long blocks = (channels + 63) / 64, whole = channels / 64;
+static long find(long rows, long size, const In* x, word* bits) {
+    const long words = (size + 63) / 64;
     long count = 0, ones = 0;
-    _Pragma("omp parallel for reduction(+ : count, ones)") for (long i = 0; i < pixels; ++i) {
-        const In* row = x + i * channels;
-        In rest[64] = {};
-        memcpy(rest, row + 64 * whole, (channels - 64 * whole) * sizeof(In));
-        for (long b = 0; b < blocks; ++b) {
-            const Found found = look(b < whole ? row + 64 * b : rest);
-            bits[i * blocks + b] = found.some;
+    _Pragma("omp parallel for reduction(+ : count, ones)") for (long r = 0; r < rows; ++r)
+        for (long i = 0; i < words; ++i) {
+            const In* place = x + r * size + 64 * i;
+            In rest[64] = {};
+            if (size - 64 * i < 64) {
+                memcpy(rest, place, (size - 64 * i) * sizeof(In));
+                place = rest;
+            }
+            const Found found = look(place);
+            bits[r * words + i] = found.some;
             count += __builtin_popcountll(found.some);
             ones += __builtin_popcountll(found.ones);
         }
-    }
     return ones < count ? -count : count;
 }
 
@@ -112,18 +114,18 @@ static void transpose(word* square) {  // of 64 x 64 bits
 // Patches ----------------------------------------------------------------------------------------
 
 struct Corner {  // of a patch, in its image; it may be outside
-    long first, y, x;
+    long image, y, x;
 };
 
 struct Patches {
     const Shape shape;
     const word* bits;
-    const long depth, words, blocks;
-    std::vector<long> place;  // of each input, from the corner on
+    const long depth, words, of_row;  // words of a patch, and of a row of pixels
+    std::vector<long> place;          // of each input, from the corner on
 
     Patches(const Shape& s, const word* bits)
         : shape(s), bits(bits), depth(s.kernel_height * s.kernel_width * s.channels),
-          words((depth + 63) / 64), blocks((s.channels + 63) / 64), place(words * 64) {
+          words((depth + 63) / 64), of_row((s.width * s.channels + 63) / 64), place(words * 64) {
         for (long k = 0; k < long(place.size()); ++k) {  // behind the depth, too
             const long tap = k / s.channels, y = tap / s.kernel_width, x = tap % s.kernel_width;
             place[k] = (y * s.width + x) * s.channels + k % s.channels;
@@ -132,32 +134,52 @@ struct Patches {
     long pixels() const { return shape.images * shape.out_height * shape.out_width; }
     Corner corner(long pixel) const {
         const long x = pixel % shape.out_width, y = pixel / shape.out_width % shape.out_height;
-        const long image = pixel / shape.out_width / shape.out_height;
-        return {image * shape.height * shape.width, y * shape.stride_y - shape.pad_y,
+        return {pixel / shape.out_width / shape.out_height, y * shape.stride_y - shape.pad_y,
                 x * shape.stride_x - shape.pad_x};
     }
-    long start(const Corner& corner) const {
-        return (corner.first + corner.y * shape.width + corner.x) * shape.channels;
+    void move_on(Corner& corner) const {  // to the next pixel's
+        corner.x += shape.stride_x;
+        if (corner.x + shape.pad_x < shape.out_width * shape.stride_x) return;
+        corner.x = -shape.pad_x;
+        corner.y += shape.stride_y;
+        if (corner.y + shape.pad_y < shape.out_height * shape.stride_y) return;
+        corner.y = -shape.pad_y;
+        ++corner.image;
     }
-    // The bits of a patch, one pixel's behind the other's.
+    long start(const Corner& corner) const {
+        return ((corner.image * shape.height + corner.y) * shape.width + corner.x) * shape.channels;
+    }
+    // The bits of a patch, one row's behind the other's.
     void cut(const Corner& corner, word* out) const {
         word current = 0;
-        int filled = 0;
-        for (long y = corner.y; y < corner.y + shape.kernel_height; ++y)
-            for (long x = corner.x; x < corner.x + shape.kernel_width; ++x) {
-                const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
-                const word* pixel = bits + (corner.first + y * shape.width + x) * blocks;
-                for (long b = 0; b < blocks; ++b) {
-                    const word some = inside ? pixel[b] : 0;
-                    const int count = std::min(64L, shape.channels - 64 * b), left = 64 - filled;
-                    current |= some << filled;
-                    filled += count;
-                    if (filled < 64) continue;
-                    *out++ = current;
-                    current = left < 64 ? some >> left : 0;
-                    filled -= 64;
+        long filled = 0;
+        const auto append = [&](word some, long count) {  // of at most 64 bits; the others are 0
+            const long left = 64 - filled;
+            current |= some << filled;
+            filled += count;
+            if (count < left) return;
+            *out++ = current;
+            current = left < 64 ? some >> left : 0;
+            filled -= 64;
+        };
+        const long width = shape.width * shape.channels, size = shape.kernel_width * shape.channels;
+        const long begin = corner.x * shape.channels, stop = begin + size;
+        const long first = std::clamp(0L, begin, stop), end = std::clamp(width, begin, stop);
+        for (long y = corner.y; y < corner.y + shape.kernel_height; ++y) {
+            const bool inside = y >= 0 && y < shape.height;
+            const word* row = bits + (corner.image * shape.height + y) * of_row;
+            for (long i = begin, count; i < stop; i += count) {
+                const bool outside = !inside || i < first || i >= end;
+                count = std::min(64L, (i < first ? first : i < end ? end : stop) - i);
+                word some = 0;
+                if (!outside) {
+                    some = row[i / 64] >> i % 64;
+                    if (i % 64 && count > 64 - i % 64) some |= row[i / 64 + 1] << (64 - i % 64);
+                    if (count < 64) some &= (word(1) << count) - 1;
                 }
+                append(some, count);
             }
+        }
         if (filled) *out = current;
     }
 };
@@ -294,14 +316,15 @@ static void add_rows(int rows, const Events<In>& events, const real* tile, real*
 template <class In>
 static auto adder(int vectors) {
     return vectors == 1 ? add_rows<1, In> : vectors == 2 ? add_rows<2, In>
-         : vectors == 4 ? add_rows<4, In> : vectors == 6 ? add_rows<6, In> : add_rows<8, In>;
+         : vectors == 3 ? add_rows<3, In> : vectors == 4 ? add_rows<4, In>
+         : vectors == 6 ? add_rows<6, In> : add_rows<8, In>;
 }
 
 struct Tiles {  // of `channels` outputs, all but the last of the same width
     const long channels, all = (channels + LANES - 1) / LANES;
     const long count = (all + MOST_VECTORS - 1) / MOST_VECTORS;
     const long used = (all + count - 1) / count * LANES;  // numbers of a tile
-    const int vectors = used == LANES ? 1 : (used / LANES + 1) / 2 * 2;
+    const int vectors = used < 4 * LANES ? used / LANES : (used / LANES + 1) / 2 * 2;
     const long row = vectors * LANES;  // numbers in memory
     int width(long tile) const { return std::min(channels - tile * used, used); }
 };
@@ -312,6 +335,35 @@ struct Memory {  // for vectors; what is not written has no meaning
     real* get() { return (real*)vectors.get(); }
 };
 
+// Writes `columns` numbers, LANES at most, of `rows` rows as rows.
+static void turn(const real* in, long stride, long rows, long columns, real* out, long row) {
+    typedef std::conditional_t<sizeof(real) == 4, int, long> whole;
+    typedef whole Places __attribute__((vector_size(sizeof(vec))));
+    Places low, high;  // of two vectors, the halves that alternate
+    for (int i = 0; i < LANES; ++i) {
+        low[i] = i / 2 + i % 2 * LANES;
+        high[i] = low[i] + LANES / 2;
+    }
+    for (long begin = 0; begin < rows; begin += LANES, in += LANES * stride, out += LANES) {
+        vec from[LANES], to[LANES];
+        if (rows - begin < LANES || columns < LANES) {
+            for (long k = 0; k < columns; ++k)
+                for (long j = 0; j < std::min(rows - begin, long(LANES)); ++j)
+                    out[k * row + j] = in[j * stride + k];
+            continue;
+        }
+        UNROLL for (int j = 0; j < LANES; ++j) memcpy(from + j, in + j * stride, sizeof(vec));
+        for (int n = 1; n < LANES; n *= 2) {
+            UNROLL for (int j = 0; j < LANES / 2; ++j) {
+                to[2 * j] = __builtin_shuffle(from[j], from[j + LANES / 2], low);
+                to[2 * j + 1] = __builtin_shuffle(from[j], from[j + LANES / 2], high);
+            }
+            memcpy(from, to, sizeof from);
+        }
+        UNROLL for (int k = 0; k < LANES; ++k) memcpy(out + k * row, from + k, sizeof(vec));
+    }
+}
+
 template <class In>
 static void convolve(const Patches& patches, const In* x, const real* weight, real* y) {
     const long depth = patches.depth, pixels = patches.pixels(), words = patches.words;
@@ -319,11 +371,10 @@ static void convolve(const Patches& patches, const In* x, const real* weight, re
     const long size = words * 64 * tiles.row;
     Memory packed(tiles.count * size);
     _Pragma("omp parallel for collapse(2)") for (long tile = 0; tile < tiles.count; ++tile)
-        for (long some = 0; some < depth; some += 64)
-            for (int j = 0; j < tiles.width(tile); ++j)
-                for (long k = some; k < std::min(some + 64, depth); ++k)
-                    packed.get()[tile * size + k * tiles.row + j] =
-                        weight[(tile * tiles.used + j) * depth + k];
+        for (long k = 0; k < depth; k += LANES)
+            turn(weight + tile * tiles.used * depth + k, depth, tiles.width(tile),
+                 std::min(depth - k, long(LANES)), packed.get() + tile * size + k * tiles.row,
+                 tiles.row);
     const auto add = adder<In>(tiles.vectors);
     _Pragma("omp parallel") {
         Events<In> events(x, PIXELS);
@@ -332,8 +383,9 @@ static void convolve(const Patches& patches, const In* x, const real* weight, re
         _Pragma("omp for schedule(dynamic)") for (long start = 0; start < pixels;
                                                   start += PIXELS) {
             const int rows = std::min(long(PIXELS), pixels - start);
-            for (int r = 0; r < rows; ++r) {
-                corners[r] = patches.corner(start + r);
+            Corner corner = patches.corner(start);
+            for (int r = 0; r < rows; ++r, patches.move_on(corner)) {
+                corners[r] = corner;
                 patches.cut(corners[r], bits.data() + r * words);
             }
             for (long t = 0; t < words; t += WORDS) {
@@ -411,9 +463,8 @@ static void weight_gradient(const Patches& patches, const In* x, const real* gra
 }
 
 extern "C" {
-long find(long pixels, long channels, const void* x, bool bytes, word* bits) {
-    return bytes ? find(pixels, channels, (const byte*)x, bits)
-                 : find(pixels, channels, (const real*)x, bits);
+long find(long rows, long size, const void* x, bool bytes, word* bits) {
+    return bytes ? find(rows, size, (const byte*)x, bits) : find(rows, size, (const real*)x, bits);
 }
 
 // x: the inputs' values, bytes or reals; null where all are 0 or 1.

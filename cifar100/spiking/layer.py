@@ -153,7 +153,7 @@ def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
     else:
         y = convolve(x, weight, options)[0]
         affine = running_affine(y, convs, bns, sign)
-        y = ops.pool(y)[0] if pool else y
+        y = ops.pool(y, False)[0] if pool else y
         if fires:
             return spikes_of(y.unflatten(0, (-1, B)), affine, rates, options)
         out = ops.normalise(y, affine)
@@ -224,7 +224,7 @@ class ConvBNLIF(torch.autograd.Function):
         if options.repeats * y.numel() == y.shape[1]:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
         norm = ops.batch_norm(y, gamma, beta, options.eps, options.repeats)
-        pooled = ops.pool(y)[0] if options.pool else y
+        pooled = ops.pool(y, False)[0] if options.pool else y
         if options.neuron:
             pooled = steps(pooled, x.shape)
             args = (norm[3:], rates, *options.neuron[:3], options.save_bytes)
@@ -250,7 +250,7 @@ class ConvBNLIF(torch.autograd.Function):
         elif options.small:
             y = convolve(x, weight, options)[0]
         y = channels_last(y)  # it is, unless a hook on saved tensors has changed the layout
-        pooled, taps = ops.pool(y) if options.pool else (y, None)
+        pooled, taps = ops.pool(y, True) if options.pool else (y, None)
         if options.neuron:
             grad_spikes, grad = grad, torch.empty_like(pooled)
             args = (steps(pooled, ctx.shape), steps(grad, ctx.shape), norm[0], norm[3:], rates)

@@ -44,9 +44,9 @@ def find(x, dtype):
 
     dtype: the weight's, and x's where x is no bytes.
     """
-    pixels, channels = x.numel() // x.shape[1], x.shape[1]
-    bits = torch.empty(pixels, -(-channels // 64), dtype=torch.int64)
-    count = library(dtype).find(*numbers(pixels, channels), *values_of(x), pointer(bits))
+    N, C, H, W = x.shape
+    bits = torch.empty(N * H, -(-W * C // 64), dtype=torch.int64)
+    count = library(dtype).find(*numbers(N * H, W * C), *values_of(x), pointer(bits))
     return bits, abs(count) / x.numel(), x if count < 0 else None
 
 

@@ -355,7 +355,8 @@ ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, cons
 
 // Max-pooling, 3x3 with stride 2 and padding 1 ---------------------------------------------------
 
-// A tap is which of a window's nine is the largest, the first of equals.
+// A tap is which of a window's nine is the largest, the first of equals. With `taps` null there are
+// maxima alone.
 ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
            scalar_t* pooled, byte_t* taps) {
     const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
@@ -369,6 +370,21 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
             const index_t w = clamp(2 * ow - 1 + j % 3, width);
             pixel[j] = y + ((n * height + h) * width + w) * channels;
             tap[j] = (h - 2 * oh + 1) * 3 + w - 2 * ow + 1;
+        }
+        if (!taps) {
+            CHANNELS(c) {
+                Pack largest = load(pixel[0] + c);
+                EACH_LANE(k) {
+                    real_t best = real(largest.lane[k]);
+                    UNROLL for (int j = 1; j < 9; ++j) {
+                        const real_t value = real(load(pixel[j] + c).lane[k]);
+                        best = value > best || value != value ? value : best;
+                    }
+                    set(largest.lane[k], best);
+                }
+                store(pooled + r * channels + c, largest);
+            }
+            continue;
         }
         CHANNELS(c) {
             const Pack first = load(pixel[0] + c);

@@ -296,15 +296,16 @@ def normalise_backward(grad: Tensor, y: Tensor, out: Tensor, factors: Tensor) ->
 
 
 @operator()
-def pool(y: Tensor) -> tuple[Tensor, Tensor]:
+def pool(y: Tensor, with_taps: bool) -> tuple[Tensor, Tensor]:
     """3x3 max-pool of stride 2 of [N, C, H, W] in channels_last.
 
-    Returns the maxima, and for each of them which of the nine places it came from, as a byte.
+    Returns the maxima and, empty but `with_taps`, for each of them which of the nine places it came
+    from, as a byte.
     """
     N, C, H, W = y.shape
     pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
-    taps = torch.empty_like(pooled, dtype=torch.uint8)
-    launch("pool", y, pooled.numel() // C, C, H, W, y, pooled, taps)
+    taps = torch.empty_like(pooled if with_taps else y[:0], dtype=torch.uint8)
+    launch("pool", y, pooled.numel() // C, C, H, W, y, pooled, taps if with_taps else None)
     return pooled, taps
 
 
