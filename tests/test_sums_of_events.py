@@ -72,20 +72,6 @@ def random_case(seed):
 
 
 @pytest.mark.parametrize(
-    "without", ["-mno-avx512f", pytest.param("-mno-avx", marks=pytest.mark.long)]
-)
-def test_on_older_processors(without, monkeypatch):
-    """The source has ways of its own for AVX-512, AVX2 and neither."""
-    monkeypatch.setattr(events, "HOST_OPTIONS", [*events.HOST_OPTIONS, without])
-    events.library.cache_clear()
-    try:
-        for case in map(random_case, range(40)):
-            assert max(differences(*case)) < (1e-6 if case[0].dtype == torch.float32 else 1e-14)
-    finally:
-        events.library.cache_clear()
-
-
-@pytest.mark.parametrize(
     "seeds", [range(80), pytest.param(range(80, 2000), marks=pytest.mark.long)]
 )
 def test_dense(seeds):

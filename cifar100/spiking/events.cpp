@@ -1,11 +1,12 @@
 // Convolutions of spikes on a CPU: rows of the weight are added up, only where an input is not 0.
 //
-// Where inputs are not 0 is known from bits, 64 channels a word. An output pixel sees a patch of
-// depth = taps * channels inputs, whose words are put together from those of its pixels. Of some
-// words at a time they become Events, and `add_rows` keeps a tile of outputs in registers while it
-// adds the rows that these name. The weight's gradient is the same sum with pixels and depth
-// exchanged: the words are transposed, and rows of the output's gradient are added up. Each output
-// has its sum in one order, whatever the batch and the threads.
+// Where inputs are not 0 is known from bits, in words of 64: a row of pixels after the other, of a
+// pixel all channels. An output pixel sees a patch of depth = taps * channels inputs, whose words
+// are put together from those of the rows. Of some words at a time they become Events, and
+// `add_rows` keeps a tile of outputs in registers while it adds the rows of the weight that these
+// name. The weight's gradient is the same sum with pixels and depth exchanged: the words are
+// transposed, and rows of the output's gradient are added up. Each output has its sum in one order,
+// whatever the batch and the threads.
 //
 // Values that are not 1 count as they are, so that any input is right; a dense one takes longer.
 
@@ -15,9 +16,6 @@
 #include <memory>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
 typedef uint64_t word;
 typedef scalar_t real;
@@ -62,21 +60,6 @@ static Found look(const In* x) {
     }
     return found;
 }
-
-#ifdef __AVX2__
-template <>
-Found look(const float* x) {
-    Found found = {0, 0};
-    for (int k = 0; k < 64; k += 8) {
-        const __m256 v = _mm256_loadu_ps(x + k);
-        const __m256 some = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
-        const __m256 ones = _mm256_cmp_ps(v, _mm256_set1_ps(1), _CMP_EQ_OQ);
-        found.some |= word(unsigned(_mm256_movemask_ps(some))) << k;
-        found.ones |= word(unsigned(_mm256_movemask_ps(ones))) << k;
-    }
-    return found;
-}
-#endif
 
 // Bits of the places of x that are not 0: x is `rows` of `size` numbers, each of which begins a word.
 // Returns how many these are, or minus that where one of them is not 1.
@@ -188,22 +171,6 @@ struct Patches {
 
 // Writes `first` plus the places of the bits, and up to 32 numbers of no meaning behind; returns how
 // many there are. No branch depends on the bits: it would be guessed wrong as often as not.
-#ifdef __AVX512VBMI2__
-static const byte COUNT[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-                             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-
-static int write_places(word bits, int first, uint16_t* out) {
-    const uint16_t* start = out;
-    const __m512i some = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)COUNT));
-    __m512i places = _mm512_add_epi16(some, _mm512_set1_epi16(first));
-    for (int half = 0; half < 2; ++half, bits >>= 32) {
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(__mmask32(bits), places));
-        out += __builtin_popcount(unsigned(bits));
-        places = _mm512_add_epi16(places, _mm512_set1_epi16(32));
-    }
-    return out - start;
-}
-#else
 typedef uint16_t eight __attribute__((vector_size(16)));
 
 static const struct Places {  // of the bits of each byte
@@ -224,29 +191,6 @@ static int write_places(word bits, int first, uint16_t* out) {
     }
     return out - start;
 }
-#endif
-
-// The values of 64 inputs that lie side by side, where the bits are; and up to 15 of no meaning.
-template <class In, class Out>
-static void write_values(word bits, const In* x, Out* out) {
-    for (; bits; bits &= bits - 1) *out++ = x[__builtin_ctzll(bits)];
-}
-
-#ifdef __AVX512VBMI2__
-static __m512 some_of(__mmask16 some, const float* x) { return _mm512_maskz_loadu_ps(some, x); }
-static __m512 some_of(__mmask16 some, const byte* x) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, x)));
-}
-
-template <class In>
-static void write_values(word bits, const In* x, float* out) {
-    for (int k = 0; k < 64; k += 16, bits >>= 16) {
-        const __mmask16 some = bits;
-        _mm512_storeu_ps(out, _mm512_maskz_compress_ps(some, some_of(some, x + k)));
-        out += __builtin_popcount(some);
-    }
-}
-#endif
 
 // Which rows of a tile a row of outputs adds up, and with what values, where these are not all 1.
 template <class In>
@@ -267,11 +211,8 @@ struct Events {
         count[r] += write_places(bits, first, rows + begin);
         if constexpr (!ones) {
             real* values = value.data() + r * MOST;
-            if (places[63] - places[0] == 63)
-                write_values(bits, x + place + places[0], values + begin);
-            else
-                for (int n = begin; n < count[r]; ++n)
-                    values[n] = x[place + places[rows[n] - first]];
+            for (int n = begin; n < count[r]; ++n)
+                values[n] = x[place + places[rows[n] - first]];
         }
     }
     void clear() { std::fill(count.begin(), count.end(), 0); }
