@@ -184,13 +184,14 @@ class Machine(contextlib.ExitStack):
 
     def launch(self, address, *how):
         """In the place of CUDA's cuLaunchKernel."""
-        name, module = self.kernels[address]
-        grid, block, places, args = how[:3], how[3:6], how[8], []
+        name, module = self.kernels[address.value or 0]
+        sizes = [size.value for size in how[:6]]
+        grid, block, places, args = sizes[:3], sizes[3:], how[8]._obj, []
         for place, (kind, _, pointer) in zip(places, parameters_of(module, name), strict=True):
             ctype = ctypes.c_longlong if pointer else getattr(ctypes, CTYPES[kind])
             value = ctype.from_address(place).value
             args.append(self.pointers.get(value, value) if pointer else value)
-        self.events.append(Launch(name, module, grid[:2], block[:2], tuple(args)))
+        self.events.append(Launch(name, module, tuple(grid[:2]), tuple(block[:2]), tuple(args)))
         return 0
 
     def pointer_to(self, tensor):

@@ -160,9 +160,10 @@ def cuda_on_host(monkeypatch, tmp_path):
         return len(kernels_at) - 1
 
     def driver(address, *how):  # cuLaunchKernel
-        name, build = kernels_at[address]
+        name, build = kernels_at[address.value or 0]
         launched.append((name, build.lanes))
-        getattr(libraries[build], f"run_{name}")(Dim(*how[:2]), Dim(*how[3:5]), how[8])
+        grid, block = ([size.value for size in sizes] for sizes in (how[:2], how[3:5]))
+        getattr(libraries[build], f"run_{name}")(Dim(*grid), Dim(*block), how[8])
         return 0
 
     def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
@@ -176,7 +177,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     small = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16)}
     for name, value in {**small, "address_of": address_of, "driver": lambda: driver}.items():
         monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of a CPU
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     monkeypatch.setattr(fused, "launch", launch)
     monkeypatch.setattr(fused, "parts", parts)
