@@ -9,7 +9,8 @@ Five functions stand for the expressions at their right; spiking/plain.py has th
 The rest of spiking/ computes the same in less time and memory.
     conv_bn_lif(x, conv, bn, lif)   lif(bn(conv(x))); pool=True: max_pool in front of lif; mask=m:
                                     of x * m, where m has one value for a head's token or channel
-    conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]
+    conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]; heads=n: each as
+                                    [T, B, H, W, n, channels]
     add(x, y), matmul(x, y)         x + y, x @ y
     linear(x, layer, lif)           layer(x)
 """
@@ -83,8 +84,7 @@ class Attention(nn.Module):
         """The spikes of Q, K (and V), each [T, B, H, W, heads, channels]."""
         parts = ("conv", "bn", "lif")
         layers = ([getattr(self, f"{name}_{part}") for part in parts] for name in self.inputs)
-        spikes = conv_bn_lif_each(x, *layers)
-        return (y.movedim(2, -1).unflatten(-1, (self.num_heads, -1)) for y in spikes)
+        return conv_bn_lif_each(x, *layers, heads=self.num_heads)
 
 
 class TokenQKAttention(Attention):

@@ -34,18 +34,28 @@ def reference(y, T, gamma, beta, node, grad):
 
 def by_kernels(y, T, gamma, beta, node, grad):
     """The same by the kernels."""
-    flat = fused.rows_of_channels(y).flatten(0, 1)
-    norm = fused.batch_norm(flat, gamma, beta, 1e-5, T // len(y))
+    flat, shape = fused.rows_of_channels(y).flatten(0, 1), (T, *y.shape[1:])
+    norm = normed(flat, gamma, beta, T // len(y))
     neuron = fused.constants_of(*node.constants())[:3]
-    spikes, small = fused.fire(y, T, norm[3:], None, *neuron, True)
+    spikes, small = fused.fire(flat, shape, norm, None, *neuron, True)
     assert small.dtype == torch.uint8 and torch.equal(small.to(spikes), spikes)
-    assert torch.equal(fused.fire(y, T, norm[3:], None, *neuron, False)[0], spikes)
-    grad_y = fused.empty(len(y), y)
-    args = (norm[0], norm[3:], None, *neuron, node.alpha)
-    partial = fused.fire_backward(grad, y, grad_y, *args)
-    sums = fused.batch_norm_backward(partial, norm, gamma, len(flat) * flat[0, 0].numel())
-    fused.normalise_backward(grad_y.flatten(0, 1), flat, grad_y.flatten(0, 1), sums[3:])
-    return spikes, grad_y, sums[1], sums[0]
+    # [pixels, channels] in place of [N, C, H, W]
+    pixels = flat.movedim(1, -1).flatten(0, -2)
+    assert torch.equal(fused.fire(pixels, shape, norm, None, *neuron, False)[0], spikes)
+    grad_y = torch.empty_like(flat)
+    partial = fused.fire_backward(grad, flat, grad_y, norm, None, *neuron, node.alpha)
+    sums = fused.batch_norm_backward(partial, norm, len(pixels))
+    assert (sums[6] == 0).all()
+    fused.normalise_backward(grad_y, flat, grad_y, sums)
+    return spikes, grad_y.view_as(y), sums[1], sums[0]
+
+
+def normed(y, gamma, beta, repeats=1):
+    """`norm` of all channels."""
+    norm = y.new_empty(5, len(gamma), dtype=gamma.dtype)
+    rest = (repeats, 1e-5, 0.1, gamma, beta, None, None, None, None)
+    fused.batch_norm(y, fused.statistics(y), norm, 0, *rest)
+    return norm
 
 
 def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=2, size=(5, 3)):
@@ -75,26 +85,28 @@ def check_kernels(dtype, T, steps, C, device="cpu", tau=2.0, v_threshold=1.0, B=
 
 
 def check_pooling(dtype, C, size, device="cpu"):
-    """Pooling and a BatchNorm without a neuron, against autograd in float64: values, and gradients
-    to the first of equals.
+    """Pooling and a BatchNorm without a neuron, against autograd in float64: values, of channels
+    with a negative scale too, and gradients to the first of equals.
     """
     torch.manual_seed(C)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     y = (2 * torch.randn(3, C, *size)).to(device, dtype).contiguous(memory_format=CL)
-    gamma, beta = torch.rand(C, dtype=real).to(device), torch.randn(C, dtype=real).to(device)
+    gamma, beta = torch.randn(C, dtype=real).to(device), torch.randn(C, dtype=real).to(device)
     leaves = [leaf.double().requires_grad_() for leaf in (y, gamma, beta)]
     z = nn.functional.batch_norm(leaves[0], None, None, *leaves[1:], True)
     want = nn.functional.max_pool2d(z, 3, 2, 1)
     grad = torch.randn(want.shape).to(device, dtype).contiguous(memory_format=CL)
     want.backward(grad.double())
 
-    pooled, taps = fused.pool(y, True)
-    assert torch.equal(fused.pool(y, False)[0], pooled)
-    assert torch.equal(pooled, nn.functional.max_pool2d(y, 3, 2, 1)) and taps.dtype == torch.uint8
-    norm = fused.batch_norm(y, gamma, beta, 1e-5, 1)
-    partial = fused.gradient_sums(grad, pooled, norm[0])
-    sums = fused.batch_norm_backward(partial, norm, gamma, y.numel() // C)
-    have = fused.normalise(pooled, norm[3:]), fused.pool_backward(grad, taps, y, sums[3:])
+    norm = normed(y, gamma, beta)
+    pooled, taps = fused.pool(y, norm, True)
+    assert torch.equal(fused.pool(y, norm, False)[0], pooled)
+    sign = torch.where(gamma < 0, -1, 1).to(y)[:, None, None]
+    assert torch.equal(pooled, sign * nn.functional.max_pool2d(sign * y, 3, 2, 1))
+    assert taps.dtype == torch.uint8 and (gamma < 0).any()
+    partial = fused.gradient_sums(grad, pooled, norm)
+    sums = fused.batch_norm_backward(partial, norm, y.numel() // C)
+    have = fused.normalise(pooled, norm), fused.pool_backward(grad, taps, y, sums)
     have = (*have, sums[1], sums[0])
     tolerance = {8: 1e-10, 4: 1e-4, 2: 5e-2}[dtype.itemsize]
     for a, b in zip(have, (want, *(leaf.grad for leaf in leaves)), strict=True):
@@ -142,14 +154,14 @@ def test_pooling(dtype, size):
 @compiled
 def test_in_place_and_threads():
     torch.manual_seed(0)
-    y = torch.randn(4, 3, 7, 5, 40).movedim(-1, 2)
-    affine, grad = torch.rand(2, 40), torch.randn_like(y)
+    y = torch.randn(12, 7, 5, 40).movedim(-1, 1)
+    norm, grad = torch.rand(5, 40), torch.randn(4, 3, 40, 7, 5)
     neuron = (None, "MULTIPLY sigmoid", 0.5, 1.0)
-    spikes = fused.fire(y, 4, affine, *neuron, False)[0]
+    spikes = fused.fire(y, grad.shape, norm, *neuron, False)[0]
 
     def backward():
         out = torch.empty_like(y)
-        return fused.fire_backward(grad, y, out, torch.zeros(40), affine, *neuron, 4.0), out
+        return fused.fire_backward(grad, y, out, norm, *neuron, 4.0), out
 
     first = backward()
     threads = torch.get_num_threads()
@@ -160,8 +172,8 @@ def test_in_place_and_threads():
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     finally:
         torch.set_num_threads(threads)
-    fused.fire_(y, affine, *neuron)
-    assert torch.equal(y, spikes)
+    fused.fire_(y, 4, norm, *neuron)
+    assert torch.equal(y, spikes.flatten(0, 1))
 
 
 @compiled
@@ -173,7 +185,7 @@ def test_statistics_are_those_of_float64(offset):
     torch.manual_seed(1)
     y = (torch.randn(64, 24, 40, 40) + offset).contiguous(memory_format=CL)
     gamma, beta = torch.rand(24) + 0.5, torch.randn(24)
-    mean, var, invstd, scale, shift = fused.batch_norm(y, gamma, beta, 1e-5, 1)
+    mean, var, invstd, scale, shift = normed(y, gamma, beta)
     true_var, true_mean = torch.var_mean(y.double(), (0, 2, 3))
     assert (mean - true_mean).abs().max() <= 1e-6 * max(1, offset)
     assert (var / true_var - 1).abs().max() <= 2e-6
@@ -183,7 +195,7 @@ def test_statistics_are_those_of_float64(offset):
     assert (scale / (gamma * true_invstd) - 1).abs().max() <= 2e-6
     z = scale.double() * true_mean + shift
     assert (z - beta).abs().max() <= 3e-6 * max(1, offset)
-    assert (fused.batch_norm(y, gamma, beta, 1e-5, 4)[1] * (1 - 1 / (4 * rows))).allclose(
+    assert (normed(y, gamma, beta, 4)[1] * (1 - 1 / (4 * rows))).allclose(
         (var * (1 - 1 / rows)), rtol=1e-6
     )
 
@@ -196,25 +208,27 @@ def test_running_statistics(dtype, momentum):
 
 
 def check_running_statistics(dtype, momentum):
-    """`update` and `running_norm` for two layers joined into one, against nn.BatchNorm2d."""
+    """`batch_norm` and `running_norm` for two layers joined into one, against nn.BatchNorm2d."""
     torch.manual_seed(2)
     y = torch.randn(3, 12, 5, 4, dtype=dtype).contiguous(memory_format=CL)
-    bias, start = torch.randn(12, dtype=dtype), 0
-    affine = torch.empty(2, 12, dtype=dtype)
-    norm = fused.batch_norm(y, torch.ones_like(bias), bias, 1e-5, 1)
+    bias, start, partial = torch.randn(12, dtype=dtype), 0, fused.statistics(y)
+    norm, running_norm = torch.empty(2, 5, 12, dtype=dtype)
     for C in (8, 4):
         bn, want = (nn.BatchNorm2d(C, momentum=momentum).to(dtype) for _ in range(2))
         part, own = slice(start, start + C), bias[start : start + C].clone()
         with torch.no_grad():
             want.weight.copy_(bn.weight.normal_()), want.bias.copy_(bn.bias.normal_())
-            want(y[:, part] + own[:, None, None])
+            out = want(y[:, part] + own[:, None, None])
         running = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        fused.update(norm, start, own, momentum, *running)
+        args = (1, bn.eps, momentum, bn.weight, bn.bias, own, *running)
+        fused.batch_norm(y, partial, norm, start, *args)
+        z = norm[3, part, None, None] * y[:, part] + norm[4, part, None, None]
+        torch.testing.assert_close(z, out)
         for name, buffer in bn.named_buffers():
             torch.testing.assert_close(buffer, getattr(want, name))
         args = (bn.running_mean, bn.running_var, own, bn.weight, bn.bias, bn.eps)
-        fused.running_norm(affine, start, *args)
-        z = affine[0, part, None, None] * y[:, part] + affine[1, part, None, None]
+        fused.running_norm(running_norm, start, *args)
+        z = running_norm[3, part, None, None] * y[:, part] + running_norm[4, part, None, None]
         want.eval()
         torch.testing.assert_close(z, want(y[:, part] + own[:, None, None]).detach())
         start += C
@@ -226,27 +240,28 @@ def test_operators_are_registered_right():
     def check(function, *args):
         torch.library.opcheck(function.of_torch, args)
 
-    y, affine, row = torch.randn(4, 2, 5, 3, 8).movedim(-1, 2), torch.rand(2, 8), torch.rand(8)
+    y, row, norm = torch.randn(8, 5, 3, 8).movedim(-1, 1), torch.rand(8), torch.rand(5, 8)
     neuron, parametric = (None, "MULTIPLY sigmoid", 0.5, 1.0), (row, "PARAMETRIC atan", 1.0, 1.0)
-    flat, norm, grad = y.flatten(0, 1), torch.rand(5, 8), torch.randn_like(y)
+    sums, grad = torch.rand(7, 8), torch.randn(4, 2, 5, 3, 8).movedim(-1, 2)
     for small in (True, False):
-        check(fused.fire, y, 4, affine, *neuron, small)
-        check(fused.fire, y[:1], 4, affine, *parametric, small)
-    check(fused.fire_, y.clone(), affine, *neuron)
+        check(fused.fire, y, [4, 2, 8, 5, 3], norm, *neuron, small)
+        check(fused.fire, y[:2], [4, 2, 8, 5, 3], norm, *parametric, small)
+    check(fused.fire_, y.clone(), 4, norm, *neuron)
     for rates in (neuron, parametric):
-        check(fused.fire_backward, grad, y, torch.empty_like(y), row, affine, *rates, 4.0)
-    for tensor in (flat, flat.bfloat16()):
-        check(fused.batch_norm, tensor, row, row, 1e-5, 1)
-    batches = torch.tensor(0)
-    check(fused.update, norm, 0, row, 0.1, row.clone(), row.clone(), batches)
-    check(fused.running_norm, affine.clone(), 0, row, row, None, row, row, 1e-5)
-    check(fused.batch_norm_backward, torch.rand(7, 2, 8), norm, row, 60)
-    check(fused.gradient_sums, flat.clone(), flat, row)
-    check(fused.normalise, flat, affine)
-    check(fused.normalise_backward, flat.clone(), flat, torch.empty_like(flat), torch.rand(3, 8))
+        check(fused.fire_backward, grad, y, torch.empty_like(y), norm, *rates, 4.0)
+    for tensor in (y, y.bfloat16()):
+        check(fused.statistics, tensor)
+    args = (y, fused.statistics(y), norm.clone(), 0, 1, 1e-5, 0.1, row, row.clone())
+    check(fused.batch_norm, *args, None, row.clone(), row.clone(), torch.tensor(0))
+    check(fused.batch_norm, *args, row.clone(), None, None, None)
+    check(fused.running_norm, norm.clone(), 0, row, row, None, row, row, 1e-5)
+    check(fused.batch_norm_backward, torch.rand(7, 2, 8), norm, 60)
+    check(fused.gradient_sums, y.clone(), y, norm)
+    check(fused.normalise, y, norm)
+    check(fused.normalise_backward, y.clone(), y, torch.empty_like(y), sums)
     for with_taps in (True, False):
-        check(fused.pool, flat, with_taps)
-    check(fused.pool_backward, *fused.pool(flat, True), flat, torch.rand(3, 8))
+        check(fused.pool, y, norm, with_taps)
+    check(fused.pool_backward, *fused.pool(y, norm, True), y, sums)
 
 
 # On a GPU -----------------------------------------------------------------------------------------

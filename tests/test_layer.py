@@ -49,7 +49,7 @@ def both(kind, x, dtype, device="cpu", autocast=None):
     grad = None
     for on in (True, False):
         modules, pool = make_layer(kind, dtype, device, fused=on)
-        assert layer.can_fuse(x, *([module] for module in modules)) == on
+        assert bool(layer.can_fuse(x, *([module] for module in modules))) == on
         leaf = x.detach().requires_grad_()
         with torch.autocast(device, dtype=autocast) if autocast else nullcontext():
             spikes = layer.conv_bn_lif(leaf, *modules, pool=pool)
@@ -88,6 +88,65 @@ def test_layer_is_the_plain_one(kind):
 
 
 @compiled
+@pytest.mark.parametrize("kind", ["1x1", "token"])
+def test_products_of_matrices(kind, monkeypatch):
+    """As on a GPU, where a convolution of one pixel is a product, of [pixels, channels]."""
+    shapes, linear = [], layer.F.linear
+    monkeypatch.setattr(layer, "takes_product", lambda x, layer: layer.pointwise)
+    monkeypatch.setattr(layer, "takes_events", lambda *_: False)
+    monkeypatch.setattr(layer.F, "linear", lambda *a: shapes.append(a[0].shape) or linear(*a))
+    test_layer_is_the_plain_one(kind)
+    assert shapes == [(4 * 3 * 8 * 6, 12)] * 2  # in training and in evaluation
+    test_image_shown_T_times(kind)
+    test_saved_tensors_laid_out_anew()
+
+
+# What a user may change of the modules between two calls: (convolution, BatchNorm, neuron).
+CHANGES = {
+    "threshold": lambda conv, bn, node: setattr(node, "v_threshold", 0.4),
+    "threshold in place": lambda conv, bn, node: node.v_threshold.fill_(0.4),
+    "tau": lambda conv, bn, node: setattr(node, "tau", 3.0),
+    "alpha": lambda conv, bn, node: setattr(node.surrogate_function, "alpha", 1.5),
+    "surrogate": lambda conv, bn, node: setattr(node, "surrogate_function", surrogate.ATan()),
+    "soft reset": lambda conv, bn, node: setattr(node, "v_reset", None),
+    "eps": lambda conv, bn, node: setattr(bn, "eps", 0.5),
+    "momentum": lambda conv, bn, node: setattr(bn, "momentum", 0.7),
+    "cumulative": lambda conv, bn, node: setattr(bn, "momentum", None),
+    "frozen": lambda conv, bn, node: bn.eval(),
+    "written": lambda conv, bn, node: conv.weight.data.mul_(-2.0),
+    "replaced": lambda conv, bn, node: setattr(bn, "weight", nn.Parameter(2 * bn.weight.detach())),
+    "buffer": lambda conv, bn, node: setattr(bn, "running_mean", bn.running_mean + 1.0),
+    "bias": lambda conv, bn, node: setattr(conv, "bias", None),
+    "padding": lambda conv, bn, node: setattr(conv, "padding", (1, 1)),
+    "stride": lambda conv, bn, node: setattr(conv, "stride", [2, 2]),
+    "hook": lambda conv, bn, node: bn.register_forward_hook(lambda module, args, y: y + 0.5),
+    "forward": lambda conv, bn, node: setattr(bn, "forward", lambda y: 0.5 * y),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_between_calls(name):
+    """Nothing is kept from one call to the next that a change would make wrong."""
+    torch.manual_seed(3)
+    x, found = torch.randn(4, 3, 12, 8, 6, dtype=torch.float64), []
+    for on in (True, False):
+        modules, _ = make_layer("1x1", torch.float64, fused=on)
+        modules[2].v_threshold = torch.tensor(1.0)
+        results = []
+        for change in (lambda *_: None, CHANGES[name], None):
+            change(*modules) if change else modules.eval()
+            leaf = x.clone().requires_grad_()
+            with torch.set_grad_enabled(modules.training):
+                spikes = layer.conv_bn_lif(leaf, *modules)
+            if modules.training:
+                spikes.backward(torch.linspace(-1, 1, spikes.numel()).view_as(spikes).double())
+            results += [spikes, leaf.grad, *(buffer.clone() for buffer in modules.buffers())]
+        found.append(results)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_image_shown_T_times(kind):
     """Computed once, with the gradients and running statistics of T copies."""
@@ -117,7 +176,7 @@ def test_constants_of_any_type_of_number(number):
         (conv, bn, node), _ = make_layer("1x1", torch.float32, fused=on)
         node.v_threshold, node.tau, bn.eps, bn.momentum = map(number, (1, 3, 1, 1))
         node.surrogate_function = surrogate.Sigmoid(alpha=number(4))
-        assert layer.can_fuse(x, [conv], [bn], [node]) == on
+        assert bool(layer.can_fuse(x, [conv], [bn], [node])) == on
         leaf = x.clone().requires_grad_()
         spikes = layer.conv_bn_lif(leaf, conv, bn, node)
         (spikes * torch.linspace(-1, 1, spikes.numel()).view_as(spikes)).sum().backward()

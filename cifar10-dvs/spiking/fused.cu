@@ -108,29 +108,31 @@ INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_
         if (t == 0 || step) store(grad + t * step + i, output[t]);
 }
 
-// `affine` is [2, channels]: scale and shift. `bytes` are the spikes again, or null.
+// `norm` is [5, channels], see batch_norm. `bytes` are the spikes again, or null.
 ENTRY fire(index_t rows, index_t channels, index_t step, const scalar_t* y, scalar_t* spikes,
-           byte_t* bytes, const real_t* __restrict__ affine, const real_t* __restrict__ rates,
+           byte_t* bytes, const real_t* __restrict__ norm, const real_t* __restrict__ rates,
            real_t rate, real_t threshold) {
     const index_t n = rows * channels;
+    const real_t *scale = norm + 3 * channels, *shift = scale + channels;
     if (bytes) {
-        EACH(r, c) fire_some<true>(r * channels + c, n, step, y, spikes, bytes, affine + c,
-                                   affine + channels + c, rates + c, rate, threshold);
+        EACH(r, c) fire_some<true>(r * channels + c, n, step, y, spikes, bytes, scale + c,
+                                   shift + c, rates + c, rate, threshold);
     } else {
-        EACH(r, c) fire_some<false>(r * channels + c, n, step, y, spikes, bytes, affine + c,
-                                    affine + channels + c, rates + c, rate, threshold);
+        EACH(r, c) fire_some<false>(r * channels + c, n, step, y, spikes, bytes, scale + c,
+                                    shift + c, rates + c, rate, threshold);
     }
 }
 
 ENTRY fire_backward(index_t rows, index_t channels, index_t parts, index_t step, const scalar_t* y,
-                    const scalar_t* grad_spikes, scalar_t* grad, const real_t* __restrict__ mean,
-                    const real_t* __restrict__ affine, const real_t* __restrict__ rates,
-                    real_t rate, real_t threshold, real_t alpha, real_t* partial) {
+                    const scalar_t* grad_spikes, scalar_t* grad, const real_t* __restrict__ norm,
+                    const real_t* __restrict__ rates, real_t rate, real_t threshold, real_t alpha,
+                    real_t* partial) {
     const index_t n = rows * channels;
+    const real_t *scale = norm + 3 * channels, *shift = scale + channels;
     SUMS_OF_ROWS(NEURON_SUMS, r, c, {
-        fire_backward_some(r * channels + c, n, step, y, grad_spikes, grad, affine + c,
-                           affine + channels + c, mean + c, rates + c, rate, threshold, alpha,
-                           sums[0], sums[1], sums[NEURON_SUMS - 1]);
+        fire_backward_some(r * channels + c, n, step, y, grad_spikes, grad, scale + c, shift + c,
+                           norm + c, rates + c, rate, threshold, alpha, sums[0], sums[1],
+                           sums[NEURON_SUMS - 1]);
     })
 }
 
@@ -224,12 +226,12 @@ ENTRY statistics(index_t rows, index_t channels, index_t parts, const scalar_t* 
 
 // Sums of grad and of its product with y - mean.
 ENTRY gradient_sums(index_t rows, index_t channels, index_t parts, const scalar_t* y,
-                    const scalar_t* grad, const real_t* __restrict__ mean, real_t* partial) {
+                    const scalar_t* grad, const real_t* __restrict__ norm, real_t* partial) {
     SUMS_OF_ROWS(2, r, c, {
         const Pack value = load(y + r * channels + c), upstream = load(grad + r * channels + c);
         EACH_LANE(k) {
             sums[0][k] += real(upstream.lane[k]);
-            sums[1][k] += real(upstream.lane[k]) * (real(value.lane[k]) - mean[c + k]);
+            sums[1][k] += real(upstream.lane[k]) * (real(value.lane[k]) - norm[c + k]);
         }
     })
 }
@@ -251,69 +253,65 @@ INLINE double sum_of_parts(const real_t* place, index_t stride, index_t parts) {
     return sum;
 }
 
-// From `statistics` of count rows to norm [5, channels]: mean, unbiased variance, 1 / standard
-// deviation, scale and shift.
-ENTRY batch_norm(index_t channels, index_t parts, index_t count, index_t repeats, real_t eps,
-                 const scalar_t* y, const real_t* partial, const real_t* gamma, const real_t* beta,
-                 real_t* norm) {
+// From `statistics` of count rows to norm [5, all]: mean, unbiased variance, 1 / standard deviation,
+// scale and shift, of a BatchNorm whose channels begin at `start`. Running statistics and the number
+// of batches, if they are not null, move on as BatchNorm moves them; `bias`, or null, is the
+// convolution's, which y lacks.
+ENTRY batch_norm(index_t channels, index_t all, index_t start, index_t parts, index_t count,
+                 index_t repeats, real_t eps, real_t momentum, const scalar_t* y,
+                 const real_t* partial, const real_t* gamma, const real_t* beta,
+                 const real_t* bias, real_t* norm, real_t* running_mean, real_t* running_var,
+                 long long* batches) {
+    y += start, partial += start, norm += start;
     COLUMNS(i) {
         const index_t c = clamp(i, channels);
-        const double difference = sum_of_parts(partial + c, 2 * channels, parts) / count;
-        const double squares = sum_of_parts(partial + channels + c, 2 * channels, parts) / count;
+        const double difference = sum_of_parts(partial + c, 2 * all, parts) / count;
+        const double squares = sum_of_parts(partial + all + c, 2 * all, parts) / count;
         const double variance = squares - difference * difference, n = double(count) * repeats;
         const real_t mean = real(y[c]) + difference, var = variance < 0 ? 0 : variance;
         const real_t invstd = 1 / root(double(var) + eps), scale = gamma[c] * invstd;
         if (WRITES(i)) {
+            const real_t unbiased = var * (n / (n - 1)), now = bias ? mean + bias[c] : mean;
             norm[c] = mean;
-            norm[channels + c] = var * (n / (n - 1));
-            norm[2 * channels + c] = invstd;
-            norm[3 * channels + c] = scale;
-            norm[4 * channels + c] = beta[c] - mean * scale;
+            norm[all + c] = unbiased;
+            norm[2 * all + c] = invstd;
+            norm[3 * all + c] = scale;
+            norm[4 * all + c] = beta[c] - mean * scale;
+            if (batches) {
+                running_mean[c] += momentum * (now - running_mean[c]);
+                running_var[c] += momentum * (unbiased - running_var[c]);
+                if (c == 0) ++*batches;
+            }
         }
     }
 }
 
-// As above, from running statistics; only scale and shift, in `all` channels those from `start` on.
+// As above, from running statistics; only scale and shift.
 ENTRY running_norm(index_t channels, index_t all, index_t start, real_t eps, const real_t* mean,
                    const real_t* var, const real_t* bias, const real_t* gamma, const real_t* beta,
-                   real_t* affine) {
+                   real_t* norm) {
+    real_t *scales = norm + 3 * all + start, *shifts = scales + all;
     COLUMNS(c) {
         if (WRITES(c)) {
             const real_t scale = gamma[c] / root(double(var[c]) + eps);
-            affine[start + c] = scale;
-            affine[all + start + c] = beta[c] - (bias ? mean[c] - bias[c] : mean[c]) * scale;
+            scales[c] = scale;
+            shifts[c] = beta[c] - (bias ? mean[c] - bias[c] : mean[c]) * scale;
         }
     }
 }
 
-// Running statistics and the number of batches, as BatchNorm moves them on to the mean and variance
-// of norm [5, all] from channel `start` on.
-ENTRY update(index_t channels, index_t all, index_t start, real_t momentum, const real_t* norm,
-             const real_t* bias, real_t* running_mean, real_t* running_var, long long* batches) {
-    const real_t *mean = norm + start, *var = mean + all;
-    COLUMNS(c) {
-        if (WRITES(c)) {
-            const real_t now = bias ? mean[c] + bias[c] : mean[c];
-            running_mean[c] += momentum * (now - running_mean[c]);
-            running_var[c] += momentum * (var[c] - running_var[c]);
-            if (c == 0) ++*batches;
-        }
-    }
-}
-
-// From sums over count rows to out [6, channels]: the gradients of beta, gamma and PLIF's rate,
-// and factors a, b, c, with which BatchNorm's own gradient is a * grad + b * y + c.
+// From sums over count rows to out [7, channels]: the gradients of beta, gamma and PLIF's rate,
+// factors a, b, c, with which BatchNorm's own gradient is a * grad + b * y + c, and zeros.
 ENTRY batch_norm_backward(index_t channels, index_t parts, index_t sums, index_t count,
-                          const real_t* partial, const real_t* norm, const real_t* gamma,
-                          real_t* out) {
-    const real_t *mean = norm, *invstd = norm + 2 * channels;
+                          const real_t* partial, const real_t* norm, real_t* out) {
+    const real_t *mean = norm, *invstd = norm + 2 * channels, *scale = invstd + channels;
     COLUMNS(i) {
         const index_t c = clamp(i, channels), stride = sums * channels;
         const double total = sum_of_parts(partial + c, stride, parts);
         const double dot = sum_of_parts(partial + channels + c, stride, parts);
         const double slope =
             sums < 3 ? 0 : sum_of_parts(partial + 2 * channels + c, stride, parts);
-        const double a = double(gamma[c]) * invstd[c], b = -a * invstd[c] * invstd[c] * dot / count;
+        const double a = scale[c], b = -a * invstd[c] * invstd[c] * dot / count;
         if (WRITES(i)) {
             out[c] = total;
             out[channels + c] = dot * invstd[c];
@@ -321,26 +319,28 @@ ENTRY batch_norm_backward(index_t channels, index_t parts, index_t sums, index_t
             out[3 * channels + c] = a;
             out[4 * channels + c] = b;
             out[5 * channels + c] = -a * total / count - b * mean[c];
+            out[6 * channels + c] = 0;
         }
     }
 }
 
 ENTRY normalise(index_t rows, index_t channels, const scalar_t* y, scalar_t* out,
-                const real_t* __restrict__ affine) {
+                const real_t* __restrict__ norm) {
+    const real_t *scale = norm + 3 * channels, *shift = scale + channels;
     EACH(r, c) {
         Pack value = load(y + r * channels + c);
         EACH_LANE(k) {
-            const real_t x = affine[c + k] * real(value.lane[k]) + affine[channels + c + k];
+            const real_t x = scale[c + k] * real(value.lane[k]) + shift[c + k];
             set(value.lane[k], x);
         }
         store(out + r * channels + c, value);
     }
 }
 
-// The gradient of y into out, which may be grad.
+// The gradient of y into out, which may be grad; `sums` are those of batch_norm_backward.
 ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, const scalar_t* grad,
-                         scalar_t* out, const real_t* __restrict__ factors) {
-    const real_t *a = factors, *b = a + channels, *shift = b + channels;
+                         scalar_t* out, const real_t* __restrict__ sums) {
+    const real_t *a = sums + 3 * channels, *b = a + channels, *shift = b + channels;
     EACH(r, c) {
         const Pack value = load(y + r * channels + c);
         Pack upstream = load(grad + r * channels + c);
@@ -355,10 +355,12 @@ ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, cons
 
 // Max-pooling, 3x3 with stride 2 and padding 1 ---------------------------------------------------
 
-// A tap is which of a window's nine is the largest, the first of equals. With `taps` null there are
-// maxima alone.
+// Of y in front of BatchNorm, what would be the largest of a window behind it: where BatchNorm's
+// scale is negative, the smallest. A tap is which of the nine it is, the first of equals. With `taps`
+// null there are values alone.
 ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
-           scalar_t* pooled, byte_t* taps) {
+           const real_t* __restrict__ norm, scalar_t* pooled, byte_t* taps) {
+    const real_t* scale = norm + 3 * channels;
     const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
     ROWS(r) {
         const index_t ow = r % out_width, oh = r / out_width % out_height;
@@ -375,12 +377,13 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
             CHANNELS(c) {
                 Pack largest = load(pixel[0] + c);
                 EACH_LANE(k) {
-                    real_t best = real(largest.lane[k]);
+                    const real_t sign = scale[c + k] < 0 ? -1 : 1;
+                    real_t best = sign * real(largest.lane[k]);
                     UNROLL for (int j = 1; j < 9; ++j) {
-                        const real_t value = real(load(pixel[j] + c).lane[k]);
+                        const real_t value = sign * real(load(pixel[j] + c).lane[k]);
                         best = value > best || value != value ? value : best;
                     }
-                    set(largest.lane[k], best);
+                    set(largest.lane[k], sign * best);
                 }
                 store(pooled + r * channels + c, largest);
             }
@@ -388,16 +391,17 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
         }
         CHANNELS(c) {
             const Pack first = load(pixel[0] + c);
-            real_t best[LANES];
+            real_t sign[LANES], best[LANES];
             int place[LANES];
             EACH_LANE(k) {
-                best[k] = real(first.lane[k]);
+                sign[k] = scale[c + k] < 0 ? -1 : 1;
+                best[k] = sign[k] * real(first.lane[k]);
                 place[k] = tap[0];
             }
             UNROLL for (int j = 1; j < 9; ++j) {
                 const Pack next = load(pixel[j] + c);
                 EACH_LANE(k) {
-                    const real_t value = real(next.lane[k]);
+                    const real_t value = sign[k] * real(next.lane[k]);
                     const bool larger = value > best[k] || value != value;
                     best[k] = larger ? value : best[k];
                     place[k] = larger ? tap[j] : place[k];
@@ -406,7 +410,7 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
             Pack largest;
             Bytes which;
             EACH_LANE(k) {
-                set(largest.lane[k], best[k]);
+                set(largest.lane[k], sign[k] * best[k]);
                 which.lane[k] = place[k];
             }
             store(pooled + r * channels + c, largest);
@@ -419,8 +423,8 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
 // windows.
 ENTRY pool_backward(index_t rows, index_t channels, index_t height, index_t width,
                     const scalar_t* y, const scalar_t* grad_pooled, const byte_t* taps,
-                    scalar_t* grad, const real_t* __restrict__ factors) {
-    const real_t *a = factors, *b = a + channels, *shift = b + channels;
+                    scalar_t* grad, const real_t* __restrict__ sums) {
+    const real_t *a = sums + 3 * channels, *b = a + channels, *shift = b + channels;
     const index_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
     ROWS(r) {
         const index_t w = r % width, h = r / width % height, n = r / width / height;

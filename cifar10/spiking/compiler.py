@@ -37,7 +37,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 HOST_PARTS, CUDA_PARTS = 64, 512
 THREADS = 256  # at most, of a CUDA block
 # Kernels in which a column of threads works on a channel, and the threads of their blocks.
-OF_COLUMNS = ("batch_norm", "running_norm", "update", "batch_norm_backward")
+OF_COLUMNS = ("batch_norm", "running_norm", "batch_norm_backward")
 COLUMNS = (32, 16)
 
 PORTABLE, KERNELS = (

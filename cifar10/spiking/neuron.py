@@ -10,7 +10,7 @@ from spikingjelly.activation_based import surrogate as functions
 from . import compiler, ops, plain
 from .compiler import CTYPES, cupy_error, say
 from .plain import membrane_type, rate_of, torch_lif
-from .spikes import mark, wants_bytes
+from .spikes import mark, once, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
 CLASSES = {
@@ -280,7 +280,7 @@ class Neuron(torch.autograd.Function):
         return ops.integrate(x, rate, *constants[:3])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad_spikes):
         x, rate = ctx.saved_tensors
         grad, slopes = ops.integrate_backward(grad_spikes, x, rate, *ctx.constants)
@@ -309,24 +309,25 @@ class FusedNeuron(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rates, T, constants, bytes_too):
         ctx.save_for_backward(x, rates)
-        ctx.constants = constants
-        spikes, small = ops.fire(x, T, identity(x), rates, *constants[:3], bytes_too)
+        ctx.constants, y = constants, ops.rows_of_channels(x).flatten(0, 1)
+        args = ((T, *x.shape[1:]), identity(y), rates, *constants[:3], bytes_too)
+        spikes, small = ops.fire(y, *args)
         ctx.mark_non_differentiable(small)
         return spikes, small
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad_spikes, *_):
         x, rates = ctx.saved_tensors
-        x = ops.rows_of_channels(x)
-        grad, affine = torch.empty_like(x), identity(x)
-        args = (grad_spikes, x, grad, affine[1], affine, rates)
-        partial = ops.fire_backward(*args, *ctx.constants)
-        return grad, None if rates is None else partial[:, 2].sum(0), None, None, None
+        y = ops.rows_of_channels(x).flatten(0, 1)
+        grad = torch.empty_like(y)
+        partial = ops.fire_backward(grad_spikes, y, grad, identity(y), rates, *ctx.constants)
+        grad_rates = None if rates is None else partial[:, 2].sum(0)
+        return grad.view_as(x), grad_rates, None, None, None
 
 
-def identity(x):
-    """Scale 1 and shift 0: a BatchNorm that is not there."""
-    affine = x.new_zeros(2, x.shape[2], dtype=ops.real(x))
-    affine[0].fill_(1)
-    return affine
+def identity(y):
+    """`norm` of a BatchNorm that is not there: scale 1, and shift 0."""
+    norm = y.new_zeros(5, y.shape[1], dtype=ops.real(y))
+    norm[3].fill_(1)
+    return norm

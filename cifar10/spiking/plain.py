@@ -266,8 +266,13 @@ def linear(x, layer, lif=None):
     return layer(x)
 
 
-def conv_bn_lif_each(x, *layers):
-    return [conv_bn_lif(x, *layer) for layer in layers]
+def conv_bn_lif_each(x, *layers, heads=None):
+    return [in_heads(conv_bn_lif(x, *layer), heads) for layer in layers]
+
+
+def in_heads(x, heads):
+    """[T, B, C, H, W] -> [T, B, H, W, heads, channels]; None: x as it is."""
+    return x if heads is None else x.movedim(2, -1).unflatten(-1, (heads, -1))
 
 
 # Activations computed again -----------------------------------------------------------------------

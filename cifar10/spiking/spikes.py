@@ -24,8 +24,12 @@ def mark(x, largest=1, small=None):
     `small`: x as bytes, if its maker has them; None or empty.
     """
     if largest is not None and wants_bytes():
-        x.spikes = largest, x._version, small
+        set_mark(x, largest, small)
     return x
+
+
+def set_mark(x, largest, small=None):
+    x.spikes = largest, x._version, small
 
 
 def known(x):
@@ -84,6 +88,12 @@ def masked(x, mask):
     return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
 
 
+def once(backward):
+    """once_differentiable, in less time where no graph of the backward pass is wanted."""
+    marked = torch.autograd.function.once_differentiable(backward)
+    return lambda *args: (marked if torch.is_grad_enabled() else backward)(*args)
+
+
 class Product(torch.autograd.Function):
     """(torch.matmul or torch.mul, a, b) -> their product."""
 
@@ -94,7 +104,7 @@ class Product(torch.autograd.Function):
         return operator(a, b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx, grad):
         # Contiguous, as the batches of a product are read: it would copy them else.
         layout = torch.contiguous_format if ctx.operator is torch.matmul else torch.preserve_format

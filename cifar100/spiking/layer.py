@@ -10,6 +10,7 @@ Both paths compute the same function, to rounding. The fused path does not call 
 is taken only where each module has exactly the type and the methods that it knows (fusible.py).
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from . import events, ops, plain
 from .compiler import is_called_as_operator
-from .fusible import autocast_type, can_fuse, changed
-from .spikes import largest, mark, masked, save, wants_bytes
+from .fusible import Layer, autocast_type, can_fuse, changed
+from .spikes import largest, masked, once, save, set_mark, wants_bytes
 
 aten = torch.ops.aten
 MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
@@ -35,8 +36,8 @@ def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
             with first; None: x as it is.
     """
     x = x if mask is None else masked(x, mask)
-    if can_fuse(x, [conv], [bn], [lif]):
-        return fused_layers(x, [conv], [bn], [lif], pool)
+    if found := can_fuse(x, [conv], [bn], [lif]):
+        return fused_layers(x, [bn], [lif], *found, pool)
     return plain.conv_bn_lif(x, conv, bn, lif, pool)
 
 
@@ -49,21 +50,24 @@ def conv_bn(x, conv, bn, lif, pool=False, mask=None):
         lif: the neuron before them; the layer runs fused only where this neuron may, too.
     """
     x = x if mask is None else masked(x, mask)
-    if can_fuse(x, [conv], [bn], [lif]):
-        return fused_layers(x, [conv], [bn], [lif], pool, fires=False)
+    if found := can_fuse(x, [conv], [bn], [lif]):
+        return fused_layers(x, [bn], [lif], *found, pool, fires=False)
     return plain.conv_bn(x, conv, bn, lif, pool)
 
 
-def conv_bn_lif_each(x, *layers):
-    """[spikes of each (conv, bn, lif)] for one x, as q, k, v do; fused, one convolution."""
+def conv_bn_lif_each(x, *layers, heads=None):
+    """[spikes of each (conv, bn, lif)] for one x, as q, k, v do; fused, one convolution. With
+    `heads` each as [T, B, H, W, heads, channels].
+    """
     convs, bns, lifs = zip(*layers, strict=True)
-    if can_fuse(x, convs, bns, lifs):
+    if found := can_fuse(x, convs, bns, lifs):
         # With channels last in the split too, the gradients are joined without a copy.
-        spikes = fused_layers(x, convs, bns, lifs).movedim(2, -1)
-        return [
-            part.movedim(-1, 2) for part in spikes.split([bn.num_features for bn in bns], dim=-1)
-        ]
-    return [conv_bn_lif(x, *layer) for layer in layers]
+        spikes = fused_layers(x, bns, lifs, *found).movedim(2, -1)
+        each = spikes.split([bn.num_features for bn in bns], dim=-1)
+        if heads is None:
+            return [part.movedim(-1, 2) for part in each]
+        return [part.unflatten(-1, (heads, -1)) for part in each]
+    return [plain.in_heads(conv_bn_lif(x, *layer), heads) for layer in layers]
 
 
 def linear(x, layer, lif):
@@ -73,11 +77,12 @@ def linear(x, layer, lif):
     may = lif.keywords["fused"] and lif.keywords["events"] and type(layer) is torch.nn.Linear
     if layer.training or torch.is_grad_enabled() or not may or changed(layer) is not None:
         return layer(x)
-    pixels, weight = x[:, :, None, None], layer.weight[:, :, None, None]
-    if not x.numel() or ops.observed() is not None or not takes_events(pixels, weight, False):
+    rows, weight = x[:, :, None, None], layer.weight[:, :, None, None]
+    by_events = x.numel() and ops.observed() is None
+    if not by_events or not takes_events(rows, weight, autocast_type(x), False):
         return layer(x)
-    bits, _, values = events.find(pixels, x.dtype)
-    y = events.convolve(pixels.shape, bits, values, weight, (1, 1), (0, 0)).flatten(1)
+    bits, _, values = events.find(rows, x.dtype)
+    y = events.convolve(rows.shape, bits, values, weight, (1, 1), (0, 0)).flatten(1)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -85,126 +90,124 @@ def linear(x, layer, lif):
 
 
 class Options(NamedTuple):
-    """What ConvBNLIF needs besides tensors. Without a neuron the layer ends with BatchNorm.
+    """What ConvBNLIF needs besides tensors.
 
-    repeats: how often a step of x is shown, T where x is an image. save_bytes: whether the spikes
-    are wanted as bytes too. events: whether the convolution is one of events.py. dtype: that the
-    layer computes in. small: whether the convolution is computed again in the backward pass.
+    T: steps of the spikes. layer: see Layer in fusible.py. pool: whether a max-pool comes behind
+    BatchNorm. fires: whether a neuron comes last. save_bytes: whether the spikes are wanted as
+    bytes too. events: whether the convolution is one of events.py. product: whether it is a product
+    of matrices, of [pixels, channels]. dtype: that the layer computes in. momenta: of BatchNorms.
     """
 
     T: int
-    repeats: int
-    stride: tuple
-    padding: tuple
-    eps: float
+    layer: Layer
     pool: bool
-    neuron: ops.Constants | None
+    fires: bool
     save_bytes: bool
     events: bool
+    product: bool
     dtype: torch.dtype
-    small: bool
+    momenta: list
 
 
-def fused_layers(x, convs, bns, lifs, pool=False, fires=True):
+def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     """Spikes of all layers, joined along the channels; parameters stay in their modules. With
     fires=False what their neurons would get.
+
+    layer, dtype, tensors: see can_fuse.
     """
-    bn, lif, (T, B) = bns[0], lifs[0], x.shape[:2]
+    T = len(x)
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
-    weight = join(conv.weight for conv in convs)
-    stride, padding = convs[0].stride, convs[0].padding
-    if weight.dim() == 3:  # of a Conv1d
-        weight, stride, padding = weight.unsqueeze(3), (1, 1), (0, 0)
-    gamma, beta = join(bn.weight for bn in bns), join(bn.bias for bn in bns)
-    sign = None
-    # Max-pooling comes before BatchNorm here. With gamma >= 0 the two commute, so the sign of gamma
-    # moves to the weight.
-    if pool:
-        sign = torch.where(gamma < 0, -1.0, 1.0).to(gamma)
-        weight, gamma = weight * sign[:, None, None, None], gamma * sign
-    neuron, rates = None, None
-    if fires:
-        neuron = ops.constants_of(*lif.constants())
-        if lif.kind == "plif":
-            pairs = zip(bns, lifs, strict=True)
-            rates = join(ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs)
-    by_events = lif.events and takes_events(x, weight, bn.training)
-    options = Options(
-        T=T,
-        repeats=T // len(x),
-        stride=stride,
-        padding=padding,
-        eps=float(bn.eps),
-        pool=pool,
-        neuron=neuron,
-        save_bytes=fires and wants_bytes(),
-        events=by_events,
-        dtype=autocast_type(x),
-        small=lif.memory == "small",
-    )
-    if bn.training:
-        bias = None if convs[0].bias is None else join(conv.bias for conv in convs)
-        args = (x, weight, bias, gamma, beta, rates, options)
-        out, norm, small = ConvBNLIF.apply(*args)
-        update_statistics(convs, bns, norm, sign)
-        if fires:
-            return mark(out, 1, small)
-    else:
-        y = convolve(x, weight, options)[0]
-        affine = running_affine(y, convs, bns, sign)
-        y = ops.pool(y, False)[0] if pool else y
-        if fires:
-            return spikes_of(y.unflatten(0, (-1, B)), affine, rates, options)
-        out = ops.normalise(y, affine)
-    return out.unflatten(0, (-1, B)).expand(T, -1, -1, -1, -1)
+    rates = None
+    if fires and lifs[0].kind == "plif":
+        pairs = zip(bns, lifs, strict=True)
+        rates = join([ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs])
+    by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
+    product, bytes_too = not by_events and takes_product(x, layer), fires and wants_bytes()
+    momenta = [float(bn.momentum) for bn in bns]
+    options = Options(T, layer, pool, fires, bytes_too, by_events, product, dtype, momenta)
+    if layer.training:
+        out = ConvBNLIF.apply(x, rates, options, *chain(*tensors))
+        return out if fires else steps(out, x.shape).expand(T, -1, -1, -1, -1)
+    y = convolve(x, kernel_of(weight_of(tensors), options), options)[0]
+    norm, start = y.new_empty(5, y.shape[1], dtype=ops.real(y)), 0
+    for weight, bias, gamma, beta, mean, var, _ in tensors:
+        ops.running_norm(norm, start, mean, var, bias, gamma, beta, layer.eps)
+        start += len(weight)
+    y = ops.pool(y, norm, False)[0] if pool else y
+    if not fires:
+        return steps(ops.normalise(y, norm), x.shape).expand(T, -1, -1, -1, -1)
+    if len(x) < T:
+        shape = (T, *sizes(y, x.shape))
+        return ops.fire(y, shape, norm, rates, *layer.neuron[:3], False)[0]
+    ops.fire_(y, T, norm, rates, *layer.neuron[:3])  # over y, which no gradient needs
+    return steps(y, x.shape)
 
 
-def spikes_of(y, affine, rates, options):
-    """Spikes without a gradient, over y where it has all steps."""
-    if len(y) < options.T:
-        return ops.fire(y, options.T, affine, rates, *options.neuron[:3], False)[0]
-    ops.fire_(y, affine, rates, *options.neuron[:3])
-    return y
+def weight_of(tensors):
+    """The weights of all layers, joined."""
+    return join([own[0] for own in tensors])
+
+
+def kernel_of(weight, options):
+    """The weight as `convolve` takes it: a matrix for a product, else that of a Conv2d."""
+    if options.product:
+        return weight.to(options.dtype).flatten(1)
+    return weight if weight.dim() == 4 else weight.unsqueeze(3)
 
 
 def join(tensors):
-    first, *rest = tensors
-    return torch.cat([first, *rest]) if rest else first
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def takes_events(x, weight, training):
+def takes_product(x, layer):
+    """Whether the convolution is a product of matrices, which the host launches in less time."""
+    return layer.pointwise and x.is_cuda
+
+
+def takes_events(x, weight, dtype, training):
     """Whether the convolution of x is a sum of events: in training where x is spikes, or frames
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
     # A mode that looks at operations, such as a graph's, would not see these.
-    same = x.dtype == weight.dtype == autocast_type(x) and not is_called_as_operator()
+    same = x.dtype == weight.dtype == dtype and not is_called_as_operator()
     if not same or not events.available(x.device.type, x.dtype):
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
     return not training or largest(x) is not None or frames
 
 
-def convolve(x, weight, options):
-    """[T, B, C, H, W] -> ([T*B, C', H', W'] in channels_last, without a bias; what events.find says
-    of x, or None).
+def convolve(x, kernel, options):
+    """[T, B, C, H, W] -> ([T*B, C', H', W'] in channels_last, or with `product` [T*B*H*W, C'],
+    without a bias; what events.find says of x, or None).
     """
+    stride, padding, dtype = options.layer.stride, options.layer.padding, options.dtype
     if options.events:
         x = rows(save(x))
-        found = events.find(x, weight.dtype)
-        args = (weight, options.stride, options.padding)
-        return events.convolve(x.shape, found[0], found[2], *args), found
-    x, weight = rows(x.to(options.dtype)), channels_last(weight.to(options.dtype))
-    return channels_last(F.conv2d(x, weight, None, options.stride, options.padding)), None
+        found = events.find(x, kernel.dtype)
+        return events.convolve(x.shape, found[0], found[2], kernel, stride, padding), found
+    x = x if x.dtype == dtype else x.to(dtype)
+    if options.product:
+        return F.linear(pixels(x), kernel), None
+    kernel = kernel.to(dtype, memory_format=torch.channels_last)
+    return channels_last(F.conv2d(rows(x), kernel, None, stride, padding)), None
 
 
-def steps(y, shape):
-    """y [T*B, ...] as [T, B, ...] of a shape."""
-    return y.view(*shape[:2], *y.shape[1:])
+def sizes(y, x_shape):
+    """(B, C, H, W) of what `convolve` returns for an x of this shape, or of its maxima."""
+    return (x_shape[1], *y.shape[1:]) if y.dim() == 4 else (x_shape[1], y.shape[1], *x_shape[3:])
+
+
+def steps(y, x_shape):
+    """The same as [T, B, C, H, W]."""
+    B, C, H, W = sizes(y, x_shape)
+    if y.dim() == 4:
+        return y.view(-1, B, C, H, W)
+    return y.view(-1, B, H, W, C).permute(0, 1, 4, 2, 3)
 
 
 def rows(x):
@@ -212,103 +215,126 @@ def rows(x):
     return channels_last(x.flatten(0, -4))
 
 
-class ConvBNLIF(torch.autograd.Function):
-    """(x, weight, bias, gamma, beta, rates, options) -> spikes, `norm`, spikes as bytes or empty.
+def pixels(x):
+    """[T, B, C, H, W] or [N, C, H, W] -> [N*H*W, C]."""
+    return x.movedim(-3, -1).reshape(-1, x.shape[-3])
 
-    Without a neuron -> BatchNorm's output [N, C, H, W], `norm`, empty. See ops.py for norm.
+
+class ConvBNLIF(torch.autograd.Function):
+    """(x, PLIF's rates or None, options, *seven tensors of each layer, see can_fuse) -> spikes;
+    without a neuron BatchNorm's output, as `convolve` returns. Running statistics move on.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, rates, options):
-        y, found = convolve(x, weight, options)
-        if options.repeats * y.numel() == y.shape[1]:
+    def forward(ctx, x, rates, options, *tensors):
+        tensors = [tensors[i : i + 7] for i in range(0, len(tensors), 7)]
+        weight, layer = weight_of(tensors), options.layer
+        kernel = kernel_of(weight, options)
+        y, found = convolve(x, kernel, options)
+        C, repeats, start = y.shape[1], options.T // len(x), 0
+        if repeats * y.numel() == C:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
-        norm = ops.batch_norm(y, gamma, beta, options.eps, options.repeats)
-        pooled = ops.pool(y, False)[0] if options.pool else y
-        if options.neuron:
-            pooled = steps(pooled, x.shape)
-            args = (norm[3:], rates, *options.neuron[:3], options.save_bytes)
-            out, small = ops.fire(pooled, options.T, *args)
+        partial, norm = ops.statistics(y), y.new_empty(5, C, dtype=ops.real(y))
+        for each, momentum in zip(tensors, options.momenta, strict=True):
+            own, bias, gamma, beta, *running = each
+            args = (repeats, layer.eps, momentum, gamma, beta, bias, *running)
+            ops.batch_norm(y, partial, norm, start, *args)
+            start += len(own)
+        pooled = ops.pool(y, norm, False)[0] if options.pool else y
+        if options.fires:
+            args = (norm, rates, *layer.neuron[:3], options.save_bytes)
+            out, small = ops.fire(pooled, (options.T, *sizes(pooled, x.shape)), *args)
+            if options.save_bytes:
+                set_mark(out, 1, small)
         else:
-            out, small = ops.normalise(pooled, norm[3:]), y.new_empty(0, dtype=torch.uint8)
-        ctx.options, ctx.has_bias = options, bias is not None
-        ctx.shape, ctx.dtype = x.shape, x.dtype
+            out = ops.normalise(pooled, norm)
+        ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
+        ctx.channels, ctx.has_bias = [len(own[0]) for own in tensors], tensors[0][1] is not None
         sparse = found and found[1] <= events.DENSE
         bits, x = (found[0], found[2]) if sparse else (None, save(x))
-        ctx.save_for_backward(x, bits, None if options.small else y, weight, gamma, rates, norm)
-        ctx.mark_non_differentiable(norm, small)
-        return out, norm, small
+        y, kernel = None if layer.small else y, kernel if options.product else None
+        ctx.save_for_backward(x, bits, y, weight, kernel, rates, norm)
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        x, bits, y, weight, gamma, rates, norm = ctx.saved_tensors
-        options, T, B = ctx.options, *ctx.shape[:2]
-        shape = (T * B, *ctx.shape[2:])
-        if options.small and bits is not None:
-            y = events.convolve(shape, bits, x, weight, options.stride, options.padding)
-        elif options.small:
-            y = convolve(x, weight, options)[0]
-        y = channels_last(y)  # it is, unless a hook on saved tensors has changed the layout
-        pooled, taps = ops.pool(y, True) if options.pool else (y, None)
-        if options.neuron:
-            grad_spikes, grad = grad, torch.empty_like(pooled)
-            args = (steps(pooled, ctx.shape), steps(grad, ctx.shape), norm[0], norm[3:], rates)
-            partial = ops.fire_backward(grad_spikes, *args, *options.neuron)
-        else:
-            grad = channels_last(grad)
-            partial = ops.gradient_sums(grad, pooled, norm[0])
-        sums = ops.batch_norm_backward(partial, norm, gamma, y.numel() // y.shape[1])
-        grad_beta, grad_gamma, grad_rates, factors = sums[0], sums[1], sums[2], sums[3:]
-        if options.pool:
-            grad = ops.pool_backward(grad, taps, y, factors)
-        else:
-            out = grad if options.neuron else torch.empty_like(y)
-            ops.normalise_backward(grad, y, out, factors)
-            grad = out
-        grad_weight, wanted = None, [ctx.needs_input_grad[0], bits is None]
+    @once
+    def backward(ctx, grad):
+        x, bits, y, weight, kernel, rates, norm = ctx.saved_tensors
+        options, layer, shape = ctx.options, ctx.options.layer, ctx.shape
+        kernel = kernel_of(weight, options) if kernel is None else kernel
         if bits is not None:
-            args = (grad, weight, options.stride, options.padding)
-            grad_weight = events.weight_gradient(shape, bits, x, *args)
+            shape = shape[0] * shape[1], *shape[2:]
+            args = kernel, layer.stride, layer.padding
+        if layer.small:
+            known = bits is not None
+            y = events.convolve(shape, bits, x, *args) if known else convolve(x, kernel, options)[0]
+        # It is so, unless a hook on saved tensors has changed the layout.
+        y = y.contiguous() if options.product else channels_last(y)
+        pooled, taps = ops.pool(y, norm, True) if options.pool else (y, None)
+        if options.fires:
+            grad_spikes, grad = grad, torch.empty_like(pooled)
+            partial = ops.fire_backward(grad_spikes, pooled, grad, norm, rates, *layer.neuron)
+        else:
+            grad = grad.contiguous() if options.product else channels_last(grad)
+            partial = ops.gradient_sums(grad, pooled, norm)
+        sums = ops.batch_norm_backward(partial, norm, y.numel() // y.shape[1])
+        if options.pool:
+            grad = ops.pool_backward(grad, taps, y, sums)
+        else:
+            out = grad if options.fires else torch.empty_like(y)
+            ops.normalise_backward(grad, y, out, sums)
+            grad = out
+        wanted = ctx.needs_input_grad[0]
+        if bits is not None:
+            grad_weight = events.weight_gradient(shape, bits, x, grad, *args)
             # Nothing reads its values.
             x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
-        grad_x, dense = convolution_backward(grad, rows(x), weight, options, wanted)
-        grad_weight = dense if grad_weight is None else grad_weight
-        grad_x = None if grad_x is None else steps(grad_x, ctx.shape).to(ctx.dtype)
-        # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
-        grad_bias = torch.zeros_like(grad_beta) if ctx.has_bias else None
+            grad_x, _ = convolution_backward(grad, x, kernel, layer, [wanted, False])
+        elif options.product:
+            grad_weight = sum_over_rows(grad, pixels(x.to(grad.dtype)))
+            grad_x = torch.mm(grad, kernel) if wanted else None
+        else:
+            grad_x, grad_weight = convolution_backward(grad, rows(x), kernel, layer, [wanted, True])
+        if grad_x is not None:
+            grad_x = steps(grad_x, ctx.shape).to(ctx.dtype)
+        if grad_weight.dim() != weight.dim():
+            grad_weight = grad_weight.view_as(weight)
         # In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         if (grad_weight.dtype, grad_weight.stride()) != (weight.dtype, weight.stride()):
             grad_weight = torch.empty_like(weight).copy_(grad_weight)
-        grad_rates = None if rates is None else grad_rates
-        return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, grad_rates, None
+        grad_beta, grad_gamma, grad_rates, *_, zeros = sums.unbind()
+        # BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding errors.
+        grads, found = (grad_weight, zeros, grad_gamma, grad_beta), []
+        if len(ctx.channels) > 1:
+            grads = zip(*(grad.split(ctx.channels) for grad in grads), strict=True)
+        for grad_weight, zeros, *others in grads if len(ctx.channels) > 1 else [grads]:
+            found += grad_weight, zeros if ctx.has_bias else None, *others, None, None, None
+        return grad_x, None if rates is None else grad_rates, None, *found
 
 
-def convolution_backward(grad, x, weight, options, wanted):
+def convolution_backward(grad, x, weight, layer, wanted):
     """(gradient of x, of weight), each None where it is not wanted; all are [N, C, H, W]."""
     if not any(wanted):
         return None, None
-    x, weight, stride = x.to(grad.dtype), channels_last(weight.to(grad.dtype)), options.stride
+    x, weight, stride = x.to(grad.dtype), channels_last(weight.to(grad.dtype)), layer.stride
     # On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
     # out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
     products = grad.is_cuda or grad.dtype == torch.float64 or stride != (1, 1)
-    if products and weight.shape[2:] == (1, 1) and options.padding == (0, 0):
+    if products and weight.shape[2:] == (1, 1) and layer.padding == (0, 0):
         seen = x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
-        # rows of channels, and matrix products of them
-        pixels, grad_weight = grad.permute(0, 2, 3, 1).flatten(0, 2), None
+        grad, grad_weight = pixels(grad), None
         if wanted[1]:
-            sums = sum_over_rows(pixels, seen.permute(0, 2, 3, 1).flatten(0, 2))
-            grad_weight = sums.view_as(weight)
+            grad_weight = sum_over_rows(grad, pixels(seen)).view_as(weight)
         if not wanted[0]:
             return None, grad_weight
         N, C, H, W = seen.shape
-        grad_seen = torch.mm(pixels, weight.flatten(1)).view(N, H, W, C).permute(0, 3, 1, 2)
+        grad_seen = torch.mm(grad, weight.flatten(1)).view(N, H, W, C).permute(0, 3, 1, 2)
         if stride == (1, 1):
             return grad_seen, grad_weight
         grad_x = torch.zeros_like(x)
         grad_x[:, :, :: stride[0], :: stride[1]] = grad_seen
         return grad_x, grad_weight
-    args = (None, stride, options.padding, [1, 1], False, [0, 0], 1, [*wanted, False])
+    args = (None, stride, layer.padding, [1, 1], False, [0, 0], 1, [*wanted, False])
     return aten.convolution_backward(grad, x, weight, *args)[:2]
 
 
@@ -317,27 +343,3 @@ def sum_over_rows(a, b):
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and MM_TO_FLOAT32:
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return a.t() @ b
-
-
-def update_statistics(convs, bns, norm, sign):
-    """Update running statistics as BatchNorm does."""
-    if sign is not None:
-        norm = torch.stack([norm[0] * sign, norm[1]])
-    start = 0
-    for conv, bn in zip(convs, bns, strict=True):
-        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        ops.update(norm, start, conv.bias, float(bn.momentum), *running)
-        start += bn.num_features
-
-
-def running_affine(y, convs, bns, sign):
-    """[2, C]: scale and shift of y by the running statistics of all layers."""
-    affine, start = y.new_empty(2, y.shape[1], dtype=bns[0].weight.dtype), 0
-    for conv, bn in zip(convs, bns, strict=True):
-        mean, bias, gamma, eps = bn.running_mean, conv.bias, bn.weight, float(bn.eps)
-        if sign is not None:  # of a layer alone
-            mean, gamma = mean * sign, gamma * sign
-            bias = None if bias is None else bias * sign
-        ops.running_norm(affine, start, mean, bn.running_var, bias, gamma, bn.bias, eps)
-        start += bn.num_features
-    return affine

@@ -1,12 +1,15 @@
 """Which layers the fused path of layer.py can stand for: all that it knows exactly, no others."""
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from . import compiler
 from .compiler import say
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
-from .ops import constants_of, observed
+from .ops import Constants, constants_of, observed
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -36,32 +39,58 @@ def say_once(line):
     say(line)
 
 
+class Layer(NamedTuple):
+    """What layers that read the same x have in common.
+
+    pointwise: whether their kernels are one pixel, taken at each. small: whether the convolution is
+    computed again in the backward pass. events: whether it may be one of events.py.
+    """
+
+    stride: tuple
+    padding: tuple
+    pointwise: bool
+    training: bool
+    eps: float
+    neuron: Constants
+    backend: str
+    small: bool
+    events: bool
+
+
 def can_fuse(x, convs, bns, lifs):
-    """Whether the fused path computes what these layers, which all read x, compute."""
-    if not all(getattr(lif, "fused", True) for lif in lifs) or x.device.type not in ("cpu", "cuda"):
-        return False
+    """(Layer, the type to compute in, tensors of each layer) if the fused path computes what these
+    layers, which all read x, compute; or None. All that may change is looked at in each call.
+
+    The tensors: (weight, bias, gamma, beta, running mean and variance, number of batches).
+    """
+    device_type = x.device.type
+    if device_type not in ("cpu", "cuda") or not all(getattr(lif, "fused", True) for lif in lifs):
+        return None
     for reason in (observed(), *map(changed, (*convs, *bns, *lifs))):
         if reason is not None:
             say_plain(describe(convs[0]), reason)
-            return False
+            return None
     if x.dim() != 5 or not x.numel() or len(x) > compiler.MAX_T:
-        return False
-    common, *others = [settings(*layer) for layer in zip(convs, bns, lifs, strict=True)]
+        return None
+    common, *others = map(settings, convs, bns, lifs)
     if common is None or any(theirs != common for theirs in others):
-        return False
-    if bns[0].training and isinstance(bns[0], nn.SyncBatchNorm):
+        return None
+    layer = (layer_of.__wrapped__ if torch.compiler.is_compiling() else layer_of)(common)
+    if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
         say_once("layers with SyncBatchNorm run module by module in training")
-        return False
-    if not bns[0].training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
-        return False
-    dtype = autocast_type(x)
+        return None
+    if not layer.training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
+        return None
+    dtype, tensors = autocast_type(x), []
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    for conv, bn in zip(convs, bns, strict=True):  # kernels read rows in the type they compute in
-        for row in (bn.weight, bn.bias, bn.running_mean, bn.running_var, conv.bias):
+    for conv, bn in zip(convs, bns, strict=True):
+        rows = conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+        for row in rows:  # kernels read them in the type they compute in
             if row is not None and not (row.dtype == real and row.is_contiguous()):
-                return False
-    neuron = constants_of(*lifs[0].constants()).neuron
-    return compiler.available(x.device.type, dtype, lifs[0].backend, len(x), neuron)
+                return None
+        tensors.append((conv.weight, *rows, bn.num_batches_tracked))
+    args = layer.backend, len(x), layer.neuron.neuron
+    return (layer, dtype, tensors) if compiler.available(device_type, dtype, *args) else None
 
 
 def changed(module):
@@ -92,18 +121,30 @@ def settings(conv, bn, lif):
         return None
     if conv.dilation not in ((1,), (1, 1)) or conv.groups != 1 or conv.padding_mode != "zeros":
         return None
-    tokens = isinstance(conv, nn.Conv1d)
-    if isinstance(conv.padding, str) or tokens != isinstance(bn, nn.BatchNorm1d):
+    tokens, shape = isinstance(conv, nn.Conv1d), (conv.kernel_size, conv.stride, conv.padding)
+    if any(type(sizes) is not tuple for sizes in shape) or tokens != isinstance(bn, nn.BatchNorm1d):
         return None
-    if tokens and (*conv.kernel_size, *conv.stride, *conv.padding) != (1, 1, 0):
+    if tokens and shape != ((1,), (1,), (0,)):
         return None
-    shape = type(conv), conv.kernel_size, conv.stride, conv.padding, conv.bias is None
-    tau = lif.tau if lif.kind == "lif" else None  # PLIF's differ, and are tensors
-    neuron = lif.kind, tau, lif.v_threshold, lif.alpha, lif.surrogate
-    return *shape, bn.training, bn.eps, *neuron, lif.backend, lif.memory, lif.events
+    tau = float(lif.tau) if lif.kind == "lif" else 0.0  # PLIF's differ, and are tensors
+    neuron = tau, float(lif.v_threshold), float(lif.alpha), lif.kind, None, lif.surrogate
+    way = lif.backend, lif.memory, lif.events
+    return tokens, *shape, conv.bias is None, bn.training, float(bn.eps), neuron, *way
+
+
+@functools.lru_cache(1024)
+def layer_of(settings):
+    """The Layer of what `settings` returns: numbers and words, which stay what they are."""
+    tokens, kernel, stride, padding, _, training, eps, neuron, backend, memory, events = settings
+    if tokens:
+        kernel, stride, padding = (1, 1), (1, 1), (0, 0)
+    pointwise = (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0)
+    neuron, small = constants_of(*neuron), memory == "small"
+    return Layer(stride, padding, pointwise, training, eps, neuron, backend, small, events)
 
 
 def autocast_type(x):
     """x's type, or autocast's where that is on; it leaves float64 alone."""
-    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+    device_type, dtype = x.device.type, x.dtype
+    on = torch.is_autocast_enabled(device_type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if on else dtype

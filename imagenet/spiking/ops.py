@@ -1,12 +1,13 @@
 """BatchNorm's affine map and the neuron in one pass over memory, forward and backward.
 
-Tensors are [T, B, C, H, W] or [N, C, H, W] in channels_last: memory holds rows of C channels. The
-formulas are those of plain.py and of BatchNorm; the kernels are in fused.cu. The backward pass
-computes the membranes again.
+Tensors are rows of C channels in memory: [N, C, H, W] in channels_last, [N, C], or a neuron's
+[T, B, C, H, W] with channels innermost. The formulas are those of plain.py and of BatchNorm; the
+kernels are in fused.cu. The backward pass computes the membranes again.
 
-`norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard deviation, and `affine`, the
-scale and shift with which it maps y to scale * y + shift. A neuron is given by its Constants, and
-by `rates` [C] where PLIF learns them, else None. Every function that launches is an operator.
+`norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard deviation, and the scale and
+shift with which it maps y to scale * y + shift; a kernel in evaluation reads the last two alone. A
+neuron is given by its Constants, and by `rates` [C] where PLIF learns them, else None. Every
+function that launches is an operator.
 """
 
 import math
@@ -60,20 +61,17 @@ def rows_of_channels(x):
     return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
-def empty(T, like, dtype=None):
+def empty(shape, like, dtype=None):
     """Memory for [T, B, C, H, W], channels innermost; not a view, so that spikes can be marked."""
-    _, B, C, H, W = like.shape
+    _, B, C, H, W = shape
     strides = B * H * W * C, H * W * C, 1, W * C, C
-    dtype = dtype or like.dtype
-    return torch.empty_strided((T, B, C, H, W), strides, dtype=dtype, device=like.device)
+    return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
 
 
 def rows_and_step(y, T):
-    """Rows of a step of y, and the distance in memory between steps: 0 where y has one step, which
-    is read T times.
-    """
-    size = y[0].numel()
-    return size // y.shape[2], size if len(y) == T else 0
+    """Rows of a step of y, which has T steps; the distance in memory between steps."""
+    size = y.numel() // T
+    return size // y.shape[1], size
 
 
 # Who looks on -------------------------------------------------------------------------------------
@@ -112,48 +110,51 @@ def observed():
 
 @operator()
 def fire(
-    y: Tensor, T: int, affine: Tensor, rates: Tensor | None, neuron: str, rate: float,
+    y: Tensor, shape: list[int], norm: Tensor, rates: Tensor | None, neuron: str, rate: float,
     v_threshold: float, bytes_too: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Spikes [T, B, C, H, W] of neurons whose input is scale * y + shift; y has T steps, or one.
+    """Spikes [T, B, C, H, W], of such a shape, of neurons whose input is scale * y + shift. y has
+    the rows of T steps, or of one, which is read T times.
 
     With `bytes_too` the spikes again, as bytes, in place of an empty tensor.
     """
-    y = rows_of_channels(y)
-    rows, step = rows_and_step(y, T)
-    spikes, small = empty(T, y), empty(T if bytes_too else 0, y, torch.uint8)
-    args = (affine, rates, rate, v_threshold)
+    T, B, C, H, W = shape
+    spikes, rows = empty(shape, y), B * H * W
+    small = empty(shape, y, torch.uint8) if bytes_too else y.new_empty(0, dtype=torch.uint8)
+    step = rows * C if y.numel() == T * rows * C else 0
     memory = (y, spikes, small if bytes_too else None)
-    launch("fire", y, rows, y.shape[2], step, *memory, *args, T=T, neuron=neuron)
+    args = (norm, rates, rate, v_threshold)
+    launch("fire", y, rows, C, step, *memory, *args, T=T, neuron=neuron)
     return spikes, small
 
 
 @operator("y")
 def fire_(
-    y: Tensor, affine: Tensor, rates: Tensor | None, neuron: str, rate: float, v_threshold: float
-) -> None:
-    """As `fire`, but the spikes overwrite y, which is in channels_last and has all T steps."""
-    T = len(y)
+    y: Tensor, T: int, norm: Tensor, rates: Tensor | None, neuron: str, rate: float,
+    v_threshold: float
+) -> None:  # fmt: skip
+    """As `fire`, but the spikes overwrite y, which has all T steps."""
     rows, step = rows_and_step(y, T)
-    args = (step, y, y, None, affine, rates, rate, v_threshold)
-    launch("fire", y, rows, y.shape[2], *args, T=T, neuron=neuron)
+    args = (step, y, y, None, norm, rates, rate, v_threshold)
+    launch("fire", y, rows, y.shape[1], *args, T=T, neuron=neuron)
 
 
 @operator("grad")
 def fire_backward(
-    grad_spikes: Tensor, y: Tensor, grad: Tensor, mean: Tensor, affine: Tensor,
-    rates: Tensor | None, neuron: str, rate: float, v_threshold: float, alpha: float
+    grad_spikes: Tensor, y: Tensor, grad: Tensor, norm: Tensor, rates: Tensor | None, neuron: str,
+    rate: float, v_threshold: float, alpha: float
 ) -> Tensor:  # fmt: skip
-    """Writes the gradient of scale * y + shift into grad, which is like y in channels_last.
+    """Writes the gradient of scale * y + shift into grad, which is like y.
 
     Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
     y - mean; with `rates` [parts, 3, C], the last for their gradient.
     """
-    T, y, grad_spikes = len(grad_spikes), rows_of_channels(y), rows_of_channels(grad_spikes)
-    C, (rows, step) = y.shape[2], rows_and_step(y, T)
-    partial = mean.new_empty(parts(y, rows, C, T), 2 if rates is None else 3, C)
-    sizes = (rows, C, len(partial), step)
-    args = (mean, affine, rates, rate, v_threshold, alpha, partial)
+    T, grad_spikes = len(grad_spikes), rows_of_channels(grad_spikes)
+    C, static = y.shape[1], y.numel() < grad_spikes.numel()
+    rows, step = rows_and_step(y, 1 if static else T)
+    partial = norm.new_empty(parts(y, rows, C, T), 2 if rates is None else 3, C)
+    sizes = (rows, C, len(partial), 0 if static else step)
+    args = (norm, rates, rate, v_threshold, alpha, partial)
     launch("fire_backward", y, *sizes, y, grad_spikes, grad, *args, T=T, neuron=neuron)
     return partial
 
@@ -218,101 +219,103 @@ def real(y):
 
 
 @operator()
-def batch_norm(y: Tensor, gamma: Tensor, beta: Tensor, eps: float, repeats: int) -> Tensor:
-    """`norm` of [N, C, H, W] in channels_last, each row of which counts `repeats` times."""
+def statistics(y: Tensor) -> Tensor:
+    """The sums that batch_norm needs of y's rows, in parts."""
     C = y.shape[1]
     rows = y.numel() // C
-    count = parts(y, rows, C)
-    partial = y.new_empty(count, 2, C, dtype=real(y))
-    launch("statistics", y, rows, C, count, y, partial)
-    norm = y.new_empty(5, C, dtype=real(y))
-    launch("batch_norm", y, C, count, rows, repeats, eps, y, partial, gamma, beta, norm)
-    return norm
+    partial = y.new_empty(parts(y, rows, C), 2, C, dtype=real(y))
+    launch("statistics", y, rows, C, len(partial), y, partial)
+    return partial
 
 
-@operator("affine")
+@operator("norm", "mean", "var", "batches")
+def batch_norm(
+    y: Tensor, partial: Tensor, norm: Tensor, start: int, repeats: int, eps: float, momentum: float,
+    gamma: Tensor, beta: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+    batches: Tensor | None
+) -> None:  # fmt: skip
+    """Writes `norm` of a BatchNorm, whose channels begin at `start` of those of y, each row of
+    which counts `repeats` times. Its running statistics, if there are any, move on; the bias is the
+    convolution's, which y lacks.
+    """
+    count, _, C = partial.shape
+    sizes = (len(gamma), C, start, count, y.numel() // C, repeats, eps, momentum)
+    launch("batch_norm", y, *sizes, y, partial, gamma, beta, bias, norm, mean, var, batches)
+
+
+@operator("norm")
 def running_norm(
-    affine: Tensor, start: int, mean: Tensor, var: Tensor, bias: Tensor | None, gamma: Tensor,
+    norm: Tensor, start: int, mean: Tensor, var: Tensor, bias: Tensor | None, gamma: Tensor,
     beta: Tensor, eps: float
 ) -> None:  # fmt: skip
-    """Writes scale and shift of a BatchNorm's running statistics into affine [2, channels from
-    `start` on]. The bias is the convolution's, which y lacks.
+    """Writes scale and shift of a BatchNorm's running statistics into `norm`, in which its channels
+    begin at `start`. The bias is the convolution's, which y lacks.
     """
-    args = (start, eps, mean, var, bias, gamma, beta, affine)
-    launch("running_norm", affine, len(mean), affine.shape[1], *args)
-
-
-@operator("running_mean", "running_var", "batches")
-def update(
-    norm: Tensor, start: int, bias: Tensor | None, momentum: float, running_mean: Tensor,
-    running_var: Tensor, batches: Tensor
-) -> None:  # fmt: skip
-    """Moves a BatchNorm's running statistics on to `norm`, in which its channels begin at `start`.
-    The mean lacks the convolution's bias, which is added.
-    """
-    sizes = (len(running_mean), norm.shape[1], start)
-    launch("update", norm, *sizes, momentum, norm, bias, running_mean, running_var, batches)
+    args = (start, eps, mean, var, bias, gamma, beta, norm)
+    launch("running_norm", norm, len(mean), norm.shape[1], *args)
 
 
 @operator()
-def batch_norm_backward(partial: Tensor, norm: Tensor, gamma: Tensor, rows: int) -> Tensor:
-    """From the partial sums of y's rows to [6, C]: gradients of beta, gamma and `rates`, and the
-    factors of normalise_backward and pool_backward.
+def batch_norm_backward(partial: Tensor, norm: Tensor, rows: int) -> Tensor:
+    """`sums` from the partial sums of y's rows: [7, C], gradients of beta, gamma and `rates`, three
+    rows that normalise_backward and pool_backward need, and zeros.
     """
-    count, sums, C = partial.shape
-    out = partial.new_empty(6, C)
-    launch("batch_norm_backward", norm, C, count, sums, rows, partial, norm, gamma, out)
-    return out
+    count, kinds, C = partial.shape
+    sums = norm.new_empty(7, C)
+    launch("batch_norm_backward", norm, C, count, kinds, rows, partial, norm, sums)
+    return sums
 
 
 @operator()
-def gradient_sums(grad: Tensor, y: Tensor, mean: Tensor) -> Tensor:
-    """As fire_backward returns, for a BatchNorm without a neuron behind it; [N, C, H, W]."""
+def gradient_sums(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    """As fire_backward returns, for a BatchNorm without a neuron behind it."""
     C = y.shape[1]
     rows = y.numel() // C
-    partial = mean.new_empty(parts(y, rows, C), 2, C)
-    launch("gradient_sums", y, rows, C, len(partial), y, grad, mean, partial)
+    partial = norm.new_empty(parts(y, rows, C), 2, C)
+    launch("gradient_sums", y, rows, C, len(partial), y, grad, norm, partial)
     return partial
 
 
 @operator()
-def normalise(y: Tensor, affine: Tensor) -> Tensor:
-    """scale * y + shift of [N, C, H, W] in channels_last."""
+def normalise(y: Tensor, norm: Tensor) -> Tensor:
+    """scale * y + shift."""
     out = torch.empty_like(y)
-    launch("normalise", y, y.numel() // y.shape[1], y.shape[1], y, out, affine)
+    launch("normalise", y, y.numel() // y.shape[1], y.shape[1], y, out, norm)
     return out
 
 
 @operator("out")
-def normalise_backward(grad: Tensor, y: Tensor, out: Tensor, factors: Tensor) -> None:
+def normalise_backward(grad: Tensor, y: Tensor, out: Tensor, sums: Tensor) -> None:
     """Writes the gradient of BatchNorm's input y into out, which may be grad, the gradient of its
-    output; all are [N, C, H, W] in channels_last.
+    output.
     """
     rows, C = y.numel() // y.shape[1], y.shape[1]
-    launch("normalise_backward", y, rows, C, y, grad, out, factors)
+    launch("normalise_backward", y, rows, C, y, grad, out, sums)
 
 
 # Max-pooling --------------------------------------------------------------------------------------
 
 
 @operator()
-def pool(y: Tensor, with_taps: bool) -> tuple[Tensor, Tensor]:
-    """3x3 max-pool of stride 2 of [N, C, H, W] in channels_last.
+def pool(y: Tensor, norm: Tensor, with_taps: bool) -> tuple[Tensor, Tensor]:
+    """What of y, [N, C, H, W], a 3x3 max-pool of stride 2 behind its BatchNorm would take: where
+    the scale in `norm` is negative, minima.
 
-    Returns the maxima and, empty but `with_taps`, for each of them which of the nine places it came
-    from, as a byte.
+    Returns these values and, empty but `with_taps`, for each which of the nine places it came from,
+    as a byte.
     """
     N, C, H, W = y.shape
     pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
     taps = torch.empty_like(pooled if with_taps else y[:0], dtype=torch.uint8)
-    launch("pool", y, pooled.numel() // C, C, H, W, y, pooled, taps if with_taps else None)
+    memory = (norm, pooled, taps if with_taps else None)
+    launch("pool", y, pooled.numel() // C, C, H, W, y, *memory)
     return pooled, taps
 
 
 @operator()
-def pool_backward(grad: Tensor, taps: Tensor, y: Tensor, factors: Tensor) -> Tensor:
+def pool_backward(grad: Tensor, taps: Tensor, y: Tensor, sums: Tensor) -> Tensor:
     """The gradient of y where a max-pool comes before BatchNorm; `grad` is of pooled values."""
     grad_y = torch.empty_like(y)
     rows, C = y.numel() // y.shape[1], y.shape[1]
-    launch("pool_backward", y, rows, C, *y.shape[2:], y, grad, taps, grad_y, factors)
+    launch("pool_backward", y, rows, C, *y.shape[2:], y, grad, taps, grad_y, sums)
     return grad_y
