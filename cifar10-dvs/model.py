@@ -135,7 +135,7 @@ class SpikingSelfAttention(Attention):
     def attend(self, x):
         H, W = x.shape[3:]
         q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
-        x = q @ matmul(k.transpose(3, 4), v) * self.scale
+        x = q @ (matmul(k.transpose(3, 4), v) * self.scale)
         x = x.transpose(2, 3).flatten(3).unflatten(2, (H, W))  # [T, B, H, W, C]
         return self.attn_lif(x.movedim(4, 2))
 

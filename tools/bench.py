@@ -25,6 +25,8 @@ so that neurons fire as in training. --dtype bfloat16 on a CPU counts the memory
 precision.
 """
 
+import models  # isort: skip  # before torch, since it sets how its threads wait
+
 import argparse
 import functools
 import json
@@ -39,7 +41,6 @@ from spikingjelly.activation_based import functional
 from spikingjelly.activation_based.model import qkformer
 from torch.profiler import profile
 
-import models
 from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
 from saved import Saved
 

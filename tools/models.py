@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the folders' scripts; before torch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent

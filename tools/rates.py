@@ -10,6 +10,8 @@ network. Counted beside them: synaptic operations, which tools/energy.py defines
 on a GPU convolutions are dense.
 """
 
+import models  # isort: skip  # before torch, since it sets how its threads wait
+
 import argparse
 import json
 import platform
@@ -20,7 +22,6 @@ import torch
 
 import bench
 import energy
-import models
 
 NAMES = {"fast": "sums of events", "dense": "dense convolutions", "spikingjelly": "spikingjelly"}
 
