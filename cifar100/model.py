@@ -52,6 +52,8 @@ class DropPath(timm.layers.DropPath):
     """Stochastic depth on [T, B, ...]: one draw per sample, the same at every time step."""
 
     def forward(self, x):
+        if not self.training or not self.drop_prob:
+            return x
         return super().forward(x.transpose(0, 1)).transpose(0, 1)
 
 

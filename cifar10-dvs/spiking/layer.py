@@ -115,7 +115,7 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
 
     layer, dtype, tensors: see can_fuse.
     """
-    T = len(x)
+    T = x.shape[0]
     if x.stride(0) == 0:  # the same image at every step
         x = x[:1]
     rates = None
@@ -133,11 +133,11 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     norm, start = y.new_empty(5, y.shape[1], dtype=ops.real(y)), 0
     for weight, bias, gamma, beta, mean, var, _ in tensors:
         ops.running_norm(norm, start, mean, var, bias, gamma, beta, layer.eps)
-        start += len(weight)
+        start += weight.shape[0]
     y = ops.pool(y, norm, False)[0] if pool else y
     if not fires:
         return steps(ops.normalise(y, norm), x.shape).expand(T, -1, -1, -1, -1)
-    if len(x) < T:
+    if x.shape[0] < T:
         shape = (T, *sizes(y, x.shape))
         return ops.fire(y, shape, norm, rates, *layer.neuron[:3], False)[0]
     ops.fire_(y, T, norm, rates, *layer.neuron[:3])  # over y, which no gradient needs
@@ -231,7 +231,7 @@ class ConvBNLIF(torch.autograd.Function):
         weight, layer = weight_of(tensors), options.layer
         kernel = kernel_of(weight, options)
         y, found = convolve(x, kernel, options)
-        C, repeats, start = y.shape[1], options.T // len(x), 0
+        C, repeats, start = y.shape[1], options.T // x.shape[0], 0
         if repeats * y.numel() == C:
             raise ValueError(f"a single value per channel, in {list(y.shape)}, has no variance")
         partial, norm = ops.statistics(y), y.new_empty(5, C, dtype=ops.real(y))
@@ -239,7 +239,7 @@ class ConvBNLIF(torch.autograd.Function):
             own, bias, gamma, beta, *running = each
             args = (repeats, layer.eps, momentum, gamma, beta, bias, *running)
             ops.batch_norm(y, partial, norm, start, *args)
-            start += len(own)
+            start += own.shape[0]
         pooled = ops.pool(y, norm, False)[0] if options.pool else y
         if options.fires:
             args = (norm, rates, *layer.neuron[:3], options.save_bytes)
@@ -249,7 +249,7 @@ class ConvBNLIF(torch.autograd.Function):
         else:
             out = ops.normalise(pooled, norm)
         ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
-        ctx.channels, ctx.has_bias = [len(own[0]) for own in tensors], tensors[0][1] is not None
+        ctx.channels, ctx.has_bias = [own[0].shape[0] for own in tensors], tensors[0][1] is not None
         sparse = found and found[1] <= events.DENSE
         bits, x = (found[0], found[2]) if sparse else (None, save(x))
         y, kernel = None if layer.small else y, kernel if options.product else None

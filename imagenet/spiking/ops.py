@@ -149,11 +149,11 @@ def fire_backward(
     Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
     y - mean; with `rates` [parts, 3, C], the last for their gradient.
     """
-    T, grad_spikes = len(grad_spikes), rows_of_channels(grad_spikes)
+    T, grad_spikes = grad_spikes.shape[0], rows_of_channels(grad_spikes)
     C, static = y.shape[1], y.numel() < grad_spikes.numel()
     rows, step = rows_and_step(y, 1 if static else T)
     partial = norm.new_empty(parts(y, rows, C, T), 2 if rates is None else 3, C)
-    sizes = (rows, C, len(partial), 0 if static else step)
+    sizes = (rows, C, partial.shape[0], 0 if static else step)
     args = (norm, rates, rate, v_threshold, alpha, partial)
     launch("fire_backward", y, *sizes, y, grad_spikes, grad, *args, T=T, neuron=neuron)
     return partial
@@ -171,14 +171,15 @@ def time_major(x):
 
 def like_steps(x):
     """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
-    strides = x[0].numel(), *x.stride()[1:]
+    strides = math.prod(x.shape[1:]), *x.stride()[1:]
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 def sizes_of(x):
     """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
-    channels = math.gcd(x[0].numel(), 1024)
-    return x[0].numel() // channels, channels, len(x), x.stride(0)
+    size = math.prod(x.shape[1:])
+    channels = math.gcd(size, 1024)
+    return size // channels, channels, x.shape[0], x.stride(0)
 
 
 @operator()
@@ -204,7 +205,9 @@ def integrate_backward(
     grad, upstream = like_steps(x), grad_spikes
     if upstream.stride() != grad.stride():
         upstream = like_steps(x).copy_(grad_spikes)
-    slopes = torch.empty(0 if own is None else x[0].numel(), dtype=real(x), device=x.device)
+    slopes = torch.empty(
+        0 if own is None else math.prod(x.shape[1:]), dtype=real(x), device=x.device
+    )
     if x.numel():
         args = (x, upstream, grad, own, rate, v_threshold, alpha, None if own is None else slopes)
         launch("integrate_backward", x, *sizes_of(x), *args, T=CHUNK, neuron=neuron)
@@ -224,7 +227,7 @@ def statistics(y: Tensor) -> Tensor:
     C = y.shape[1]
     rows = y.numel() // C
     partial = y.new_empty(parts(y, rows, C), 2, C, dtype=real(y))
-    launch("statistics", y, rows, C, len(partial), y, partial)
+    launch("statistics", y, rows, C, partial.shape[0], y, partial)
     return partial
 
 
@@ -239,7 +242,7 @@ def batch_norm(
     convolution's, which y lacks.
     """
     count, _, C = partial.shape
-    sizes = (len(gamma), C, start, count, y.numel() // C, repeats, eps, momentum)
+    sizes = (gamma.shape[0], C, start, count, y.numel() // C, repeats, eps, momentum)
     launch("batch_norm", y, *sizes, y, partial, gamma, beta, bias, norm, mean, var, batches)
 
 
@@ -252,7 +255,7 @@ def running_norm(
     begin at `start`. The bias is the convolution's, which y lacks.
     """
     args = (start, eps, mean, var, bias, gamma, beta, norm)
-    launch("running_norm", norm, len(mean), norm.shape[1], *args)
+    launch("running_norm", norm, mean.shape[0], norm.shape[1], *args)
 
 
 @operator()
