@@ -242,7 +242,7 @@ def fuzz(kind, place, count, seconds):
     before = everything(place)
     read = refused = number = 0
     end = time.monotonic() + seconds
-    while number < count and time.monotonic() < end:
+    while number < count and (time.monotonic() < end or not (read and refused)):
         draw, start = random.Random(f"{SEED} {kind.__name__} {number}"), time.monotonic()
         try:
             monster.read(draw)
