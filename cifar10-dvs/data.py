@@ -14,9 +14,8 @@ from torchvision.datasets import DatasetFolder
 import shapes
 from augment import augment
 from convert import prepare, read_array
-from harness.batches import BatchLoader, test_batches, train_batches
+from harness.batches import BatchLoader, part, test_batches, train_batches
 from harness.log import UserError, logger
-from harness.parts import part
 
 # folder in it: archive
 ARCHIVES = {name.removesuffix(".zip"): name for name, *_ in CIFAR10DVS.resource_url_md5()}

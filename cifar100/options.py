@@ -53,7 +53,6 @@ MODEL = {
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
         "ranks' mean (reduce)", choices=("", "broadcast", "reduce")),
-    "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {
@@ -178,6 +177,7 @@ NO_EFFECT = by_name({
     "last.pth and best.pth are kept": "checkpoint_hist eval_metric recovery_interval save_images",
     "layer is the number of blocks": "depths",
     "spikes always wait for the backward pass as bytes": "byte_spikes",
+    "the layers choose how images lie in memory": "channels_last",
     "the head takes the mean over space": "gp",
     "the loader prefetches, in new workers each epoch": "no_prefetcher use_multi_epochs_loader",
     "there is no sched: plateau": "patience_epochs",

@@ -10,29 +10,26 @@ Usage:
 
 import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
-import torch
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import dispatch_clip_grad, random_seed
+from timm.utils import dispatch_clip_grad
 
 import data
 import options
-from harness.build import layout
 from harness.config import read_settings
 from harness.log import UserError
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin, prepare_data
+from harness.run import Run, prepare_data
 
 
 class Trainer(Run):
     """The recipe: loss, optimizer, schedule, and a training step. The rest is harness/run.py's."""
 
-    def __init__(self, start):
-        super().__init__(start, data, options)
+    def prepare(self):
         cfg = self.cfg
         reprob, device = 0.0 if cfg.no_aug else cfg.reprob, str(self.ranks.device)
         self.erase = RandomErasing(reprob, mode=cfg.remode, max_count=cfg.recount, device=device)
@@ -40,7 +37,6 @@ class Trainer(Run):
         if data.mixes(cfg):
             self.criterion = SoftTargetCrossEntropy()
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(cfg, self.model)
-        self.prepare()
 
     def train_epoch(self) -> float:
         """Train to the end of this epoch, or to a signal, which sets meter.stop.
@@ -52,11 +48,10 @@ class Trainer(Run):
         autocast = make_autocast(cfg, ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]
-        bar = Progress(loader, self, cfg.log_interval)
-        for step, (images, targets) in enumerate(bar, start=meter.steps + 1):
-            images = self.erase(images).contiguous(memory_format=layout(cfg, ranks))
+        progress = Progress(self)
+        for step, (images, targets) in enumerate(loader, start=meter.steps + 1):
             with autocast():
-                loss = self.criterion(self.ddp(images), targets)
+                loss = self.criterion(self.ddp(self.erase(images)), targets)
             optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             if cfg.clip_grad is not None:
@@ -68,22 +63,11 @@ class Trainer(Run):
                 self.ema.update(self.model)
             self.add_point("lr", lr, step - 1)
             meter.update(loss, self.stop)
-            bar.show(step, lr)
+            progress.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
-        return bar.speed(meter.steps)
-
-    def own_record(self):
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
-
-    def course(self):
-        """{epoch: learning rate at its start}, with that at the end of the last one."""
-        rates, last = {}, self.num_epochs
-        for epoch in range(min(self.cfg.start_epoch or 0, last), last + 1):
-            self.scheduler.step(epoch)
-            rates[epoch] = self.optimizer.param_groups[0]["lr"]
-        return rates
+        return progress.speed(meter.steps)
 
 
 def build_optimizer(cfg, model):
@@ -107,12 +91,7 @@ def main(argv=None):
     settings = read_settings(options, argv, "train", "Train QKFormer on CIFAR.")
     if settings.prepare:
         return prepare_data(settings, data)
-    start = begin(settings, options)
-    cfg = start.cfg
-    data.check(cfg)
-    random_seed(cfg.seed, start.ranks.rank)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    return Trainer(start).fit()
+    return Trainer(settings, data, options).fit()
 
 
 if __name__ == "__main__":

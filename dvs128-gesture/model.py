@@ -371,7 +371,7 @@ class HST(Stages):
     def forward_head(self, x, pre_logits=False):
         """What forward_features gives -> logits [B, num_classes]; with pre_logits the means alone.
 
-        In training with `per_step`, logits of each step, [T, B, num_classes], as loss.TET wants.
+        In training with `per_step`, logits of each step, [T, B, num_classes], as meters.TET wants.
         """
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:

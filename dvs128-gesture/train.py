@@ -12,22 +12,20 @@ import harness  # noqa: F401  # isort: skip  # sets what torch reads from the en
 
 from pathlib import Path
 
-import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import random_seed
 
 import data
 import options
 from harness.build import load_tested, measure
 from harness.config import read_settings
-from harness.folder import find_run
+from harness.folder import find_resumed
 from harness.log import UserError
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin, enter, prepare_data
+from harness.run import Run, enter, prepare_data
 
 
 class Trainer(Run):
@@ -35,11 +33,9 @@ class Trainer(Run):
 
     samples = "samples"
 
-    def __init__(self, start):
-        super().__init__(start, data, options)
+    def prepare(self):
         self.criterion = SoftTargetCrossEntropy()
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(self.cfg, self.model)
-        self.prepare()
 
     def train_epoch(self) -> float:
         """Train to the end of this epoch, or to a signal, which sets meter.stop.
@@ -51,8 +47,8 @@ class Trainer(Run):
         autocast = make_autocast(cfg, ranks)
         self.ddp.train()
         lr = optimizer.param_groups[0]["lr"]
-        bar = Progress(loader, self, cfg.log_interval)
-        for step, (frames, targets) in enumerate(bar, start=meter.steps + 1):
+        progress = Progress(self)
+        for step, (frames, targets) in enumerate(loader, start=meter.steps + 1):
             with autocast():
                 loss = self.criterion(self.ddp(frames), targets)
             optimizer.zero_grad()
@@ -63,24 +59,11 @@ class Trainer(Run):
                 self.ema.update(self.model)
             self.add_point("lr", lr, step - 1)
             meter.update(loss, self.stop)
-            bar.show(step, lr)
+            progress.show(step, lr)
             if meter.stop:
                 break
         meter.flush()
-        return bar.speed(meter.steps)
-
-    # Copied from cifar10/train.py
-    def own_record(self):
-        return {"lr": self.optimizer.param_groups[0]["lr"]}
-
-    # Copied from cifar10/train.py
-    def course(self):
-        """{epoch: learning rate at its start}, with that at the end of the last one."""
-        rates, last = {}, self.num_epochs
-        for epoch in range(min(self.cfg.start_epoch or 0, last), last + 1):
-            self.scheduler.step(epoch)
-            rates[epoch] = self.optimizer.param_groups[0]["lr"]
-        return rates
+        return progress.speed(meter.steps)
 
 
 # Copied from cifar10/train.py
@@ -104,7 +87,7 @@ def build_optimizer(cfg, model):
 def main(argv=None):
     settings = read_settings(options, argv, "train", "Train QKFormer on DVS128 Gesture.")
     if settings.test_only:
-        _, path = find_run(settings)
+        path = find_resumed(settings)
         if settings.resume and path is None:
             raise UserError("resume is auto, but there is no last.pth to test")
         path = path or (settings.finetune and Path(settings.finetune))
@@ -112,13 +95,7 @@ def main(argv=None):
         return 0
     if settings.prepare:
         return prepare_data(settings, data)
-    start = begin(settings, options)
-    cfg = start.cfg
-    data.check(cfg)
-    # The same on every rank, as in the release; a batch has a seed of its own.
-    random_seed(cfg.seed, 0)
-    torch.backends.cudnn.deterministic = True
-    return Trainer(start).fit()
+    return Trainer(settings, data, options).fit()
 
 
 if __name__ == "__main__":

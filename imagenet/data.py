@@ -22,10 +22,8 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 import photos
-from harness.batches import BatchLoader, test_batches, train_batches
-from harness.build import layout
+from harness.batches import BatchLoader, seeded, test_batches, train_batches
 from harness.log import UserError, logger
-from harness.seeds import seeded
 from images import BadImage, list_folder, list_split, list_unlabelled, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
@@ -178,7 +176,6 @@ class Loader:
 
     def __init__(self, cfg, dataset, collate, batches, ranks, classes=None):
         pin_memory = cfg.pin_mem and ranks.device.type == "cuda"
-        self.layout = layout(cfg, ranks)
         self.loader = BatchLoader(dataset, collate, batches, cfg.workers, pin_memory)
         self.prefetched = PrefetchLoader(self.loader, device=ranks.device)
         # What is drawn here comes from other numbers than what the workers draw, below 2 ** 31.
@@ -196,7 +193,7 @@ class Loader:
                 with seeded(seed):
                     images, targets = self.mix(images, targets)
             if len(images):
-                yield images.to(memory_format=self.layout), targets
+                yield images, targets
 
 
 def collate_whole(items):

@@ -55,7 +55,6 @@ MODEL = {
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
     "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 3,
         length=(0, 3)),
-    "channels_last": MachineKey(bool, False, "channels_last in the plain path too, on a GPU"),
 }
 
 DATA = {
@@ -102,8 +101,7 @@ AUGMENTATION = {
 
 OPTIMISATION = {
     "epochs": TrainKey(int, 200, "epochs in all", 1, 100_000),
-    "start_epoch": TrainKey(int, 0, "first epoch of a run that starts from the weights of finetune",
-        0, 100_000, back=""),
+    "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
     "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer",
         1, 65536),
     "lr": TrainKey(float, None, "peak learning rate; none: it follows from blr", 1e-10, 100),
@@ -164,6 +162,7 @@ NO_EFFECT = by_name({
     "curves are in the run's folder": "log_dir",
     "pin_mem: false means that": "no_pin_mem",
     "spikes always wait for the backward pass as bytes": "byte_spikes",
+    "the layers choose how images lie in memory": "channels_last",
     "testing is always shared by the ranks": "dist_eval",
     "the head takes the mean over space": "cls_token global_pool",
     "the launcher says how many ranks there are, and where": "dist_on_itp dist_url world_size",

@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from harness.seeds import seeded
+from harness.batches import seeded
 from images import read_image, to_rgb
 
 

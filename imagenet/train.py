@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import random_seed
 
 import data
 import optim
@@ -27,16 +26,14 @@ from harness.config import read_settings
 from harness.log import UserError, logger
 from harness.meters import Progress, make_autocast
 from harness.process import run
-from harness.run import Run, begin, enter, prepare_data
+from harness.run import Run, enter, prepare_data
 from released import measure_released
 
 
 class Trainer(Run):
     """The recipe: loss, optimizer, schedule, and a training step. The rest is harness/run.py's."""
 
-    def __init__(self, start):
-        self.accum_iter = start.cfg.accum_iter
-        super().__init__(start, data, options)
+    def prepare(self):
         cfg, world_size = self.cfg, self.ranks.world_size
         self.criterion = LabelSmoothingCrossEntropy(cfg.smoothing)
         if data.mixes(cfg):
@@ -45,7 +42,9 @@ class Trainer(Run):
         self.lr = optim.peak_lr(cfg, world_size)
         self.micro_steps = len(self.train_set) // self.micro_batch  # with those left over
         self.num_epochs = cfg.epochs
-        self.prepare()
+        if cfg.start_epoch and not self.path:
+            start = f"start_epoch is {cfg.start_epoch}"
+            raise UserError(f"{start}; finetune or resume must name weights")
         if (note := optim.differences(cfg, world_size)) is not None:
             logger.info(note)
 
@@ -84,20 +83,20 @@ class Trainer(Run):
         self.saved = time.monotonic()
         self.ddp.train()
         self.optimizer.zero_grad()
-        bar = Progress(range(first, self.steps), self, cfg.log_interval)
-        for step in bar:
+        progress = Progress(self)
+        for step in range(first, self.steps):
             micro_step = step * self.accum_iter
             lr = optim.learning_rate(cfg, self.lr, self.epoch, micro_step, self.micro_steps)
             optim.set_lr(self.optimizer, lr)
             self.add_point("lr", lr, step)
             loss = self.train_step(batches, autocast)
             meter.update(loss, self.stop)
-            if bar.show(step + 1, lr) and step + 1 < self.steps:
+            if progress.show(step + 1, lr) and step + 1 < self.steps:
                 self.save_within_epoch()
             if meter.stop:
                 break
         meter.flush()
-        return bar.speed(meter.steps)
+        return progress.speed(meter.steps)
 
     def save_within_epoch(self):
         """Write last.pth every save_minutes, by rank 0's clock, since all ranks must take part."""
@@ -107,19 +106,9 @@ class Trainer(Run):
             self.save("last.pth")
             self.saved = time.monotonic()
 
-    def start_again(self):
-        return False  # start_epoch is of a run that starts from the weights of finetune
-
     def own_record(self):
         lr = optim.mean_lr(self.cfg, self.lr, self.epoch, self.micro_steps)
         return {"train_lr": lr, "n_parameters": self.parameters}
-
-    def course(self):
-        """{epoch: learning rate} where it starts, peaks and ends."""
-        cfg, last = self.cfg, self.cfg.epochs
-        first = min(cfg.start_epoch, last)
-        turns = sorted({first, min(max(cfg.warmup_epochs, first), last), last})
-        return {epoch: optim.learning_rate(cfg, self.lr, epoch, 0, 1) for epoch in turns}
 
 
 def main(argv=None):
@@ -132,14 +121,7 @@ def main(argv=None):
         return 0
     if settings.prepare:
         return prepare_data(settings, data)
-    start = begin(settings, options)
-    cfg = start.cfg
-    if cfg.start_epoch and not start.path:
-        raise UserError(f"start_epoch is {cfg.start_epoch}; finetune or resume must name weights")
-    data.check(cfg)
-    random_seed(cfg.seed, start.ranks.rank)
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    return Trainer(start).fit()
+    return Trainer(settings, data, options).fit()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def wait_for(condition, seconds=300):
 
 
 def opened(output, **settings):
-    """(folder, checkpoint to resume, whether it goes on) of a run called a, or as settings say."""
+    """(folder, checkpoint to resume) of a run called a, or as settings say."""
     settings = {"output": output, "experiment": "a", **settings}
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return cifar10.folder.open_run(cifar10.config.read_settings(cifar10.options, flags))

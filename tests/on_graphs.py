@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import CLASSES, load, resolve_in
+from conftest import CLASSES, load
 
 # What a capture on a GPU does not allow: a value that the host wants to know, a size that depends on
 # values, a tensor made of Python's numbers.
@@ -134,7 +134,9 @@ def make_trainer(monkeypatch, tmp_path, name, words):
     ranks = folder.process.Ranks("cpu")
     torch.manual_seed(3 + ranks.rank)  # each rank has its own batches, and weights before DDP
     data = folder.data
-    cfg = resolve_in(folder, *RECIPES[name].split(), *words)
+    flags = [*RECIPES[name].split(), *map(str, words), "--output", str(tmp_path)]
+    settings = folder.config.read_settings(folder.options, flags)
+    cfg = settings.resolve()
     size, classes = cfg.batch_size, cfg.num_classes or CLASSES[name]
     soft = name == "dvs128-gesture" or data.mixes(cfg)
     targets = torch.full((size, classes), 1 / classes) if soft else torch.arange(size) % classes
@@ -149,7 +151,8 @@ def make_trainer(monkeypatch, tmp_path, name, words):
     monkeypatch.setattr(data, "train_loader", lambda *_: batches)
     scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=16.0)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    run = folder.train.Trainer(folder.run.Start(cfg, {}, ranks, tmp_path, None, None, False))
+    monkeypatch.setattr(folder.run, "enter", lambda settings: ranks)
+    run = folder.train.Trainer(settings, data, folder.options)
     run.stop = False
     run.optimizer._step_supports_amp_scaling = True
     for group in run.optimizer.param_groups:

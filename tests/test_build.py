@@ -197,7 +197,7 @@ def test_folders_come_from_args_yaml_alone(trained_on_images, image_data, tmp_pa
     assert f"last.pth: its data_path is {image_data}, which is not there" in caplog.text
     (tmp_path / "args.yaml").write_text(f"data_path: {tmp_path}/no-such-folder\n")
     assert "data_path" not in recorded(cifar10, checkpoint, tmp_path / "last.pth")
-    (tmp_path / "args.yaml").write_text(f"data_dir: {tmp_path}\nworkers: 3\ndim: 99\n")
+    (tmp_path / "args.yaml").write_text(f"data_path: {tmp_path}\nworkers: 3\ndim: 99\n")
     back = recorded(cifar10, checkpoint, tmp_path / "last.pth")
     assert (back["data_path"], back["workers"], back["dim"]) == (str(tmp_path), 0, 16)
 

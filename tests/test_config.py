@@ -107,11 +107,11 @@ def test_short_forms(tmp_path):
     (tmp_path / "mine.yml").write_text("batch-size: 32\nlr: 5e-4\ntime_step: '6'\n")
     cfg = resolve("-c", tmp_path / "mine.yml", "-b", 16)
     assert (cfg.batch_size, cfg.lr, cfg.time_step, cfg.dim) == (16, 5e-4, 6, 384)
-    flags = "-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false --channels-last"
+    flags = "-b 2 -vb 3 -T 5 -L 6 -j 7 -d digits -data-dir x --amp false"
     cfg = resolve(*flags.split())
     assert (cfg.batch_size, cfg.val_batch_size, cfg.time_step) == (2, 3, 5)
     assert (cfg.layer, cfg.workers, cfg.dataset, cfg.data_path) == (6, 7, "digits", "x")
-    assert cfg.amp is False and cfg.channels_last is True
+    assert cfg.amp is False
     flags = "--input-size none --mean 0.5,0.4,0.3 --aa none --opt-betas 0.8 0.9 --lr-noise 0.4"
     cfg = resolve(*flags.split(), "--cross-sample-lif", "true")
     assert (cfg.input_size, cfg.mean, cfg.aa) == (None, [0.5, 0.4, 0.3], None)

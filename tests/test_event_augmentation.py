@@ -154,7 +154,7 @@ def test_all_frames_alike_and_by_the_seed(folder):
     before = frames.clone()
     outputs = []
     for seed in [*range(60), *range(60)]:
-        with folder.seeds.seeded(seed):
+        with folder.batches.seeded(seed):
             outputs.append(folder.augment.augment(frames))
     assert all((output == output[:1]).all() for output in outputs)
     assert all(map(torch.equal, outputs[:60], outputs[60:])) and torch.equal(frames, before)

@@ -10,12 +10,11 @@ import socket
 import time
 
 import pytest
-import timm
 import torch
 
 from conftest import ROOT, on_cpu
 from forks import ended, forked, opened, wait_for
-from on_digits import SMALL, cifar10, resolve
+from on_digits import SMALL, cifar10
 
 UserError = cifar10.config.UserError
 runtime = cifar10.process
@@ -310,11 +309,10 @@ def test_averaged_weights_are_alike_on_all_ranks(tmp_path):
     """Each rank's own start, from a seed of its own, is in no average."""
 
     def function(ranks):
-        flags = [*map(str, SMALL), "--model-ema"]
-        cfg = resolve(*flags)
-        timm.utils.random_seed(cfg.seed, ranks.rank)
-        start = cifar10.run.Start(cfg, {}, ranks, tmp_path, None, None, False)
-        trainer = cifar10.train.Trainer(start)
+        cifar10.run.enter = lambda settings: ranks
+        flags = [*map(str, SMALL), "--model-ema", "--output", str(tmp_path)]
+        settings = cifar10.config.read_settings(cifar10.options, flags)
+        trainer = cifar10.train.Trainer(settings, cifar10.data, cifar10.options)
         sums = [
             sum(weight.double().abs().sum().item() for weight in model.parameters())
             for model in (trainer.model, trainer.ema.module)
@@ -365,9 +363,9 @@ def test_two_runs_of_one_name(tmp_path):
         opened(tmp_path, resume="auto")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.yaml").write_text("experiment: a\n")
+    (tmp_path / "a" / "last.pth").touch()
     with pytest.raises(UserError, match="in use by another run"):
         opened(tmp_path, resume="auto")
-    (tmp_path / "a" / "last.pth").touch()
     with pytest.raises(UserError, match="in use"):
         opened(tmp_path, resume=str(tmp_path / "a" / "last.pth"))
     os.kill(pid, signal.SIGKILL)

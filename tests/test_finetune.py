@@ -10,7 +10,7 @@ from conftest import Golden, load
 from on_digits import cifar10
 from on_runs import FEW, content, is_same, train
 
-parts = cifar10.parts
+parts = cifar10.batches
 
 
 @pytest.mark.parametrize("name", ["QKFormer", "MSQKFormer"])
@@ -154,7 +154,7 @@ def test_validation_is_not_augmented(tmp_path):
         flags = ["-d", dataset, "--data_path", str(tmp_path), "--val_split", "0.1"]
         cfg = modules.config.read_settings(modules.options, flags).resolve()
         whole = modules.data.build_dataset(cfg, True, modules.process.Ranks("cpu"))
-        _, held_out = modules.parts.divide(cfg, modules.data, whole, 0)
+        _, held_out = modules.batches.divide(cfg, modules.data, whole, 0)
         first, again = (torch.as_tensor(held_out[0][0]) for _ in range(2))
         assert torch.equal(first, again) and len(whole) / 12 < len(held_out) < len(whole) / 8
         if dataset == "photos":

@@ -97,7 +97,7 @@ class Checkpoint:
             optimizer.step()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}}
             state |= {"epoch": 1, "step": 2, "loss_total": 1.5, "global_batch": 8, "samples": 80}
-            state |= {"seed": 1, "best": 50.0, "rng": [modules.seeds.get_rng_state(ranks.device)]}
+            state |= {"seed": 1, "best": 50.0, "rng": [modules.batches.get_rng_state(ranks.device)]}
             state |= {"config": vars(cfg), "given": {"file": "x.yml", "yml": {"dim": 16}}}
             state |= {"cross_sample_lif": False, "classes": ["a", "b", "c"]}
             self.states.append((modules, ranks, optimizer, state))
@@ -149,7 +149,7 @@ class Checkpoint:
             modules.checkpoint.number(checkpoint, name, default, self.path)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         modules.checkpoint.load_optimizer(optimizer, scaler, checkpoint, self.path, "adamw")
-        modules.seeds.set_rng_state(checkpoint.get("rng", []), ranks, self.path)
+        modules.batches.set_rng_state(checkpoint.get("rng", []), ranks, self.path)
 
 
 class Recording:

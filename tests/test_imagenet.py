@@ -144,7 +144,9 @@ def test_mean_learning_rates_of_the_published_runs(yml, name, peak):
     assert imagenet.optim.peak_lr(cfg, 8) == pytest.approx(peak, rel=1e-15)
     assert imagenet.optim.differences(cfg, 8) is None
     rows = curve(name)
-    assert cfg.start_epoch == int(rows[0]["epoch"]) and cfg.epochs == int(rows[-1]["epoch"]) + 1
+    assert (cfg.start_epoch or 0) == int(rows[0]["epoch"]) and cfg.epochs == int(
+        rows[-1]["epoch"]
+    ) + 1
     for row in rows:
         mean = imagenet.optim.mean_lr(
             cfg, imagenet.optim.peak_lr(cfg, 8), int(row["epoch"]), micro_steps
@@ -253,7 +255,8 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
     """A Trainer in float64 with BatchNorm in eval mode and no augmentation; its loss and itself
     after an epoch.
     """
-    cfg = resolve(*narrow, "--warmup_epochs", 0, "--clip_grad", 0.5, *flags)
+    flags = [*narrow, "--warmup_epochs", 0, "--clip_grad", 0.5, *flags, "--output", tmp_path]
+    settings = imagenet.config.read_settings(imagenet.options, [*map(str, flags)])
     torch.manual_seed(0)
     model = imagenet.model.QKFormer_10_384(T=2, **SMALL | {"num_classes": 2}).double()
     for module in model.modules():
@@ -261,10 +264,9 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
             module.eval()
             module.train = lambda mode=True, module=module: module
     with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False, "")):
-        start = imagenet.run.Start(cfg, {}, CPU, tmp_path, None, None, False)
-        trainer = imagenet.train.Trainer(start)
+        trainer = imagenet.train.Trainer(settings, imagenet.data, imagenet.options)
     trainer.train_set.read = imagenet.images.read_image
-    trainer.train_set.transform = imagenet.data.build_transform(cfg, train=False)
+    trainer.train_set.transform = imagenet.data.build_transform(trainer.cfg, train=False)
     model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())
     trainer.train_set.samples = trainer.train_set.samples[:70:2]  # 35 images
     trainer.micro_steps = len(trainer.train_set) // trainer.micro_batch

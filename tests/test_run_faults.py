@@ -337,11 +337,12 @@ def test_ranks_read_a_stop_at_the_same_steps(monkeypatch):
     """A line that one rank's clock asks for leaves the meter alone, which may hold a stop."""
     monkeypatch.setattr(cifar10.meters, "SECONDS", -1)
     flushed, names = [], {"epoch": 0, "num_epochs": 1, "steps": 6, "global_batch": 1}
+    names["cfg"] = SimpleNamespace(log_interval=4)
     meter = SimpleNamespace(steps=0, mean=0.0, flush=lambda: flushed.append(step))
     run = SimpleNamespace(**names, samples="images", meter=meter, ranks=CPU)
-    bar = cifar10.meters.Progress(range(6), run, 4)
+    progress = cifar10.meters.Progress(run)
     for step in range(1, 7):
-        bar.show(step, 0.1)
+        progress.show(step, 0.1)
     assert flushed == [1, 4, 6]
 
 

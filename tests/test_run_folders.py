@@ -13,8 +13,8 @@ def test_folders(tmp_path):
     """A run's folder is written to only by going on from its last.pth."""
 
     def found(**settings):
-        folder, resume, going_on = opened(tmp_path, **settings)
-        return folder.name, resume and str(resume.relative_to(tmp_path)), going_on
+        folder, resume = opened(tmp_path, **settings)
+        return folder.name, resume and str(resume.relative_to(tmp_path))
 
     def make(name, *files, experiment="a"):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -22,22 +22,20 @@ def test_folders(tmp_path):
             (tmp_path / name / file).touch()
         (tmp_path / name / "args.yaml").write_text(f"experiment: {experiment}\n")
 
-    assert found() == found(resume="auto") == ("a", None, False)
-    make("a")  # ended before its first checkpoint
-    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", None, True)
+    assert found() == found(resume="auto") == ("a", None)
     make("a", "last.pth", "best.pth")
-    assert found() == ("a-2", None, False) and found(resume="auto") == ("a", "a/last.pth", True)
+    assert found() == ("a-2", None) and found(resume="auto") == ("a", "a/last.pth")
     make("a-b", "last.pth", experiment="a-b")
     make("a-384", "last.pth", experiment="a-384")  # another experiment, whose name ends in a number
     make("b", "last.pth", experiment="b")
     os.utime(tmp_path / "a" / "last.pth", (1, 1))
-    assert found(resume="auto") == ("a", "a/last.pth", True)
+    assert found(resume="auto") == ("a", "a/last.pth")
     make("a-2", "last.pth")
-    assert found() == ("a-3", None, False)
-    assert found(resume="auto") == ("a-2", "a-2/last.pth", True)
-    assert found(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth", True)
-    assert found(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth", False)
-    assert found(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth", True)
+    assert found() == ("a-3", None)
+    assert found(resume="auto") == ("a-2", "a-2/last.pth")
+    assert found(resume=tmp_path / "a" / "last.pth") == ("a", "a/last.pth")
+    assert found(resume=tmp_path / "a" / "best.pth") == ("a-3", "a/best.pth")
+    assert found(resume=tmp_path / "b" / "last.pth") == ("b", "b/last.pth")
 
 
 def test_links_are_replaced(few, tmp_path, stop_when):

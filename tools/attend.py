@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import models
 
-stage_of = models.load("cifar10").firing.stage_of
+stage_of = models.load("cifar10").meters.stage_of
 TILE = 72  # pixels of a tile's longer side, at least
 COLUMNS = 600  # of a raster, at most
 ON, OFF, MARK = (1.0, 0.55, 0.1), (0.8, 0.8, 0.8), (0.1, 0.9, 1.0)

@@ -49,7 +49,7 @@ from torch import nn
 
 import models
 
-stage_of = models.load("cifar10").firing.stage_of
+stage_of = models.load("cifar10").meters.stage_of
 MAC, AC = 4.6e-9, 0.9e-9  # mJ
 MAC8 = 0.23e-9  # in 8 bits, an addition 0.03 and a multiplication 0.2
 BYTE = 24.96e-9

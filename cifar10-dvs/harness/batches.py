@@ -1,20 +1,25 @@
-"""Batches of a data set: their share for each rank, made by worker processes."""
+"""Batches of a data set: which samples, each rank's share, made by worker processes, and the random
+states of Python, NumPy and PyTorch.
+"""
 
 import atexit
+import contextlib
+import copy
 import hashlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 from multiprocessing import queues, resource_tracker
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from .log import UserError
+from .log import UserError, logger
 from .process import without_signals
-from .seeds import seeded
 
 
 class LostWorker(UserError):
@@ -119,3 +124,102 @@ def test_batches(size, batch_size, ranks):
     """
     starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
     return [(range(start, min(start + batch_size, size)), 0) for start in starts]
+
+
+# Parts of a training set: what trains (train_share), and what validates (val_split) -------------
+
+
+def divide(cfg, data, dataset, seed):
+    """(what trains, what validates or None) of a training set, drawn by the seed within each class.
+    The validation samples are those of the smallest places, the same for every train_share; they
+    come as in testing.
+    """
+    if not cfg.val_split and cfg.train_share == 1:
+        return dataset, None
+    place, low = places(dataset, seed), cfg.val_split
+    trains = (place >= low) & (place <= low + (1 - low) * cfg.train_share)
+    held_out = None
+    if low:
+        held_out = part(data.as_tested(cfg, dataset), (place < low).nonzero()[:, 0].tolist())
+        if not len(held_out):
+            raise UserError(f"val_split is {low}, which is no sample of any class; make it more")
+    return part(dataset, trains.nonzero()[:, 0].tolist()), held_out
+
+
+def places(dataset, seed):
+    """[samples]: the places of a class's samples, evenly between 0 and 1, in an order of
+    the seed alone. Labels are those in `samples` or `targets`, as torchvision's data sets have
+    them; where there are none, all samples are one class.
+    """
+    labels = [label for _, label in getattr(dataset, "samples", ())]
+    labels = torch.tensor(labels or getattr(dataset, "targets", [0] * len(dataset)))
+    generator, found = torch.Generator().manual_seed(seed), torch.empty(len(labels))
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(of_class), generator=generator)
+        found[of_class] = (order + 0.5) / len(of_class)
+    return found
+
+
+def part(dataset, indices):
+    """The samples `indices` of a data set, as a data set."""
+    if hasattr(dataset, "samples"):  # files, one of which may take the place of a damaged one
+        dataset = copy.copy(dataset)
+        dataset.samples = [dataset.samples[index] for index in indices]
+        return dataset
+    subset = Subset(dataset, indices)
+    subset.classes = dataset.classes
+    return subset
+
+
+# Random states ------------------------------------------------------------------------------------
+
+
+def get_rng_state(device, statistics=()):
+    """All generators' states, and this rank's `statistics`, of types that torch.load takes."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}),
+        "statistics": [values.cpu() for values in statistics],
+    }
+
+
+def set_rng_state(states, ranks, path, statistics=()):
+    """Set this rank's of a checkpoint's states; those of another number of ranks fit none."""
+    try:
+        if len(states) != ranks.world_size:
+            if states:
+                many = f"{len(states)} ranks, here are {ranks.world_size}"
+                logger.info(f"warning: {path} is of {many}: random numbers begin anew")
+            return
+        state = states[ranks.rank]
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if ranks.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], ranks.device)
+        for values, saved in zip(statistics, state.get("statistics", ()), strict=False):
+            if not saved.isfinite().all():
+                raise ValueError("statistics are not finite")
+            values.copy_(saved)
+    except Exception as error:  # whatever the file has there
+        raise UserError(f"{path}: can't be resumed: its rng is no random state ({error})") from None
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """The generators of this CPU start from `seed` within, and go on as before after."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,18 +47,14 @@ def set_up_log(ranks):
     handler.setFormatter(Plain())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
-    if ranks.note:
-        logger.info(ranks.note)
 
 
 def progress(steps: Iterable, title: str, ranks) -> tqdm:
     """A progress bar where rank 0 has a terminal."""
-    quiet = not (ranks.main and sys.stderr.isatty())
+    quiet = None if ranks.main else True  # None: where there is no terminal
     return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=quiet)
 
 
-def typed(path: Path) -> Path:
-    """The path as one would type it here: relative where it lies below the working directory."""
-    with contextlib.suppress(ValueError):
-        return Path(path).resolve().relative_to(Path.cwd())
-    return path
+def typed(path) -> str:
+    """The path as one would type it here: whole or relative, whichever is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,6 +1,7 @@
-"""How a run goes: mixed precision, losses, metrics, progress."""
+"""How a run goes: mixed precision, losses, metrics, firing rates, progress."""
 
 import math
+import re
 import resource
 import sys
 import time
@@ -10,10 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based.neuron import BaseNode
+from torch.utils.data import Subset
 
 from .log import UserError, logger, progress
 
 SECONDS = 30  # between two lines of progress, at most
+SAMPLES = 8  # whose spikes are counted
 
 
 class Metrics(NamedTuple):
@@ -41,17 +45,13 @@ def peak_memory_mb(device):
 
 
 class Progress:
-    """Where an epoch of the Trainer `run` stands, whose `steps` it iterates over: a bar on a
-    terminal, else lines, after the first and the last step, every `interval` steps and every 30 s.
+    """Lines on where an epoch of the Trainer `run` stands: after the first and the last step, every
+    log_interval steps and every 30 s.
     """
 
-    def __init__(self, steps, run, interval):
-        self.bar = progress(steps, f"epoch {run.epoch}", run.ranks)
-        self.run, self.interval, self.first = run, interval, run.meter.steps
+    def __init__(self, run):
+        self.run, self.first = run, run.meter.steps
         self.start = self.said = time.perf_counter()
-
-    def __iter__(self):
-        return iter(self.bar)
 
     def speed(self, done):
         """Samples per second up to step `done` of the epoch."""
@@ -59,20 +59,18 @@ class Progress:
 
     def show(self, done, lr):
         """Say how the epoch goes after step `done`. True at every interval, on every rank."""
-        run, due = self.run, done % self.interval == 0 or done == self.run.steps
-        line = due or done == self.first + 1
-        if line:  # with this very step's loss; on all ranks at once, since it may stop them
-            run.meter.flush()
-        line = line or time.perf_counter() - self.said > SECONDS
-        if line or not self.bar.disable:
-            speed, memory = self.speed(done), peak_memory_mb(run.ranks.device)
-            left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
-            text = f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s"
-            text = f"{text}, {timedelta(seconds=round(left))} left, {memory:,} MB"
-            self.bar.set_postfix_str(text, refresh=False)
-            if line and self.bar.disable:
-                self.said = time.perf_counter()
-                logger.info(f"epoch {run.epoch}, step {done}/{run.steps}: {text}")
+        run = self.run
+        due = done % run.cfg.log_interval == 0 or done == run.steps
+        if due or done == self.first + 1:  # with this very step's loss
+            run.meter.flush()  # on all ranks at once, since it may stop them
+        elif time.perf_counter() - self.said < SECONDS:
+            return due
+        self.said, speed = time.perf_counter(), self.speed(done)
+        left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
+        text = f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s"
+        memory = f"{peak_memory_mb(run.ranks.device):,} MB"
+        text = f"{text}, {timedelta(seconds=round(left))} left, {memory}"
+        logger.info(f"epoch {run.epoch}, step {done}/{run.steps}: {text}")
         return due
 
 
@@ -150,3 +148,54 @@ class LossMeter:
     @property
     def mean(self):
         return self.total / max(self.steps, 1)
+
+
+class TET(torch.nn.Module):
+    """Temporal efficient training, as in Deng et al., ICLR 2022; the published runs did without it:
+    (1 - weight) x the loss of the mean logits + weight x the mean of the losses of all steps.
+
+    criterion: the recipe's, of logits [N, classes] and targets [N] or [N, classes]. weight: 0 to 1.
+    """
+
+    def __init__(self, criterion, weight):
+        super().__init__()
+        self.criterion, self.weight = criterion, weight
+
+    def forward(self, logits, targets):
+        """Logits [T, B, classes] of a model whose `per_step` is set, targets of the B samples."""
+        steps = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+        loss = self.weight * self.criterion(logits.flatten(0, 1), steps)
+        return loss + (1 - self.weight) * self.criterion(logits.mean(0), targets)
+
+
+def stage_of(name):
+    """stage1 for the modules of patch_embed1 and stage1, head for those behind the last stage."""
+    match = re.match(r"(?:patch_embed|stage)(\d+)", name)
+    return f"stage{match[1]}" if match else "head"
+
+
+def spread(dataset):
+    """A few samples from all over a data set, whose order is often that of its classes."""
+    count = min(SAMPLES, len(dataset))
+    return Subset(dataset, [index * len(dataset) // count for index in range(count)])
+
+
+@torch.inference_mode()
+def firing_rates(model, batches, autocast) -> dict:
+    """{stage: share of 1 in its spikes} for batches of samples; one more pass in evaluation mode,
+    which changes nothing in the model.
+    """
+    sums = {}
+
+    def count(stage, module, args, spikes):
+        ones, values = sums.get(stage, (0.0, 0))
+        sums[stage] = ones + spikes.sum(dtype=torch.float64), values + spikes.numel()
+
+    neurons = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseNode)]
+    hooks = [m.register_forward_hook(partial(count, stage_of(name))) for name, m in neurons]
+    with autocast():
+        for images in batches:
+            model.forward(images)  # torch.compile's would not call the hooks
+    for hook in hooks:
+        hook.remove()
+    return {stage: ones.item() / values for stage, (ones, values) in sums.items()}

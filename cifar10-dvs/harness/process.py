@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -34,13 +33,9 @@ class Ranks:
             os.environ.update(slurm_ranks(os.environ))
         self.rank = 0 if alone else variable("RANK", 0)
         self.world_size = 1 if alone else variable("WORLD_SIZE", 1, least=1)
-        self.main, self.note = self.rank == 0, None  # a note for the log
+        self.main = self.rank == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-            if device == "cpu" and shutil.which("nvidia-smi") and not hidden:
-                why = f"since PyTorch {torch.__version__} can't use the NVIDIA card"
-                self.note = f"device: the CPU, {why} (requirements-cu12.txt is for older drivers)"
         if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
             raise UserError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
         self.device = torch.device(device)

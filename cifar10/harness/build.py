@@ -68,38 +68,27 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
     """
     recorded = {name: options.KEYS[name].default for name in ("neuron", "tau", "v_threshold")}
     read_shapes(options, checkpoint["model"], path, recorded)  # an error for another folder's file
-    config = checkpoint.get("config")
-    if isinstance(config, dict):
-        recorded |= convert_all(options, config, path)
-        beside = Path(path).parent
-        args = convert_all(options, read_args(beside), beside / "args.yaml")
-        for name, key in [item for item in options.KEYS.items() if item[1].kind is Path]:
-            had = recorded.pop(name, None)
-            if os.path.isdir(args.get(name) or ""):
-                recorded[name] = args[name]
-            elif data and key.back == "data" and had not in (None, key.default):
-                left = "which is not there, or not in the args.yaml beside it"
-                logger.info(
-                    f"warning: {path}: its {name} is {had}, {left}; what is set here counts"
-                )
-    elif (steps := steps_of(checkpoint, path)) is not None:
-        recorded["time_step"] = steps
-    return recorded | read_shapes(options, checkpoint["model"], path, recorded)
-
-
-def convert_all(options, config, path):
-    """{key: value} of what a run recorded, by the names of today."""
-    names = {s: name for name, key in options.KEYS.items() for s in (name, *key.aliases)}
-    found = {}
-    for spelled, value in config.items():
-        name = names.get(spelled)
-        if name and options.KEYS[name].back:
+    config, args = checkpoint.get("config"), read_args(Path(path).parent)
+    if not isinstance(config, dict):
+        if (steps := steps_of(checkpoint, path)) is not None:
+            recorded["time_step"] = steps
+        config = {}
+    for name, key in options.KEYS.items():
+        for spelled in {name, *key.aliases} & config.keys() if key.back else ():
             try:
-                found[name] = options.KEYS[name].convert(value)
+                value = key.convert(config[spelled])
             except ValueError as wanted:
-                said = f"its {spelled} is {reprlib.repr(value)}; it must be {wanted}"
+                said = f"its {spelled} is {reprlib.repr(config[spelled])}; it must be {wanted}"
                 raise UserError(f"{path}: damaged: {said}") from None
-    return found
+            if key.kind is not Path:
+                recorded[name] = value
+            elif isinstance(args.get(name), str) and os.path.isdir(args[name]):
+                recorded[name] = args[name]
+            elif data and key.back == "data" and value not in (None, key.default):
+                left = "which is not there, or not in the args.yaml beside it"
+                said = f"its {name} is {value}, {left}; what is set here counts"
+                logger.info(f"warning: {path}: {said}")
+    return recorded | read_shapes(options, checkpoint["model"], path, recorded)
 
 
 def read_shapes(options, weights, path, recorded):
@@ -199,24 +188,11 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    model = model.to(ranks.device, memory_format=layout(cfg, ranks))
+    model = model.to(ranks.device)
     if cfg.compile:
-        cache = "TORCHINDUCTOR_CACHE_DIR"
-        if os.path.basename(os.environ.get(cache, "torchinductor_")).startswith("torchinductor_"):
-            # PyTorch's own choice, set as it is imported: in a folder of all users, and it is run.
-            os.environ[cache] = os.path.expanduser("~/.cache/qkformer")
-            os.makedirs(os.environ[cache], 0o700, exist_ok=True)
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model
-
-
-def layout(cfg, ranks):
-    """The memory format of images and weights. On a CPU never channels_last: in PyTorch 2.11 the
-    backward pass of a 1x1 convolution of stride 2 may overrun its memory.
-    """
-    on = getattr(cfg, "channels_last", False) and ranks.device.type != "cpu"
-    return torch.channels_last if on else torch.contiguous_format
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
@@ -239,23 +215,23 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
     return model, cross, why
 
 
-def check_classes(checkpoint, path, classes):
-    """UserError where a checkpoint's classes are not those of the data, by number or by name."""
+def check_classes(checkpoint, path, classes, strict=True):
+    """UserError where a checkpoint's classes are not those of the data, by number or by name. Not
+    strict: a line where a head is kept though its classes have other names.
+    """
     names = names_in(checkpoint.get("classes"))
     head = checkpoint["model"].get("head.weight")
     had = len(names) or (*getattr(head, "shape", ()), 0)[0]
-    if had and had != len(classes):
+    if strict and had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
-    if other := other_class(names, classes):
-        raise UserError(f"{path}: {other}")
-
-
-def other_class(names, classes):
-    """The first of a checkpoint's classes that has another name in the data, in words, or None."""
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
         if name != str(here):
-            return f"class {number} is {name!r}, but in the data it is {here!r}"
-    return None
+            other = f"{path}: class {number} is {name!r}, but in the data it is {here!r}"
+            if strict:
+                raise UserError(other)
+            if had == len(classes):
+                logger.info(f"warning: {other}; its head is kept all the same")
+            break
 
 
 def names_in(classes):

@@ -42,11 +42,6 @@ CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
 }
 
 
-def root_of(settings):
-    """The folder of all runs."""
-    return Path(settings.output or HERE / "output")
-
-
 def fetch(name: str | Path) -> Path:
     """The file that a checkpoint's name means: a path, a folder of tools/export.py, or a URL or key
     of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name is verified.
@@ -69,32 +64,45 @@ def fetch(name: str | Path) -> Path:
     return path
 
 
+def newest(settings, file, experiment):
+    """The file of that name that was written last in the runs of an experiment, or of all; None
+    without one. A folder's name does not tell: run-2 is the second run of `run`, or the first of
+    `run-2`; it counts where args.yaml is damaged.
+    """
+    paths = []
+    for path in Path(settings.output or HERE / "output").glob(f"*/{file}"):
+        run = path.parent
+        name = read_args(run).get("experiment", re.sub(r"-\d+$", "", run.name))
+        if (run / "args.yaml").exists() and experiment in (None, str(name)):
+            paths.append(path)
+    return max(paths, key=os.path.getmtime, default=None)
+
+
 def find_checkpoint(settings) -> Path:
     """The checkpoint to test: the named one, the named run's best.pth, or the one written last."""
     if settings.checkpoint:
         return fetch(settings.checkpoint)
     if settings.named and (path := settings.file.parent / "best.pth").is_file():
         return path  # -c output/a/args.yaml
-    root, name = root_of(settings), settings.experiment
-    if path := newest(runs_of(root, name) if name else root.glob("*"), "best.pth"):
+    name = settings.experiment
+    if path := newest(settings, "best.pth", name):
         return path
-    none = f"there is no best.pth{f' of {name}' if name else ''} under {root}"
+    under = settings.output or HERE / "output"
+    none = f"there is no best.pth{f' of {name}' if name else ''} under {under}"
     raise UserError(f"no checkpoint: {none}; train first, or name one with --checkpoint")
 
 
-def newest(runs, name):
-    """The file of that name that was written last in the runs' folders; None without one."""
-    paths = [run / name for run in runs if (run / name).is_file()]
-    return max(paths, key=os.path.getmtime, default=None)
-
-
-def runs_of(root, experiment=None):
-    """The folders of an experiment's runs, or of all. The name does not tell: run-2 is the second
-    run of `run`, or the first of `run-2`; it counts where args.yaml is damaged.
+def find_resumed(settings):
+    """The checkpoint of the run to go on with, or None. auto: that of this experiment; where none
+    was named, of the default yml or else the newest.
     """
-    runs = [path.parent for path in root.glob("*/args.yaml")]
-    names = [read_args(run).get("experiment", re.sub(r"-\d+$", "", run.name)) for run in runs]
-    return [run for run, name in zip(runs, names, strict=True) if experiment in (None, str(name))]
+    if settings.resume != "auto":
+        return settings.resume and Path(settings.resume)
+    experiment = settings.name or settings.file.stem
+    path = newest(settings, "last.pth", experiment)
+    if path is None and not settings.name and (path := newest(settings, "last.pth", None)):
+        logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
+    return path
 
 
 def read_text(path, most=2**24):
@@ -116,46 +124,28 @@ def read_args(folder) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def find_run(settings):
-    """(folder of a run to go on in or None, checkpoint to resume or None). auto: the run of this
-    experiment; where none was named, that of the default yml or else the newest.
-    """
-    if not settings.resume:
-        return None, None
-    if settings.resume != "auto":
-        path = Path(settings.resume)
-        own = path.name == "last.pth" and (path.parent / "args.yaml").is_file()
-        return path.parent if own else None, path
-    root, experiment = root_of(settings), settings.name or settings.file.stem
-    runs = runs_of(root, experiment)
-    others = [] if runs or settings.name else runs_of(root)
-    if path := newest(runs + others, "last.pth"):
-        if others:
-            logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
-        return path.parent, path
-    return (runs[0] if len(runs) == 1 else None), None  # ended before its first checkpoint
-
-
 def open_run(settings):
-    """(folder of this run, checkpoint to resume or None, whether the folder's run goes on).
+    """(folder of this run, checkpoint to resume or None).
 
-    Only a run that goes on writes to a folder that holds a run; any other gets a number behind its
-    name. The folder is this process's until it ends; another run there is an error.
+    Only a run that goes on from its own last.pth writes to a folder that holds a run; any other
+    gets a number behind its name. The folder is this process's until it ends; another run there is
+    an error.
     """
-    root, experiment = root_of(settings), settings.name or settings.file.stem
+    root, experiment = Path(settings.output or HERE / "output"), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
         raise UserError(f"experiment is {experiment!r}; letters, digits and -_.+=, name a folder")
-    found, resume = find_run(settings)
-    folder = found or root / experiment
-    if found or (settings.resume == "auto" and is_new(folder)):
+    resume, folder = find_resumed(settings), root / experiment
+    own = resume and resume.name == "last.pth" and not is_new(resume.parent)
+    if own or (settings.resume == "auto" and is_new(folder)):
+        folder = resume.parent if own else folder
         if not claim(folder):
             end = "stop it, or set another experiment"
             raise UserError(f"{folder} is in use by another run; {end}")
-        return folder, resume, found is not None
+        return folder, resume
     for folder in map(root.joinpath, numbered(experiment)):
         # Its user may have come and gone between the first look and the claim.
         if is_new(folder) and claim(folder) and is_new(folder):
-            return folder, resume, False
+            return folder, resume
 
 
 def is_new(folder):
@@ -187,9 +177,7 @@ def claim(folder):
 
 
 def write_args(folder, values, classes):
-    """Make a run's folder, with args.yaml and classes.txt, which has a class's name a line."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    """args.yaml and classes.txt, which has a class's name a line."""
     write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
     if classes:
         write_whole(folder / "classes.txt", os.fsencode("".join(f"{name}\n" for name in classes)))

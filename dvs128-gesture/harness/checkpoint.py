@@ -48,6 +48,7 @@ AGAIN = "get or make it again"
 def save_checkpoint(state: dict, path: Path):
     """Write a checkpoint: after a crash `path` is the old file or the whole new one."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
