@@ -22,11 +22,29 @@ from timm.models import register_model
 from torch import nn
 
 if __package__:  # inside a package of your own
-    from . import spiking
+    from .spiking import (
+        MultiStepLIF,
+        Stages,
+        add,
+        checkpointed,
+        conv_bn_lif,
+        conv_bn_lif_each,
+        linear,
+        matmul,
+        neuron_maker,
+    )
 else:
-    import spiking
-
-MultiStepLIF, add, conv_bn_lif = spiking.MultiStepLIF, spiking.add, spiking.conv_bn_lif
+    from spiking import (
+        MultiStepLIF,
+        Stages,
+        add,
+        checkpointed,
+        conv_bn_lif,
+        conv_bn_lif_each,
+        linear,
+        matmul,
+        neuron_maker,
+    )
 
 
 class DropPath(timm.layers.DropPath):
@@ -67,7 +85,7 @@ class Attention(nn.Module):
         """The spikes of Q, K (and V), each [T, B, H, W, heads, channels]."""
         parts = ("conv", "bn", "lif")
         layers = ([getattr(self, f"{name}_{part}") for part in parts] for name in self.inputs)
-        return spiking.conv_bn_lif_each(x, *layers, heads=self.num_heads)
+        return conv_bn_lif_each(x, *layers, heads=self.num_heads)
 
 
 class TokenQKAttention(Attention):
@@ -113,7 +131,7 @@ class SpikingSelfAttention(Attention):
     def attend(self, x):
         H, W = x.shape[3:]
         q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
-        x = q @ (spiking.matmul(k.transpose(3, 4), v) * self.scale)
+        x = q @ (matmul(k.transpose(3, 4), v) * self.scale)
         x = x.transpose(2, 3).flatten(3).unflatten(2, (H, W))  # [T, B, H, W, C]
         return self.attn_lif(x.movedim(4, 2))
 
@@ -209,7 +227,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(spiking.Stages):
+class HST(Stages):
     """Hierarchical spiking transformer: three stages of D/4, D/2, D channels, a SPEDS before each.
 
     Args:
@@ -223,6 +241,7 @@ class HST(spiking.Stages):
         attention: "token", "channel" or "ssa" for each stage.
         drop_path: stochastic depth; rises linearly from 0 at the first block to this at the last.
         cross_sample_lif: see SpikingSelfAttention.
+        checkpoint_stages: stages (1, 2, 3) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate, surrogate_alpha,
             backend, fused, memory, events: see MultiStep in spiking/neuron.py.
 
@@ -248,6 +267,7 @@ class HST(spiking.Stages):
         attention=("token", "token", "ssa"),
         drop_path=0.0,
         cross_sample_lif=False,
+        checkpoint_stages=(),
         **neurons,
     ):
         super().__init__()
@@ -260,12 +280,16 @@ class HST(spiking.Stages):
         if len(attention) != 3 or any(kind not in ATTENTION for kind in attention):
             names = ", ".join(ATTENTION)
             raise ValueError(f"attention is {attention}; it must name one of {names} for 3 stages")
+        if not set(checkpoint_stages) <= {1, 2, 3}:
+            stages = list(checkpoint_stages)
+            raise ValueError(f"checkpoint_stages is {stages}; the stages are 1, 2 and 3")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
+        self.checkpoint_stages = tuple(checkpoint_stages)
         self.feature_info = [
             {"num_chs": embed_dims >> (2 - i), "reduction": 2**i, "module": f"stage{i + 1}"}
             for i in range(3)
         ]
-        lif = self.lif = spiking.neuron_maker(**neurons)
+        lif = self.lif = neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
         def stage(index, dim, blocks):
@@ -298,7 +322,7 @@ class HST(spiking.Stages):
     def run_stage(self, index, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and index > self.frozen):
             for module in self.parts(index):
-                x = module(x)
+                x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
         return x
 
     def frames(self, x):
@@ -331,7 +355,7 @@ class HST(spiking.Stages):
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
-        return x.mean(0) if pre_logits else spiking.linear(x.mean(0), self.head, self.lif)
+        return x.mean(0) if pre_logits else linear(x.mean(0), self.head, self.lif)
 
 
 CFG = {  # a pretrained_cfg of timm's

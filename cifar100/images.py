@@ -8,13 +8,14 @@ dropped, and a photo is not turned as its EXIF data says.
 import io
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from harness.log import UserError, first_line
+from harness.log import UserError, first_line, logger
 
 # No others: EPS, for example, PIL hands to Ghostscript, and that runs programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -65,9 +66,10 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
     raise BadImage(f"{path}: not a whole image ({fault})")
 
 
-def list_images(folder):
+def list_images(folder, others):
     """Paths of the images in a folder and below it, in order. Links count, hidden names do not; a
-    folder counts once, however many links lead to it.
+    folder counts once, however many links lead to it. What is left out goes into `others`, for
+    say_others.
     """
 
     def fail(error):
@@ -81,6 +83,7 @@ def list_images(folder):
             continue
         seen.add(real)
         images = [n for n in names if n.lower().endswith(IMG_EXTENSIONS) and n[0] != "."]
+        others.update(map(kind_of, set(names) - set(images)))
         found += [os.path.join(place, name) for name in images]
     if not found:
         raise UserError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)})")
@@ -91,8 +94,21 @@ def list_unlabelled(folder):
     """[(path, index)] of the images in a folder and below it, in the order of their paths."""
     if not os.path.isdir(folder):
         raise UserError(f"predict is {folder}, which is not a folder")
-    paths = sorted(map(Path, list_images(folder)))
+    others = Counter()
+    paths = sorted(map(Path, list_images(folder, others)))
+    say_others(folder, others)
     return [(str(path), index) for index, path in enumerate(paths)]
+
+
+def kind_of(name):
+    return "hidden" if name[0] == "." else Path(name).suffix or "without a suffix"
+
+
+def say_others(folder, others):
+    """How many files of a folder, by suffix, are no images."""
+    if kinds := ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)):
+        more = ", ..." if len(others) > 5 else ""
+        logger.info(f"{folder}: {others.total()} files are left out ({kinds}{more})")
 
 
 def list_classes(folder):
@@ -117,6 +133,9 @@ def list_split(root, train):
 
 def list_folder(folder):
     """([(path, label)], class names) of the images in a folder's folders, one for each class."""
-    classes = list_classes(folder)
-    found = [list_images(Path(folder, name)) for name in classes]
-    return [(path, label) for label, paths in enumerate(found) for path in paths], classes
+    folder, classes = Path(folder), list_classes(folder)
+    samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
+    for label, name in enumerate(classes):
+        samples += [(path, label) for path in list_images(folder / name, others)]
+    say_others(folder, others)
+    return samples, classes

@@ -22,9 +22,9 @@ import torch
 
 import data
 import options
-from harness.build import load_tested, measure
+from harness.build import load_tested, measure, names_in
 from harness.config import read_settings
-from harness.folder import check_new, write_whole
+from harness.folder import write_whole
 from harness.graph import graphed
 from harness.log import UserError, logger, progress
 from harness.meters import make_autocast
@@ -34,9 +34,7 @@ from harness.run import enter
 
 @torch.inference_mode()
 def predict(tested, names):
-    """predict.csv: a line for each image, its file, class, name where known and probability, and
-    the same of the next best. Names of files keep their bytes, whatever they encode.
-    """
+    """[[file, class, its name where known, its probability, the same of the next best], ...]."""
     cfg, ranks = tested.cfg, tested.ranks
     images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
     model = graphed(tested.model.eval(), cfg, ranks)
@@ -46,32 +44,46 @@ def predict(tested, names):
             logits = model(batch)
         top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
-            row = [index, os.path.relpath(images.samples[index][0], cfg.predict)]
+            row = [str(Path(images.samples[index][0]).relative_to(cfg.predict))]
             for number, value in zip(classes, values, strict=True):
                 row += [number, *([names[number]] if names else []), f"{value:.6f}"]
-            rows.append(row)
+            rows.append((index, row))
     rows = sorted(row for share in ranks.gather(rows) for row in share)
     if not rows:
         raise UserError(f"predict: no image in {cfg.predict} can be read")
+    return [row for _, row in rows]
+
+
+def check_predictions(path):
+    """UserError, before the work, where predictions can't be written or would replace others."""
+    if os.path.lexists(path):
+        raise UserError(f"predictions: {path} is there already; name another file")
+    write_whole(path, b"")
+    path.unlink()
+
+
+def write_predictions(path, rows, names):
+    """A csv of the rows; names of files keep their bytes, whatever they encode."""
     columns = ("class", "name", "probability") if names else ("class", "probability")
     best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
     head = ["file", *(f"{column}{k}" for k in best for column in columns)]
-    csv.writer(text).writerows([head, *(row[1:] for row in rows)])
-    content, path = text.getvalue().encode(errors="surrogateescape"), Path(cfg.predictions)
-    ranks.from_main(lambda: write_whole(path, content))
+    csv.writer(text).writerows([head, *rows])
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
     logger.info(f"{len(rows)} images: {path}")
 
 
 def main(argv=None):
     settings = read_settings(options, argv, "test", "Test QKFormer on CIFAR.")
-    ranks = enter(settings)
+    ranks, predictions = enter(settings), Path(settings.predictions)
     if settings.predict:
-        ranks.from_main(lambda: check_new(settings.predictions))
+        ranks.from_main(lambda: check_predictions(predictions))
     tested = load_tested(settings, options, data, ranks)
-    if settings.predict:
-        predict(tested, tested.classes)
-    else:
+    if not settings.predict:
         measure(tested, data)
+        return 0
+    names = names_in(tested.classes)
+    rows = predict(tested, names)
+    ranks.from_main(lambda: write_predictions(predictions, rows, names))
     return 0
 
 

@@ -8,7 +8,7 @@ import data
 import options
 from harness.build import Tested, load_tested, measure
 from harness.config import read_settings
-from harness.folder import file_of, find_checkpoint
+from harness.folder import fetch, find_checkpoint
 from harness.log import logger
 from harness.process import Ranks
 
@@ -74,7 +74,7 @@ def load(path, device="cpu", rename=None):
     a checkpoint, for use from Python. UserError as test.py has it; rename: see load_tested.
     """
     settings = read_settings(options, ["--device", device])
-    tested, _ = load_released(settings, Ranks(device, alone=True), file_of(path), rename)
+    tested, _ = load_released(settings, Ranks(device, alone=True), fetch(path), rename)
     thousand = tested.model.num_classes == 1000
     names = tested.classes or (data.class_names() if thousand else None)
     return tested.model.eval(), data.input_transform(tested.cfg), names

@@ -21,8 +21,9 @@ import torch
 
 import data
 import options
+from harness.build import names_in
 from harness.config import read_settings
-from harness.folder import check_new, write_whole
+from harness.folder import write_whole
 from harness.graph import graphed
 from harness.log import UserError, logger, progress
 from harness.meters import make_autocast
@@ -34,9 +35,7 @@ from released import load_released, measure_released
 # Copied from cifar10/test.py
 @torch.inference_mode()
 def predict(tested, names):
-    """predict.csv: a line for each image, its file, class, name where known and probability, and
-    the same of the next best. Names of files keep their bytes, whatever they encode.
-    """
+    """[[file, class, its name where known, its probability, the same of the next best], ...]."""
     cfg, ranks = tested.cfg, tested.ranks
     images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
     model = graphed(tested.model.eval(), cfg, ranks)
@@ -46,20 +45,14 @@ def predict(tested, names):
             logits = model(batch)
         top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
-            row = [index, os.path.relpath(images.samples[index][0], cfg.predict)]
+            row = [str(Path(images.samples[index][0]).relative_to(cfg.predict))]
             for number, value in zip(classes, values, strict=True):
                 row += [number, *([names[number]] if names else []), f"{value:.6f}"]
-            rows.append(row)
+            rows.append((index, row))
     rows = sorted(row for share in ranks.gather(rows) for row in share)
     if not rows:
         raise UserError(f"predict: no image in {cfg.predict} can be read")
-    columns = ("class", "name", "probability") if names else ("class", "probability")
-    best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
-    head = ["file", *(f"{column}{k}" for k in best for column in columns)]
-    csv.writer(text).writerows([head, *(row[1:] for row in rows)])
-    content, path = text.getvalue().encode(errors="surrogateescape"), Path(cfg.predictions)
-    ranks.from_main(lambda: write_whole(path, content))
-    logger.info(f"{len(rows)} images: {path}")
+    return [row for _, row in rows]
 
 
 def class_names(cfg, recorded, classes):
@@ -68,7 +61,7 @@ def class_names(cfg, recorded, classes):
     """
     if cfg.labels is not None:
         return read_wnids(cfg, classes)
-    if recorded and len(recorded) == classes:
+    if len(names_in(recorded)) == classes:
         return data.class_names(recorded)
     return data.class_names() if classes == 1000 else None
 
@@ -86,15 +79,38 @@ def read_wnids(cfg, classes):
     return wnids
 
 
+# Copied from cifar10/test.py
+def check_predictions(path):
+    """UserError, before the work, where predictions can't be written or would replace others."""
+    if os.path.lexists(path):
+        raise UserError(f"predictions: {path} is there already; name another file")
+    write_whole(path, b"")
+    path.unlink()
+
+
+# Copied from cifar10/test.py
+def write_predictions(path, rows, names):
+    """A csv of the rows; names of files keep their bytes, whatever they encode."""
+    columns = ("class", "name", "probability") if names else ("class", "probability")
+    best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
+    head = ["file", *(f"{column}{k}" for k in best for column in columns)]
+    csv.writer(text).writerows([head, *rows])
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
+    logger.info(f"{len(rows)} images: {path}")
+
+
 def main(argv=None):
     settings = read_settings(options, argv, "test", "Test QKFormer on ImageNet.")
     ranks = enter(settings)
     if not settings.predict:
         measure_released(settings, ranks)
         return 0
-    ranks.from_main(lambda: check_new(settings.predictions))
+    predictions = Path(settings.predictions)
+    ranks.from_main(lambda: check_predictions(predictions))
     tested, _ = load_released(settings, ranks)
-    predict(tested, class_names(tested.cfg, tested.classes, tested.model.num_classes))
+    names = class_names(tested.cfg, tested.classes, tested.model.num_classes)
+    rows = predict(tested, names)
+    ranks.from_main(lambda: write_predictions(predictions, rows, names))
     return 0
 
 

@@ -36,7 +36,7 @@ def train(*argv, main=cifar10.train.main):
 
 def content(path):
     """A checkpoint but for the configuration, which names the run's folder."""
-    return {**torch.load(path, weights_only=True), "config": 0}
+    return {**torch.load(path, weights_only=True), "config": 0, "given": 0}
 
 
 def is_same(one, other):

@@ -104,6 +104,7 @@ def test_bad_checkpoints(trained_on_images, tmp_path):
         refused()
     for content in ({"model": {}}, [1, 2], {"epoch": 3}, {"model": {"a": 3}}, {1: torch.ones(2)}):
         refused(content)
+    refused({"model": weights, "given": {"yml": 3}}, "damaged: its given is")
     evil = {"model": {"a": Evil(tmp_path / "ran")}}
     refused(evil, "could run code in it")
     refused(evil, **old)
@@ -111,7 +112,7 @@ def test_bad_checkpoints(trained_on_images, tmp_path):
     other = cifar10.model.QKFormer(T=2, embed_dims=32, num_heads=2, depths=4)
     with pytest.raises(UserError) as error:
         cifar10.checkpoint.load_weights(other, weights, "a.pth")
-    for word in ("missing", "stage3.1.ssa", "of another architecture"):
+    for word in ("missing", "stage3.1.ssa", "of another shape", "instead of"):
         assert word in str(error.value)
 
 

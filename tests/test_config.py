@@ -58,7 +58,7 @@ def test_published_recipe(tmp_path):
     settings = read("-c", tmp_path / "release.yml")
     assert (settings.mixup_off_epoch, settings.data_path) == (200, "/somewhere")
     assert (settings.num_classes, settings.name) == (10, "release")
-    assert len(settings.notes) == 1 and re.match(r"release.yml: depths", settings.notes[0])
+    assert len(settings.notes) == 1 and re.match(r"release.yml, line 1: depths", settings.notes[0])
 
 
 def test_every_name_of_the_release(tmp_path):
@@ -160,6 +160,36 @@ def test_defaults_checkpoint_yml_flags(purpose, back, tmp_path, caplog):
         check(["-c", file, f"--{name}", value], {**YML, name: value}, origin)
 
 
+def test_what_a_yml_said_at_training_too_is_nothing_new(tmp_path, caplog):
+    """Of a file that was edited since, only the edit is new."""
+    caplog.set_level("INFO", logger="qkformer")
+    file, then = tmp_path / "mine.yml", {"file": "mine.yml", "yml": YML}
+    file.write_text(yaml.safe_dump(YML))
+    assert values(read("-c", file).resolve("resume", RECORDED, "a.pth", then)) == RECORDED
+    assert not caplog.messages
+    file.write_text(yaml.safe_dump({**YML, "tau": 5}))
+    cfg = read("-c", file).resolve("resume", RECORDED, "a.pth", then)
+    assert values(cfg) == {**RECORDED, "tau": 5.0} and len(caplog.messages) == 1
+    # a flag is always meant; and so is a file of another name
+    cfg = read("-c", file, "--lr", YML["lr"]).resolve("resume", RECORDED, "a.pth", then)
+    assert cfg.lr == YML["lr"]
+    file.rename(tmp_path / "other.yml")
+    cfg = read("-c", tmp_path / "other.yml").resolve("resume", RECORDED, "a.pth", then)
+    assert values(cfg) == {**YML, "tau": 5.0}
+
+
+@pytest.mark.parametrize("purpose", ["finetune", "test", "resume"])
+def test_a_default_yml_that_was_edited_since(purpose, caplog):
+    """It does not go over the checkpoint; where a run goes on, a line says so."""
+    caplog.set_level("INFO", logger="qkformer")
+    then = {"file": "cifar10.yml", "yml": {"lr": 0.3}}
+    cfg = read().resolve(purpose, RECORDED, "a.pth", then)
+    assert cfg.lr == (0.3 if purpose == "resume" else 1e-3)
+    lines = ["cifar10.yml: lr is 0.001, but a.pth has 0.3, which is used"]
+    cut = [message.partition(" (")[0] for message in caplog.messages]
+    assert cut == (lines if purpose == "resume" else [])
+
+
 def test_what_must_not_differ_from_the_checkpoint():
     for name, value in {"dim": 32, "layer": 4, "num_classes": 7, "mlp_ratio": 2.5}.items():
         settings = read(f"--{name}", value)
@@ -187,7 +217,7 @@ def test_base(tmp_path):
     settings = read("-c", tmp_path / "b.yml")
     assert (settings.dim, settings.lr, settings.name) == (64, 3e-3, "b")
     (tmp_path / "a.yml").write_text("base: b.yml\n")
-    with pytest.raises(UserError, match=r"a.yml: base is b.yml: it leads back"):
+    with pytest.raises(UserError, match=r"a.yml, line 1: base is b.yml: it leads back"):
         read("-c", tmp_path / "b.yml")
 
 
@@ -235,9 +265,9 @@ def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys
     assert "top-1" in call(cifar10.test.main, capsys, *flags)
     shown = {name for name, key in KEYS.items() if "test" in key.scripts}
     used &= KEYS.keys()
-    assert shown - used == {"predictions"}  # predict alone writes them
+    assert shown - used == set()
     # What the functions that build model and transforms are handed, and use in training.
-    train = {"drop_path", "surrogate", "surrogate_alpha", "memory"}
+    train = {"drop_path", "checkpoint_stages", "surrogate", "surrogate_alpha", "memory"}
     assert used - shown <= {*train, *cifar10.options.AUGMENTATION}
 
 
@@ -289,6 +319,7 @@ def test_flags_of_train_py_that_test_py_understands(name, tmp_path):
         (["--aa", "m9"], "aa is m9; it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1"),
         (["--epochs", "x"], "command line: epochs is x; it must be a whole number"),
         (["--epochs"], "epochs: expected one argument"),
+        (["--batch-size", "3", "--val-batch-size", "4"], "are one key, but their values differ"),
         (
             ["-c", "none.yml"],
             "-c none.yml: no such file (beside the script: cifar10.yml, ms.yml, q",

@@ -1,9 +1,12 @@
 """tools/export.py: a folder in timm's layout has the weights and the logits of the checkpoint, for
-timm, for this project and for onnxruntime.
+timm, for this project and for onnxruntime; checkpoints by URL.
 """
 
+import functools
 import hashlib
+import http.server
 import json
+import threading
 
 import pytest
 import timm
@@ -75,3 +78,63 @@ def test_without_onnx(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"^error: .* -r requirements-export.txt"):
         export.main(["best.pth", "--to", str(tmp_path / "new"), "--onnx"])
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """(address of a server of tmp_path / "served", that folder, the paths it was asked for)."""
+    served, asked = tmp_path / "served", []
+    served.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, form, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=served)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield f"http://127.0.0.1:{server.server_port}", served, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_url(server, capsys, tmp_path):
+    """Downloaded once; a hash in the name is checked; two files of one name are two files."""
+    address, served, asked = server
+    cifar10 = load("cifar10")
+    path, _ = checkpoint(served)
+    for _ in range(2):
+        text = call(cifar10.test.main, capsys, "--checkpoint", f"{address}/best.pth", *FLAGS)
+        assert "error" not in text and "top-1" in text and "no checksum of it is known" in text
+    assert asked == ["/best.pth"]
+    fetch, digest = cifar10.folder.fetch, hashlib.sha256(path.read_bytes()).hexdigest()
+    first = fetch(f"{address}/best.pth")
+    (served / "other").mkdir()
+    checkpoint(served / "other", dim=32, T=4)
+    assert fetch(f"{address}/other/best.pth") != first
+    good, bad = f"net-{digest[:8]}.pth", "net-00000000.pth"
+    for name in (good, bad):
+        (served / name).write_bytes(path.read_bytes())
+    assert fetch(f"{address}/{good}").read_bytes() == path.read_bytes()
+    for name, why in ((bad, "invalid hash value"), ("none.pth", "404")):
+        with pytest.raises(cifar10.log.UserError, match=f"{name}: can't be downloaded: .*{why}"):
+            fetch(f"{address}/{name}")
+    assert not [*(tmp_path / "hub").rglob("net-0*")]
+
+
+def test_short_names(monkeypatch):
+    """MS-QKFormer's two files; a file of that name that is there comes first."""
+    modules, urls = load("imagenet"), []
+
+    def download(url, file, prefix):
+        urls.append(url)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    paths = [modules.folder.fetch(name) for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")]
+    start = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints/ms_qk_10-"
+    assert urls == [f"{start}384_T4.pth.tar", f"{start}768_T1.pth.tar"]
+    assert [modules.build.steps_of({}, path) for path in paths] == [4, 1]

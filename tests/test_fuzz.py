@@ -98,7 +98,7 @@ class Checkpoint:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": {}}
             state |= {"epoch": 1, "step": 2, "loss_total": 1.5, "global_batch": 8, "samples": 80}
             state |= {"seed": 1, "best": 50.0, "rng": [modules.batches.get_rng_state(ranks.device)]}
-            state |= {"config": vars(cfg)}
+            state |= {"config": vars(cfg), "given": {"file": "x.yml", "yml": {"dim": 16}}}
             state |= {"cross_sample_lif": False, "classes": ["a", "b", "c"]}
             self.states.append((modules, ranks, optimizer, state))
 
@@ -139,7 +139,7 @@ class Checkpoint:
         checkpoint = modules.checkpoint.load_checkpoint(self.path)
         settings = modules.config.read_settings(modules.options, ["--fused", "false"])
         back = modules.build.recorded_values(modules.options, checkpoint, self.path)
-        cfg = settings.resolve("resume", back, self.path)
+        cfg = settings.resolve("resume", back, self.path, checkpoint.get("given"))
         if cfg.dim > 64 or cfg.layer > 9 or cfg.time_step > 9:
             return  # what the key takes, and takes its time
         args = settings, modules.options, modules.data, ranks, self.path

@@ -100,7 +100,7 @@ def test_predict(trained_on_images, image_data, tmp_path, capsys):
         assert found == pytest.approx(want[order].tolist(), abs=1e-5) and sorted(order) == [0, 1, 2]
         assert found == sorted(found, reverse=True)
         assert [row[f"name{k}"] for k in (1, 2, 3)] == [CLASSES[number] for number in order]
-    with pytest.raises(UserError, match="File exists"):
+    with pytest.raises(UserError, match="is there already"):
         cifar10.test.main(on_cpu(flags))
 
 

@@ -232,6 +232,7 @@ ODD = {
     "rng ": lambda c: c.update(rng=7),
     "statistics": lambda c: c["rng"][0].update(statistics=[torch.tensor(math.nan)]),
     "rng  ": lambda c: c["rng"][0].update(statistics=3),
+    "given": lambda c: c.update(given={"yml": 3}),
     "cross_sample_lif": lambda c: c.update(cross_sample_lif="true"),
     "missing": lambda c: c["model_ema"].pop("head.bias"),
 }
@@ -321,6 +322,15 @@ def test_deterministic(tmp_path, monkeypatch):
         torch.use_deterministic_algorithms(False)
     one, other = (torch.load(tmp_path / name / "last.pth")["model"] for name in ("a", "b"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_peak_memory_is_in_megabytes(monkeypatch):
+    """The system counts KB, macOS bytes."""
+    usage = type("Usage", (), {"ru_maxrss": 3 * 2**20})()
+    monkeypatch.setattr(engine.resource, "getrusage", lambda who: usage)
+    for platform, want in (("linux", 3 * 2**10), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert engine.peak_memory_mb(torch.device("cpu")) == want
 
 
 def test_ranks_read_a_stop_at_the_same_steps(monkeypatch):

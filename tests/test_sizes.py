@@ -1,12 +1,10 @@
-"""What a file declares against what is needed, before it is read."""
+"""What a file declares against what is needed, before it is read; and what is left out, counted."""
 
 import argparse
 import gzip
 import io
 import logging
 import os
-import subprocess
-import sys
 import tarfile
 import time
 import zipfile
@@ -18,7 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from conftest import ROOT, load
+from conftest import build_model, load, resolve_in
 from on_events import cpu, resolve, write
 from on_photos import imagenet
 
@@ -71,7 +69,7 @@ def test_size_of_a_header_of_safetensors(folder, tmp_path):
     path.write_bytes((2**26).to_bytes(8, "little") + content[8:])
     os.truncate(path, 2**27)  # it takes no room on the disk
     said = refused(modules, modules.checkpoint.load_checkpoint, path)
-    assert "not a checkpoint, or not whole" in said
+    assert "damaged: its header has 67,108,864 bytes" in said
 
 
 def test_types_that_are_no_weights(tmp_path):
@@ -88,7 +86,7 @@ def test_endless_yml(tmp_path):
     path.touch()
     os.truncate(path, 2**40)
     assert "x.yml: not a yml: it has 1,0" in refused(
-        load("cifar10"), load("cifar10").config.read_yml, path
+        load("cifar10"), load("cifar10").yml.read_yml, path
     )
 
 
@@ -108,6 +106,18 @@ def test_deep_nesting_beside_a_checkpoint(tmp_path):
     assert folder.read_args(tmp_path) == {}
     folder.write_result(tmp_path / "x.pth", {"top1": 1.0})
     assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: (path.touch(), os.truncate(path, 2**40))])
+def test_pipes_and_endless_files_beside_a_checkpoint(tmp_path, make):
+    """They are left aside, or an error, at once."""
+    folder = load("cifar10").folder
+    for name in ("args.yaml", "test-x.json", "log.txt"):
+        make(tmp_path / name)
+    assert folder.read_args(tmp_path) == {}
+    folder.write_result(tmp_path / "x.pth", {"top1": 1.0})
+    assert (tmp_path / "test-x.json").read_text() == '{\n "top1": 1.0\n}\n'
+    assert "log.txt is no file of a run" in refused(load("cifar10"), folder.RunLog, tmp_path, 1, 0)
 
 
 def test_lists_that_show_more_than_they_hold(tmp_path, monkeypatch):
@@ -169,13 +179,43 @@ def test_scans_without_end(folder, tmp_path):
     assert " scans, more than 100" in refused(modules, modules.images.read_image, path)
 
 
+@pytest.mark.parametrize("folder", IMAGES)
+def test_files_that_are_left_out(folder, tmp_path, caplog):
+    """By suffix, those beside the folders too; where there are none, no line."""
+    modules = load(folder)
+    for place in ("train/a", "val/a"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "1.png")
+    caplog.set_level(logging.INFO, "qkformer")
+    modules.images.list_split(tmp_path, True)
+    assert not caplog.messages
+    for name in ("a/2.heic", "a/3.heic", "a/notes.txt", "a/._1.png", "a/README", "4.png"):
+        (tmp_path / "train" / name).write_text("x")
+    samples, _ = modules.images.list_split(tmp_path, True)
+    assert [path for path, _ in samples] == [str(tmp_path / "train/a/1.png")]
+    [line] = caplog.messages
+    start = f"{tmp_path / 'train'}: 6 files are left out (2 .heic, "
+    assert line.startswith(start)
+    for part in ("1 .txt", "1 hidden", "1 without a suffix", "1 .png"):
+        assert part in line
+
+
+def test_files_that_are_not_predicted(tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    (tmp_path / "2.heic").touch()
+    caplog.set_level(logging.INFO, "qkformer")
+    cfg = resolve_in(imagenet, "--predict", tmp_path)
+    assert len(imagenet.data.find_images(cfg)) == 1
+    assert caplog.messages == [f"{tmp_path}: 1 files are left out (1 .heic)"]
+
+
 def test_name_of_predictions(tmp_path):
     """The whole name is tried, before the work, and leaves nothing."""
-    check, name = imagenet.folder.check_new, "x" * 300
+    check, name = imagenet.test.check_predictions, "x" * 300
     assert "File name too long" in refused(imagenet, check, tmp_path / name)
     assert "No such file" in refused(imagenet, check, tmp_path / "none" / "x.csv")
     (tmp_path / "there").touch()
-    assert "File exists" in refused(imagenet, check, tmp_path / "there")
+    assert "is there already" in refused(imagenet, check, tmp_path / "there")
     check(tmp_path / "x.csv")
     assert os.listdir(tmp_path) == ["there"]
 
@@ -236,12 +276,19 @@ def test_recordings_newer_than_the_frames(folder, tmp_path, caplog):
 # What is run
 
 
-def test_what_torch_compile_keeps_is_private():
-    """In the user's own folder; a choice of the user's stays."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    code = f"import harness, os; print(os.environ['{name}'])"
-    env = {**{n: v for n, v in os.environ.items() if n != name}, "HOME": "/me"}
-    for more, want in (({}, "/me/.cache/qkformer"), ({name: "/own"}, "/own")):
-        here = {"cwd": ROOT / "cifar10", "env": {**env, **more}}
-        done = subprocess.run([sys.executable, "-c", code], **here, capture_output=True, text=True)
-        assert done.stdout == f"{want}\n", done.stderr
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_torch_compile_keeps_is_private(folder, tmp_path, monkeypatch):
+    """In the user's own folder, whatever PyTorch chose as it was imported; a choice of the user's
+    stays.
+    """
+    size = ["--layer", 4, "--time_step", 1, *([] if "dvs" in folder else ["--img_size", 32])]
+    cfg = resolve_in(load(folder), "--compile", "true", "--dim", 32, "--num_heads", 2, *size)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for before, after in (
+        (f"{tmp_path}/torchinductor_name", tmp_path / ".cache/qkformer"),
+        (f"{tmp_path}/own", tmp_path / "own"),
+    ):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+        build_model(load(folder), cfg)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(after)
+    assert (tmp_path / ".cache/qkformer").stat().st_mode & 0o777 == 0o700

@@ -171,7 +171,7 @@ class Trial:
             self.wrong.append(f"log or curves of {other} differ")
         for name in ("last.pth", "best.pth"):
             contents = [torch.load(path / name, weights_only=True) for path in (one, other)]
-            if not equal(*({**content, "config": 0} for content in contents)):
+            if not equal(*({**content, "config": 0, "given": 0} for content in contents)):
                 self.wrong.append(f"{other / name} differs")
         if "dvs" in self.folder:
             whole, made = (self.place / f"data-{path.name}" for path in (one, other))

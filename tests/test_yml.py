@@ -102,9 +102,9 @@ def test_what_a_value_means(yml_of, text, name, value):
         ("dim: null", "dim is null; it must be a whole number"),
         ("sched: cosin", "sched is cosin; it must be one of cosine, tanh"),
         ("cross_sample_lif: maybe", "it must be one of auto, true, false"),
-        ("- a list", "mine.yml: not a yml of `key: value` lines"),
-        ("epochs: 1:30", "mine.yml: epochs is '1:30'; it must be a whole number from 1 to 100000"),
-        ("\n\nepochs: \uff11\uff10", "mine.yml: epochs is"),
+        ("- a list", "line 1: not a yml of `key: value` lines"),
+        ("epochs: 1:30", "line 1: epochs is '1:30'; it must be a whole number from 1 to 100000"),
+        ("\n\nepochs: \uff11\uff10", "line 3: epochs is"),
         ("epochs: 1_000", "epochs is 1_000"),
         ("epochs: " + "9" * 5000, "epochs is 999"),
         ("epochs: 1e9999999999999999999", "epochs is 1e9999"),
@@ -122,18 +122,18 @@ def test_what_a_value_means(yml_of, text, name, value):
         ("aa: rnd-m9", "it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1, or none"),
         ("aa: rand-m9-inc", "aa is rand-m9-inc"),  # timm passes over what it does not know
         ("data_dir: ''", "data_dir is ''; it must be a path"),
-        ("epochs: 1\nepochs: 2", "mine.yml: epochs is there twice"),
-        ("batch_size: 1\nbatch-size: 1", "mine.yml: batch_size is there twice, here as batch-size"),
-        ("workers: 1\nnum_workers: 2", "mine.yml: workers is there twice, here as num_workers"),
-        ("lr: {peak: 1}", "lr is {'peak': '1'}; it must be a number"),
-        ("mean: [[1], 2, 3]", "mean is [['1'], '2', '3']; it must be 3 numbers"),
-        ("[a, b]: 1", "mine.yml, line 1: not a yml: found unhashable key"),
-        ("false", "mine.yml: not a yml of `key: value` lines"),
-        ("[]", "mine.yml: not a yml of `key: value` lines"),
-        ("null", "mine.yml: not a yml of `key: value` lines"),
+        ("epochs: 1\nepochs: 2", "line 2: epochs is in line 1 already"),
+        ("batch_size: 1\nbatch-size: 1", "line 2: batch-size is in line 1 already"),
+        ("workers: 1\nnum_workers: 2", "line 2: workers and num_workers are one key"),
+        ("lr: {peak: 1}", "lr must be a word, a number or a list of these"),
+        ("mean: [[1], 2, 3]", "mean must be"),
+        ("[a, b]: 1", "a key must be a word"),
+        ("false", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("[]", "mine.yml, line 1: not a yml of `key: value` lines"),
+        ("null", "mine.yml, line 1: not a yml of `key: value` lines"),
         ("lr: 1\n---\nlr: 2", "line 2: not a yml"),
         ("lr: " + "[" * 500, "mine.yml: not a yml: maximum recursion depth"),
-        ("mean: &a [*a]", "not a yml: found unconstructable recursive node"),
+        ("a: &a [*a]", "a must be a word"),
         ("lr: *unknown", "line 1: not a yml: found undefined alias"),
         ("lr: 1\n  lr: 2\n", "line 2: not a yml"),
         ("\tlr: 1", "line 1: not a yml"),
@@ -143,7 +143,7 @@ def test_what_a_value_means(yml_of, text, name, value):
         (b"lr: 1\nexperiment: \xff\xfe", "mine.yml: not a yml: 'utf-8' codec can't decode"),
         (b"lr: 1\nexperiment: a\0b", "mine.yml: not a yml: unacceptable character #x0000"),
         (b"\x80\x02}q\x00", "not a yml"),
-        ("base: [a, b]", "base is [a, b]: no such file in "),
+        ("base: [a, b]", "line 1: base is [a, b]: no such file in "),
         ('base: "a\\0b"', "base is 'a\\x00b': no such file in "),
         ("base: " + "x" * 300, ": no such file in "),
         ("base: mine.yml", "base is mine.yml: it leads back in "),
@@ -183,7 +183,7 @@ def test_chains_and_loops_of_bases(tmp_path):
     found = read("-c", tmp_path / "0.yml")
     assert (found.dim, found.seed) == (64, 0)
     (tmp_path / "210.yml").write_text("dim: 64\nbase: 60.yml\n")
-    assert "210.yml: base is 60.yml" in fault("-c", tmp_path / "0.yml")
+    assert "210.yml, line 2: base is 60.yml" in fault("-c", tmp_path / "0.yml")
 
 
 def test_paths_are_expanded(yml_of, monkeypatch):
@@ -198,7 +198,7 @@ def test_paths_are_expanded(yml_of, monkeypatch):
     assert read(*yml_of("experiment: ~x$DATA")).experiment == "~x$DATA"  # no path
     line = fault(*yml_of("\noutput: $UNSET/x"))
     wanted = "it must be a path, or none; $UNSET stands for nothing here"
-    assert line == f"mine.yml: output is '$UNSET/x'; {wanted}"
+    assert line == f"mine.yml, line 2: output is '$UNSET/x'; {wanted}"
     assert "; ~nobody-of-this-name stands for nothing here" in fault(
         "--data-dir", "~nobody-of-this-name/x"
     )
@@ -228,8 +228,9 @@ def test_names_of_the_other_folders(name, tmp_path):
             found = read(*argv, folder=folder)
             assert found.said[key][0] == value == getattr(found.resolve(), key)
         assert not hasattr(found.resolve(), alias)
-        both = read(f"--{alias}", value, f"--{key}", other, folder=folder)
-        assert getattr(both, key) == other  # as of any flag that is there twice
+        both = read(f"--{alias}", value, f"--{key}", value, folder=folder)
+        assert getattr(both, key) == value
+        assert "are one key" in fault(f"--{alias}", value, f"--{key}", other, folder=folder)
         # A flag goes over the yml.
         over = read("-c", tmp_path / "a.yml", f"--{key}", other, folder=folder)
         assert getattr(over, key) == other == getattr(over.resolve(), key)

@@ -5,6 +5,11 @@ A script imports it before torch, since it sets what torch reads from the enviro
 
 import os
 
+try:
+    import fcntl as fcntl
+except ImportError:
+    raise SystemExit("error: Linux or macOS is needed; on Windows take WSL") from None
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
 os.environ.setdefault("USER", str(os.getuid()))  # PyTorch asks for a name, which not all users have
 os.environ.setdefault(

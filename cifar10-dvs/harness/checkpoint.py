@@ -2,7 +2,7 @@
 
 Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next
 epoch) with the sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config,
-cross_sample_lif, classes (their names) and, where they are averaged, the
+given (the yml behind it), cross_sample_lif, classes (their names) and, where they are averaged, the
 averaged weights under model_ema. Files of others are read too: the release's, timm's, DeepSpeed's,
 Lightning's, safetensors and bare state dicts.
 """
@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .folder import read_dict, replacing
+from .folder import replacing
 from .log import UserError, first_line, logger
 
 # Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
@@ -40,7 +40,8 @@ WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where 
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_VALUES = 2 * 10**6  # in dicts and lists; a checkpoint of a thousand ranks has less
+MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
+MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 AGAIN = "get or make it again"
 
 
@@ -61,13 +62,18 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     `model_ema`; with `use_ema` these are under `model` too. UserError if it can't be read safely,
     is damaged, or does not hold weights that are finite numbers.
     """
-    path, ours = Path(path), {}
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    if path.name == "model.safetensors":  # perhaps of tools/export.py
-        ours = read_dict(path.with_name("config.json"), json.loads).get("qkformer")
-        ours = dict(ours) if isinstance(ours, dict) else {}
-    checkpoint = read_file(path, ours.pop("sha256", None))
+    beside, ours = path.with_name("config.json"), {}
+    if path.name == "model.safetensors" and beside.is_file():  # of tools/export.py
+        try:
+            ours = {**json.loads(beside.read_text())["qkformer"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            logger.info(f"{beside}: holds no configuration of ours")
+    if (known := ours.pop("sha256", None)) and known != digest(path):
+        raise UserError(f"{path}: damaged: its SHA-256 is not that in {beside.name}; {AGAIN}")
+    checkpoint = read_file(path, checked=known is not None)
     checkpoint = {"model": checkpoint, **ours} if ours else checkpoint
     held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
     plain = next((held[name] for name in WEIGHTS if name in held), None)
@@ -82,6 +88,10 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
+    given = extra.get("given", {"yml": {}, "file": ""})
+    whole = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
+    if not whole or any(map(torch.is_tensor, given["yml"].values())):
+        raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
     return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
 
 
@@ -91,19 +101,20 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path, sha256=None):
-    """The dict in a file, whose SHA-256 may be known."""
-    zipped = zipfile.is_zipfile(path)
-    if sha256 and sha256 != digest(path):
-        raise UserError(f"{path}: damaged: its SHA-256 is not that in config.json; {AGAIN}")
-    if not zipped and not sha256:
-        logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
+def read_file(path, checked=False):
+    """The dict in a file. checked: whether its checksum was right."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        if path.stat().st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        if path.stat().st_size > memory:
             raise MemoryError
+        if not zipfile.is_zipfile(path) and not checked:
+            logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
+                    raise UserError(f"{path}: damaged: its header has {size:,} bytes")
             return safetensors.torch.load_file(path)
-        if zipped:
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 check_records(archive, path)
                 if damaged := archive.testzip():
@@ -116,7 +127,7 @@ def read_file(path, sha256=None):
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # damaged bytes can make the reader fail in any way
-        if isinstance(error, pickle.UnpicklingError) and zipped:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             what = first_line(str(error).split("WeightsUnpickler error:")[-1].split(". ")[0])
             why = f"not loaded, since doing so could run code in it: {what}"
             raise UserError(f"{path}: {why}") from None
@@ -130,13 +141,13 @@ def check_records(archive, path):
     """UserError for what torch.save never writes, before anything is read: compressed records, of
     any size, folders, whose content torch.load leaves out, and names that are twice there.
     """
-    names = set()
-    for record in archive.infolist():
+    records = archive.infolist()
+    for record in records:
         odd = record.compress_type or record.compress_size != record.file_size
-        odd = odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1
-        if odd or record.filename in names:
+        if odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1:
             raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
-        names.add(record.filename)
+    if len({record.filename for record in records}) < len(records):
+        raise UserError(f"{path}: damaged: a record of it is there twice")
 
 
 def check_values(checkpoint, path):
@@ -188,9 +199,11 @@ def fault_of(name, value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
+    if larger_than_memory([value]):
+        return "is a view of less memory than it shows"
+    real = value.is_floating_point()
     if name.endswith("num_batches_tracked"):
-        real = value.is_floating_point() or value.is_complex()
-        return f"is of type {value.dtype}" if real else None
+        return f"is of type {value.dtype}" if real or value.is_complex() else None
     if value.dtype not in FLOATS:
         return f"is of type {value.dtype}, which weights are not"
     return None if value.isfinite().all() else "has values that are not finite numbers"
@@ -202,16 +215,16 @@ def load_weights(model: torch.nn.Module, weights: dict, path: Path):
     for name in want:
         if name.endswith("num_batches_tracked"):  # old files lack them; nothing depends on them
             have.setdefault(name, want[name])
-    missing = [f"{name} is missing" for name in want if name not in have]
-    unexpected = [f"{name} is unexpected" for name in have if name not in want]
-    both = [(n, [*have[n].shape], [*want[n].shape]) for n in want if n in have]
-    shapes = [
-        f"{name} is {ours} instead of {theirs}" for name, ours, theirs in both if ours != theirs
-    ]
-    if count := len(missing + unexpected + shapes):
-        text = ", ".join(missing[:2] + unexpected[:2] + shapes[:2])
-        other = f"of another architecture than the configuration's: {count} weights differ"
-        raise UserError(f"{path}: {other}: {text}")
+    both = [name for name in want if name in have and have[name].shape != want[name].shape]
+    differ = {
+        "missing": [name for name in want if name not in have],
+        "unexpected": [name for name in have if name not in want],
+        "of another shape": [f"{n} {[*have[n].shape]} instead of {[*want[n].shape]}" for n in both],
+    }
+    short = {how: ", ".join(n[:3]) + ", …" * (len(n) > 3) for how, n in differ.items()}
+    text = "; ".join(f"{len(n)} {how} ({short[how]})" for how, n in differ.items() if n)
+    if text:
+        raise UserError(f"{path}: of another architecture than the configuration's: {text}")
     model.load_state_dict(have)
 
 
@@ -256,17 +269,19 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
 def check_optimizer(optimizer, scaler):
     """ValueError where a state that was loaded can't be gone on with."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    needed = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     # of others some keep sums of their own, such as NovoGrad's one number for each parameter
-    whole = {"exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+    whole = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
     for parameter, state in optimizer.state.items():
-        if state and adam and (lacking := {"step", *whole} - state.keys()):
+        if state and (lacking := needed - set(state)):
             raise ValueError(f"no {min(lacking)}")
         for name, value in state.items():
-            if torch.is_tensor(value) and not value.isfinite().all():
-                raise ValueError(f"{name} is not finite")
-            if torch.is_tensor(value) and name in whole and value.shape != parameter.shape:
-                raise ValueError(f"{name} is of another shape than its parameter")
-            if name == "step" and not torch.is_tensor(value) and not 0 <= value < math.inf:
+            if torch.is_tensor(value):
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
+                if name in whole and value.shape != parameter.shape:
+                    raise ValueError(f"{name} is of another shape than its parameter")
+            elif name == "step" and not 0 <= value < math.inf:
                 raise ValueError(f"step is {value}")
     for name, value in (scaler or {}).items():
         if not math.isfinite(value):

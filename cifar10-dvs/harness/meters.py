@@ -3,6 +3,7 @@
 import math
 import re
 import resource
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -39,7 +40,8 @@ def peak_memory_mb(device):
     """Peak memory in MB: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 class Progress:

@@ -54,7 +54,8 @@ class BatchLoader(DataLoader):
 
     def __init__(self, dataset, collate, batches, workers, pin_memory):
         # More workers than the cores that this process may use would only wait for each other.
-        workers = min(workers, len(batches), len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(workers, len(batches), cores or 1)
         super().__init__(
             Batches(dataset, collate),
             batch_size=None,

@@ -1,7 +1,6 @@
 """Configuration: defaults < checkpoint < a yml that -c names < flags, resolved once.
 
-A folder's options.py is the table of keys. The yml beside the script counts among the defaults. A
-yml is read as it is written; what a text stands for its key says: 010 and 1:30 are not 8 and 90.
+A folder's options.py is the table of keys. The yml beside the script counts among the defaults.
 """
 
 import argparse
@@ -10,20 +9,17 @@ import json
 import math
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import yaml
+from .log import HERE, UserError, logger
+from .yml import NUMBER, read_yml, shown
 
-from .log import HERE, UserError, first_line, logger
-
-NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-NULLS = (None, "none", "null", "None", "~", "", ["none"])
+NULLS = (None, "none", "null", "None", "", ["none"])
 # Flags of train.py that mean another key where test.py gets them, as the release's does.
 IN_TEST = {"batch_size": "val_batch_size", "model_ema": "use_ema"}
 IN_TEST |= dict.fromkeys(("finetune", "resume"), "checkpoint")
@@ -76,22 +72,23 @@ class Key:
             return None
         if not isinstance(self.kind, list):
             return self._one(value, self.kind)
-        values = []
-        for item in value if isinstance(value, (list, tuple)) else [value]:
-            items = item.replace(",", " ").split() if isinstance(item, str) else [item]
-            values += [self._one(item, self.kind[0]) for item in items]
-        if not self.length[0] <= len(values) <= self.length[1]:
+        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]  # a flag such as --mean 0.5,0.5,0.5
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        items = items if isinstance(items, (list, tuple)) else [items]
+        if not self.length[0] <= len(items) <= self.length[1]:
             raise ValueError(self.wanted())
+        values = [self._one(item, self.kind[0]) for item in items]
         if self.rising and values != sorted(values):
             raise ValueError(f"{self.wanted()}, the smaller one first")
         return values
 
     def _one(self, value, kind):
         text = str(value) if isinstance(value, (bool, int, float)) else value
-        found = None
         if not isinstance(text, str):
-            pass
-        elif self.choices:
+            raise ValueError(self.wanted())
+        found = None
+        if self.choices:
             if "true" in self.choices:  # cross_sample_lif: yes, or True
                 text = str(TRUTH.get(text.lower(), text)).lower()
             found = text if text in self.choices else None
@@ -179,17 +176,27 @@ class Settings:
         """The experiment that was named, by its key or by -c; None if nothing was."""
         return self.experiment or (self.file.stem if self.named else None)
 
-    def resolve(self, purpose="train", recorded=None, path=None, **chosen) -> Config:
+    def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
         """The configuration; a line names each value that goes over a checkpoint's. UserError for
         one that can't.
 
         purpose: a key of BACK. recorded, path: {name: value} of a checkpoint, and where it is from.
-        chosen: values that are known otherwise.
+        then: the yml that its run had, {"file": name, "yml": {...}}; what that says again is
+        nothing new. chosen: values that are known otherwise.
         """
+        values = {name: key.default for name, key in self.keys.items()} | self.yml
         kinds = BACK[purpose].split()
         back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in kinds}
-        values = {name: key.default for name, key in self.keys.items()} | self.yml | back
+        then = then["yml"] if then and then["file"] == self.file.name else {}
+        for name, value in self.yml.items():
+            edited = purpose == "resume" and not self.named and then.get(name, value) != value
+            if edited and name in back and back[name] != value:
+                used = f"{path} has {back[name]}, which is used (-c would take the yml's)"
+                logger.info(f"{self.file.name}: {name} is {value}, but {used}")
+        values |= back
         for name, (value, where) in self.said.items():
+            if where != "command line" and name in then and then[name] == value:
+                continue
             if name in back and value != back[name]:
                 fixed, had = self.keys[name].fixed, back[name]
                 said = f"{where}: {name} is {value}, but {path}"
@@ -223,32 +230,37 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         raise UserError(f"command line: {kind} {shown(unknown[0])}{hint}")
 
     settings = Settings(keys, file, named)
-    for where, entries in [*read_with_bases(file), ("command line", flags)]:
-        here, flag = set(), where == "command line"
-        for spelled, text in entries.items():
-            plain = spelled.replace("-", "_")
-            name = names.get(plain)
-            if name is None and plain in no_effect:
-                settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[plain]}")
-                continue
+    sources = [(entries, False) for entries in read_with_bases(file)]
+    sources.append(([(*flag, "command line") for flag in flags.items()], True))
+    for entries, from_flags in sources:
+        here = {}
+        for spelled, text, where in entries:
+            spelled = spelled.replace("-", "_")
+            name = names.get(spelled)
+            if from_flags and script == "test":
+                name = IN_TEST.get(name, name)
             if name is None:
-                hint = _hint(spelled, names, no_effect)
-                raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
-            if name in here:
-                raise UserError(f"{where}: {name} is there twice, here as {spelled}")
-            here.add(name)
-            if flag and script not in (None, *keys[name].scripts) and keys[name].scripts:
+                if spelled not in no_effect:
+                    hint = _hint(spelled, names, no_effect)
+                    raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
+                settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
+                continue
+            if from_flags and script not in (None, *keys[name].scripts) and keys[name].scripts:
                 meant = "; --finetune or --resume is meant" if name == "checkpoint" else ""
-                raise UserError(f"{where}: --{name} is not read by {script}.py{meant}")
+                raise UserError(f"{where}: --{spelled} is not read by {script}.py{meant}")
             try:
                 value = keys[name].convert(text)
             except ValueError as wanted:
                 said = f"{where}: {spelled} is {shown(text)}"
                 raise UserError(f"{said}; it must be {wanted}") from None
-            if not flag:
+            other, before = here.setdefault(name, (spelled, value))
+            if before != value:
+                both = f"{other} and {spelled} are one key"
+                raise UserError(f"{where}: {both}, but their values differ")
+            if not from_flags:
                 settings.yml[name] = value
-            if flag or named:
-                settings.said[name] = value, where
+            if from_flags or named:
+                settings.said[name] = value, where if from_flags else file.name
     return settings
 
 
@@ -262,56 +274,19 @@ def find_yml(name):
 
 
 def read_with_bases(file, above=()):
-    """[(name, its keys and values), ...] of a yml and of its bases, which come first. `base:
+    """[[(key, text, where), ...], ...] of a yml and of its bases, which come first. `base:
     other.yml` names one beside the yml that says so; `above` are those that lead here.
     """
     entries, sources = read_yml(file), []
-    if (name := entries.pop("base", None)) not in NULLS:
-        base = file.parent / str(name)
-        fault = "no such file" if not os.path.isfile(base) else ""
-        if fault or base.resolve() in (file, *above):
-            fault = f"{fault or 'it leads back'} in {shown(str(file.parent))}"
-            raise UserError(f"{shown(file.name)}: base is {shown(name)}: {fault}")
-        sources = read_with_bases(base.resolve(), (file, *above))
-    return [*sources, (shown(file.name), entries)]
-
-
-def read_yml(path):
-    """{key: text or list of texts} of a yml of `key: value` lines; UserError if it is none."""
-    file = shown(path.name)
-    try:
-        if (size := path.stat().st_size) > 2**18:
-            raise ValueError(f"it has {size:,} bytes")
-        loader = yaml.BaseLoader(path.read_bytes().decode("utf-8-sig"))
-        node = loader.get_single_node()
-        found = loader.construct_document(node) if node else {}
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{file}{place}: not a yml: {problem}") from None
-    if found == "":
-        return {}  # nothing but comments
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: not a yml of `key: value` lines")
-    names = [key.value for key, _ in node.value] if node else []
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{file}: {shown(twice)} is there twice")
-    return found
-
-
-def shown(value):
-    """A value, or a name, as an error names it: on one line, and short."""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        text = f"[{', '.join(map(shown, value))}]"
-    elif isinstance(value, str):
-        plain = NUMBER.fullmatch(value) or re.fullmatch(r"-{0,2}[\w.=-]+", value, re.ASCII)
-        text = value if plain else repr(value) if value.isprintable() else ascii(value)
-    else:
-        text = reprlib.repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+    for key, name, where in entries:
+        if key == "base" and name is not None:
+            base = file.parent / str(name)
+            fault = "no such file" if not os.path.isfile(base) else ""
+            if fault or base.resolve() in (file, *above):
+                fault = f"{fault or 'it leads back'} in {shown(str(file.parent))}"
+                raise UserError(f"{where}: base is {shown(name)}: {fault}")
+            sources = read_with_bases(base.resolve(), (file, *above))
+    return [*sources, [entry for entry in entries if entry[0] != "base"]]
 
 
 def _hint(name, names, no_effect):
@@ -352,7 +327,6 @@ def _parser(options, script, description):
         many = isinstance(key.kind, list)
         kind = key.kind[0] if many else key.kind
         choices = ("true", "false") if kind is bool else key.choices
-        means = IN_TEST.get(name, name) if script == "test" else name
         default = json.dumps(key.default).strip('"').replace("null", "none")
         for spelled in (name, *key.aliases):
             helped = spelled == name and key.scripts and script in (None, *key.scripts)
@@ -360,7 +334,7 @@ def _parser(options, script, description):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
                 f"--{spelled}",
-                dest=means,
+                dest=spelled,
                 nargs="+" if many else "?" if kind is bool else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,

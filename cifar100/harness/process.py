@@ -31,8 +31,8 @@ class Ranks:
     def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
         if "RANK" not in os.environ and not alone:
             os.environ.update(slurm_ranks(os.environ))
-        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
-        self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = 0 if alone else variable("RANK", 0)
+        self.world_size = 1 if alone else variable("WORLD_SIZE", 1, least=1)
         self.main = self.rank == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ class Ranks:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             if self.device.index is None:
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+                self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
             elif self.world_size > 1:
                 raise UserError(f"device is {self.device}; with several ranks say cuda")
             if self.device.index >= (count := torch.cuda.device_count()):
@@ -78,14 +78,24 @@ class Ranks:
         """What function() returns on rank 0, or its UserError, on every rank. slow: for hours."""
         if self.world_size == 1:
             return function()
-        try:
-            box = [function() if self.main else None]
-        except UserError as error:
-            box = [error]
+        box = [None]
+        if self.main:
+            try:
+                box = [function()]
+            except UserError as error:
+                box = [error]
         torch.distributed.broadcast_object_list(box, group=self.patient if slow else self.quick)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]
+
+
+def variable(name, default, least=0):
+    """A number that a launcher has set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"the variable {name} is {text!r}; a launcher sets it, or none does")
+    return int(text)
 
 
 def slurm_ranks(env):

@@ -17,7 +17,7 @@ from spiking.neuron import resolve_backend
 
 from .checkpoint import digest, load_checkpoint, load_weights
 from .config import Config, read_settings
-from .folder import file_of, find_checkpoint, read_args, write_result
+from .folder import fetch, find_checkpoint, read_args, write_result
 from .graph import graphed
 from .log import UserError, logger, typed
 from .meters import Metrics, evaluate, make_autocast
@@ -26,7 +26,7 @@ from .process import Ranks
 # {key: the models' keyword}
 KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
 SAME = (  # keys of the same name in the models
-    "patch_size num_heads attention drop_path neuron tau v_threshold "
+    "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
     "surrogate surrogate_alpha backend fused memory events"
 )
 KEYWORDS |= {name: name for name in SAME.split()}
@@ -121,13 +121,8 @@ def read_shapes(options, weights, path, recorded):
         "neuron": "plif" if plif else recorded.get("neuron", "lif"),
     }
     if "head.weight" in weights:
-        found["num_classes"] = classes_of(weights)
+        found["num_classes"] = (*weights["head.weight"].shape, 1)[0]
     return found
-
-
-def classes_of(weights):
-    """The number of classes of a head; 0 without one."""
-    return (*weights["head.weight"].shape, 1)[0] if "head.weight" in weights else 0
 
 
 def steps_of(checkpoint, path):
@@ -174,6 +169,8 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
 
 def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> torch.nn.Module:
     """The configuration's model, on this rank's device."""
+    if cfg.compile and cfg.checkpoint_stages:
+        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
     *_, channels, height, width = shape = data.input_shape(cfg)
     keywords = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
     try:
@@ -191,30 +188,31 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
+    model = model.to(ranks.device)
     if cfg.compile:
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
-    return model.to(ranks.device)
+    return model
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
-    """(model with the checkpoint's weights, its cross_sample_lif, of which a line says why). With
+    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why). With
     `new_head`, a head of another number of classes, or none, stays as it was initialised.
     """
     cross, why = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
     model = build_model(cfg, options, data, cross, num_classes, ranks)
     weights = checkpoint["model"] if checkpoint else None
     if weights and new_head:
+        classes = weights["head.weight"].shape[:1] if "head.weight" in weights else None
         head = "its head fits and is kept"
-        if classes_of(weights) != num_classes:
-            had = f"a head of {classes_of(weights) or 'no'} classes"
-            head = f"has {had}, here there are {num_classes}; a new one is made"
+        if classes != (num_classes,):
+            had = "x".join(map(str, classes)) if classes else "no"
+            head = f"has a head of {had} classes, here there are {num_classes}; a new one is made"
             weights = {**weights, **model.head.state_dict(prefix="head.")}
         logger.info(f"{path}: {head}")
     if weights:
         load_weights(model, weights, path)
-    logger.info(why)
-    return model, cross
+    return model, cross, why
 
 
 def check_classes(checkpoint, path, classes, strict=True):
@@ -222,7 +220,8 @@ def check_classes(checkpoint, path, classes, strict=True):
     strict: a line where a head is kept though its classes have other names.
     """
     names = names_in(checkpoint.get("classes"))
-    had = len(names) or classes_of(checkpoint["model"])
+    head = checkpoint["model"].get("head.weight")
+    had = len(names) or (*getattr(head, "shape", ()), 0)[0]
     if strict and had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
@@ -261,13 +260,13 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
         recorded.pop("val_batch_size", None)
     recorded |= known or {}
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
-    cfg = settings.resolve("test", recorded, path)
+    cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
     classes = cfg.num_classes or 0  # weights without a head
-    model, cross = load_model(cfg, options, data, ranks, classes, checkpoint, path)
+    model, cross, why = load_model(cfg, options, data, ranks, classes, checkpoint, path)
+    logger.info(why)
     back = {n: v for n, v in vars(cfg).items() if options.KEYS[n].back in ("network", "data")}
     settings = {**back, "use_ema": settings.use_ema, "cross_sample_lif": cross, "sha256": sha256}
-    names = names_in(checkpoint.get("classes")) or None
-    return Tested(cfg, ranks, path, model, settings, names)
+    return Tested(cfg, ranks, path, model, settings, checkpoint.get("classes"))
 
 
 def measure(tested: Tested, data, **published) -> Metrics:
@@ -306,7 +305,7 @@ def columns_of(test_path, classes, tested):
     these. A line says where classes are missing; UserError for one that the model has not.
     """
     total = tested.model.num_classes
-    names, numbers = (tested.classes or [])[:total], [*map(str, range(total))]
+    names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
     if any(map(str.isdigit, names)):  # a 1 is then the class of that name
         numbers = []
     for known in (names, numbers, [] if names or len(classes) != total else classes):
@@ -326,5 +325,5 @@ def load(options, data, path, device="cpu", rename=None):
     """
     settings = read_settings(options, ["--device", device])
     ranks = Ranks(settings.device, alone=True)
-    tested = load_tested(settings, options, data, ranks, file_of(path), rename=rename)
+    tested = load_tested(settings, options, data, ranks, fetch(path), rename=rename)
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

@@ -3,19 +3,27 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
+import http.client
 import itertools
 import json
 import os
 import re
+import stat
 import time
+import urllib.parse
 from pathlib import Path
 
+import torch
 import yaml
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from .log import HERE, UserError, logger
+
+MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
+ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
 
 CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
     "train_loss": "loss/train",
@@ -34,21 +42,38 @@ CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
 }
 
 
-def file_of(name) -> Path:
-    """The file that a checkpoint's name means, which may be a folder of tools/export.py."""
-    return Path(name, "model.safetensors") if os.path.isdir(name) else Path(name)
+def fetch(name: str | Path) -> Path:
+    """The file that a checkpoint's name means: a path, a folder of tools/export.py, or a URL or key
+    of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name is verified.
+    UserError where it can't be downloaded.
+    """
+    path, url = Path(name), ASSETS.get(str(name), str(name))
+    if path.exists() or not url.startswith(("https://", "http://")):
+        return path / "model.safetensors" if path.is_dir() else path
+    file = urllib.parse.urlparse(url).path.rpartition("/")[2] or "checkpoint"
+    cache = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:8])
+    path, known = cache / file, torch.hub.HASH_REGEX.search(file)
+    try:
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), known and known[1])
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: can't be downloaded: {error}") from None
+    checksum = "its checksum fits" if known else "no checksum of it is known here"
+    logger.info(f"{url}: {path}; {checksum}")
+    return path
 
 
 def newest(settings, file, experiment):
     """The file of that name that was written last in the runs of an experiment, or of all; None
     without one. A folder's name does not tell: run-2 is the second run of `run`, or the first of
-    `run-2`; it counts where there is no whole args.yaml.
+    `run-2`; it counts where args.yaml is damaged.
     """
     paths = []
     for path in Path(settings.output or HERE / "output").glob(f"*/{file}"):
         run = path.parent
         name = read_args(run).get("experiment", re.sub(r"-\d+$", "", run.name))
-        if experiment in (None, str(name)):
+        if (run / "args.yaml").exists() and experiment in (None, str(name)):
             paths.append(path)
     return max(paths, key=os.path.getmtime, default=None)
 
@@ -56,7 +81,7 @@ def newest(settings, file, experiment):
 def find_checkpoint(settings) -> Path:
     """The checkpoint to test: the named one, the named run's best.pth, or the one written last."""
     if settings.checkpoint:
-        return file_of(settings.checkpoint)
+        return fetch(settings.checkpoint)
     if settings.named and (path := settings.file.parent / "best.pth").is_file():
         return path  # -c output/a/args.yaml
     name = settings.experiment
@@ -80,14 +105,20 @@ def find_resumed(settings):
     return path
 
 
+def read_text(path, most=2**24):
+    """The text of a file. OSError for what is none, such as a pipe, which would never end, and for
+    one of more bytes than a run writes.
+    """
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode) or info.st_size > most:
+        raise OSError(f"{path.name} is no file of a run")
+    return path.read_text(errors="replace")
+
+
 def read_args(folder) -> dict:
     """A run's args.yaml; {} where there is none that can be read."""
-    return read_dict(folder / "args.yaml", yaml.safe_load)
-
-
-def read_dict(path, parse):
     try:
-        found = parse(path.read_text(errors="replace"))
+        found = yaml.safe_load(read_text(folder / "args.yaml"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         found = None
     return found if isinstance(found, dict) else {}
@@ -157,23 +188,19 @@ def write_result(path, result):
     another test, of other data or settings, stays: then test-NAME-2.json and so on.
     """
     text = json.dumps(result, indent=1)
-    figures = {"loss", "top1", "top5", "images_per_second", "sha256"} & result.keys()
+    figures = ("loss", "top1", "top5", "images_per_second", "sha256")
+    figures = {name: result[name] for name in figures if name in result}
     for name in numbered(f"test-{path.stem}"):
         file = path.with_name(f"{name}.json")
-        there = read_dict(file, json.loads)
-        if not there or there | {name: result[name] for name in figures} == json.loads(text):
-            break
+        try:
+            if json.loads(read_text(file)) | figures == json.loads(text):
+                break
+        except (OSError, ValueError, RecursionError, TypeError):
+            break  # none, or none of ours
     try:
         write_whole(file, f"{text}\n".encode())
     except UserError as error:
         logger.warning(f"warning: {error}")
-
-
-def check_new(path):
-    """UserError, before the work, where a new file can't be written."""
-    with writing(path):
-        open(path, "xb").close()
-        os.remove(path)
 
 
 def write_whole(path, content):
@@ -215,9 +242,9 @@ class RunLog:
     def __init__(self, folder, epoch, step):
         self.folder, self.path = folder, folder / "log.txt"
         with writing(folder):
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line + "\n" for line in lines if epoch_of(line) < epoch]
-            write_whole(self.path, "".join(kept).encode())
+            text = read_text(self.path) if self.path.exists() else ""
+            lines = [line + "\n" for line in text.splitlines() if epoch_of(line) < epoch]
+            write_whole(self.path, "".join(lines).encode())
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
 

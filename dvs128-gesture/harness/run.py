@@ -56,7 +56,6 @@ class Run:
 
     samples = "images"  # what a batch is of
     scheduler = log = None  # rank 0 has a log
-    start_again = True  # whether start_epoch counts in resuming, as in this release
 
     def __init__(self, settings, data, options):
         self.data, self.ranks = data, enter(settings)
@@ -70,16 +69,16 @@ class Run:
         set_up_torch(cfg, data, ranks.rank)
         self.load_data(checkpoint)
         num_classes = cfg.num_classes or len(self.classes)
-        self.model, self.cross_sample_lif = load_model(
+        self.model, self.cross_sample_lif, self.semantics = load_model(
             cfg, options, data, ranks, num_classes, checkpoint, self.path, not self.resumed
         )
         self.wrap_model()
         self.accum_iter = getattr(cfg, "accum_iter", 1)  # batches behind a step of the optimizer
         self.micro_batch = cfg.batch_size * ranks.world_size
         self.global_batch = self.micro_batch * self.accum_iter
-        batch = f"batch_size {cfg.batch_size}"  # what a step is made of
-        batch += f" x accum_iter {self.accum_iter}" * (self.accum_iter > 1)
-        batch += f" x {ranks.world_size} ranks" * (ranks.world_size > 1)
+        factors = (self.accum_iter, "accum_iter {}"), (ranks.world_size, "{} ranks")
+        batch = [f"batch_size {cfg.batch_size}", *(of.format(n) for n, of in factors if n > 1)]
+        batch = " x ".join(batch)  # what a step is made of
         self.steps = len(self.train_set) // self.global_batch
         if self.steps == 0:
             size = f"the {len(self.train_set)} training samples"
@@ -103,13 +102,21 @@ class Run:
         """The configuration; see build.recorded_values for what a checkpoint brings back, and
         Settings.resolve.
         """
-        purpose, recorded = "train", {}
+        purpose, recorded, before = "train", {}, None
         if checkpoint:
             purpose = "resume" if self.resumed else "finetune"
             recorded = recorded_values(options, checkpoint, self.path, data=self.resumed)
+            before = checkpoint.get("given")
         # A run that goes on keeps its name, whatever its folder is called.
         name = read_args(self.folder).get("experiment") or settings.name or settings.file.stem
-        return settings.resolve(purpose, recorded, self.path, experiment=str(name))
+        cfg = settings.resolve(purpose, recorded, self.path, before, experiment=str(name))
+        # Where a run goes on only a flag is meant, and not with auto: each restart would go back.
+        first, where = settings.said.get("start_epoch", (None, None))
+        self.go_back = first if where == "command line" and cfg.resume != "auto" else None
+        self.given = {"file": settings.file.name, "yml": settings.yml}  # as checkpoints record it
+        if self.resumed and before and before["file"] != self.given["file"]:
+            self.given = before
+        return cfg
 
     def load_data(self, checkpoint):
         """What trains, and what chooses best.pth."""
@@ -140,7 +147,8 @@ class Run:
         if cfg.freeze:
             self.model.freeze(cfg.freeze)
             learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            logger.info(f"freeze: {learns:,} of {self.parameters:,} parameters learn")
+            kept = f"stages 1 to {cfg.freeze} and their BatchNorm stay as they are"
+            logger.info(f"freeze: {kept}; {learns:,} of {self.parameters:,} parameters learn")
         if getattr(cfg, "sync_bn", False) and not gpu:
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
         elif getattr(cfg, "sync_bn", False) and ranks.world_size > 1:
@@ -164,6 +172,7 @@ class Run:
         cfg = self.cfg
         network = f"{cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
         logger.info(f"network: {network}, on {self.ranks.device}")
+        logger.info(self.semantics)
         epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
         step = f"{self.global_batch} {self.samples} a step ({batch})"
         logger.info(f"training: {epochs}, {step}, learning rate {self.lr:.3g} at its peak")
@@ -193,6 +202,7 @@ class Run:
             "best": self.best,
             "rng": self.ranks.gather(get_rng_state(self.ranks.device, self.statistics())),
             "config": vars(self.cfg),
+            "given": self.given,
             "cross_sample_lif": self.cross_sample_lif,
             "classes": self.classes,
             **({"model_ema": self.ema.module.state_dict()} if self.ema else {}),
@@ -210,8 +220,8 @@ class Run:
         had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         steps = number(checkpoint, "step", 0, path, low=0)
         size, before = len(self.train_set), checkpoint.get("samples", len(self.train_set))
-        if cfg.start_epoch not in (None, self.epoch) and self.start_again and cfg.resume != "auto":
-            self.epoch = cfg.start_epoch  # not with auto: each restart would go back
+        if self.go_back not in (None, self.epoch):
+            self.epoch = self.go_back
         elif steps and before != size:
             now = f"{before} training {self.samples}, now there are {size}"
             logger.info(f"warning: {path} is of {now}: epoch {self.epoch} begins again")
@@ -274,9 +284,9 @@ class Run:
                 speed = self.train_epoch()
                 self.check_weights()
                 tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
-                if tested and ranks.main and few is None:
+                if tested and ranks.main:
                     loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
-                    few = [images for images, _ in loader]
+                    few = few or [images for images, _ in loader]
             except LostWorker as error:
                 if ranks.world_size > 1:  # the others wait for this one within a step
                     raise
