@@ -27,7 +27,6 @@ if __package__:  # inside a package of your own
         MultiStepLIF,
         Stages,
         add,
-        checkpointed,
         conv_bn_lif,
         conv_bn_lif_each,
         linear,
@@ -39,7 +38,6 @@ else:
         MultiStepLIF,
         Stages,
         add,
-        checkpointed,
         conv_bn_lif,
         conv_bn_lif_each,
         linear,
@@ -259,7 +257,6 @@ class HST(Stages):
         attention: "token", "channel" or "ssa" for each stage.
         drop_path: stochastic depth; rises linearly from 0 at the first block to this at the last.
         cross_sample_lif: see SpikingSelfAttention.
-        checkpoint_stages: stages (1, 2) that the backward pass computes again, to save memory.
         **neurons: neuron ("lif", "if", "plif"), tau, v_threshold, surrogate, surrogate_alpha,
             backend, fused, memory, events: see MultiStep in spiking/neuron.py.
 
@@ -284,7 +281,6 @@ class HST(Stages):
         attention=("token", "ssa"),
         drop_path=0.0,
         cross_sample_lif=False,
-        checkpoint_stages=(),
         **neurons,
     ):
         super().__init__()
@@ -297,11 +293,7 @@ class HST(Stages):
         if len(attention) != 2 or any(kind not in ATTENTION for kind in attention):
             names = ", ".join(ATTENTION)
             raise ValueError(f"attention is {attention}; it must name one of {names} for 2 stages")
-        if not set(checkpoint_stages) <= {1, 2}:
-            stages = list(checkpoint_stages)
-            raise ValueError(f"checkpoint_stages is {stages}; the stages are 1 and 2")
         self.T, self.in_channels, self.num_features = T, in_channels, embed_dims
-        self.checkpoint_stages = tuple(checkpoint_stages)
         self.feature_info = [
             {"num_chs": embed_dims >> (1 - i), "reduction": 8 * 2**i, "module": f"stage{i + 1}"}
             for i in range(2)
@@ -341,7 +333,7 @@ class HST(Stages):
     def run_stage(self, index, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and index > self.frozen):
             for module in self.parts(index):
-                x = checkpointed(module, x) if index in self.checkpoint_stages else module(x)
+                x = module(x)
         return x
 
     def frames(self, x):

@@ -48,8 +48,6 @@ MODEL = {
         "pass, which saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 2,
-        length=(0, 2)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
         "ranks' mean (reduce)", choices=("", "broadcast", "reduce")),
@@ -155,6 +153,7 @@ KEYS = grouped(
 
 # Copied from dvs128-gesture/options.py
 NO_EFFECT = by_name({
+    "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
     "an epoch is one pass over the data": "epoch_repeats",
     "curves always go to TensorBoard": "tb",

@@ -48,7 +48,6 @@ MODEL = {
         "saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed, for memory", 1, 3, length=(0, 3)),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
         "ranks' mean (reduce)", choices=("", "broadcast", "reduce")),
@@ -166,6 +165,7 @@ KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
 
 NO_EFFECT = by_name({
+    "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
     "amp is PyTorch's own": "apex_amp native_amp",
     "BatchNorm keeps PyTorch's constants, as in the published run": "bn_eps bn_momentum bn_tf",

@@ -53,8 +53,6 @@ MODEL = {
         "pass, which saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
-    "checkpoint_stages": TrainKey([int], [], "stages recomputed, to save memory", 1, 3,
-        length=(0, 3)),
 }
 
 DATA = {
@@ -157,6 +155,7 @@ KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
 
 NO_EFFECT = by_name({
+    "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
     "batches are not split": "resplit",
     "curves are in the run's folder": "log_dir",

@@ -33,6 +33,8 @@ from released import measure_released
 class Trainer(Run):
     """The recipe: loss, optimizer, schedule, and a training step. The rest is harness/run.py's."""
 
+    start_again = False  # start_epoch is of a run that starts from the weights of finetune
+
     def prepare(self):
         cfg, world_size = self.cfg, self.ranks.world_size
         self.criterion = LabelSmoothingCrossEntropy(cfg.smoothing)

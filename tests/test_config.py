@@ -267,7 +267,7 @@ def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys
     used &= KEYS.keys()
     assert shown - used == set()
     # What the functions that build model and transforms are handed, and use in training.
-    train = {"drop_path", "checkpoint_stages", "surrogate", "surrogate_alpha", "memory"}
+    train = {"drop_path", "surrogate", "surrogate_alpha", "memory"}
     assert used - shown <= {*train, *cifar10.options.AUGMENTATION}
 
 

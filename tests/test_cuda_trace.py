@@ -17,9 +17,9 @@ IMAGES, EVENTS = (3, 3, 32, 32), (3, 5, 2, 32, 32)
 # (folder, file, function, options, shape of a batch, autocast's type)
 CASES = [
     ("cifar10", "model", "QKFormer", {"drop_path": 0.2}, IMAGES, torch.float16),
-    ("imagenet", "model", "QKFormer_10_384", {"checkpoint_stages": (1, 3)}, IMAGES, torch.bfloat16),
+    ("imagenet", "model", "QKFormer_10_384", {}, IMAGES, torch.bfloat16),
     ("cifar10-dvs", "model", "QKFormer", {"cross_sample_lif": True}, EVENTS, torch.float16),
-    ("cifar10", "ms", "MSQKFormer", {"checkpoint_stages": (2,)}, IMAGES, torch.bfloat16),
+    ("cifar10", "ms", "MSQKFormer", {}, IMAGES, torch.bfloat16),
 ]
 OTHERS = [
     (folder, file, function, options, shape, dtype)
@@ -35,7 +35,6 @@ OTHERS = [
     for dtype in (torch.float16, torch.bfloat16, torch.float32)
     for options in (
         {"drop_path": 0.2},
-        {"checkpoint_stages": (1, 2)},
         {"cross_sample_lif": True},
         {"attention": ("channel", "token", "ssa"), "embed_dims": 80},
         {"num_heads": 1, "embed_dims": 112, "mlp_ratios": 1},
@@ -91,11 +90,10 @@ def test_every_trace(case):
     check_trace(case)
 
 
-@pytest.mark.parametrize("stages", [(), (1, 3)])
-def test_backward_is_that_of_autograd(stages):
+def test_backward_is_that_of_autograd():
     """fakecuda.backward on real tensors: to the bit the gradients of PyTorch's engine."""
     torch.manual_seed(0)
-    model = load("cifar10").model.QKFormer(**SMALL, checkpoint_stages=stages).double()
+    model = load("cifar10").model.QKFormer(**SMALL).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     gradients = []
     for backward in (torch.Tensor.backward, fakecuda.backward):
@@ -210,10 +208,7 @@ def check_all_fused(case, model, trained, evaluated):
     assert (
         training["fire_backward"] == 2 * layers and training["integrate_backward"] == 2 * attention
     )
-    if not case[3].get("checkpoint_stages"):
-        assert training["fire"] == 2 * layers
-    else:
-        assert 2 * layers < training["fire"] <= 4 * layers
+    assert training["fire"] == 2 * layers
 
 
 def check_layouts(case, model, trained, evaluated):
@@ -225,8 +220,7 @@ def check_layouts(case, model, trained, evaluated):
     blocks = sum(hasattr(module, "inputs") for module in model.modules())
     forward = inputs + 4 * products
     backward = inputs + 5 * products + (blocks - products) + 1  # of masks, sums over q's heads
-    again = forward if case[3].get("checkpoint_stages") else 0
-    for events, most in ((trained, 2 * (forward + again + backward)), (evaluated, forward)):
+    for events, most in ((trained, 2 * (forward + backward)), (evaluated, forward)):
         found = Counter(transposed(events, model))
         assert 0 < sum(found.values()) <= most, dict(found)
 

@@ -70,39 +70,6 @@ def test_every_attention(attention):
     check_same(step(ours, x), step(plain, x))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("on", [True, False])
-def test_checkpoint_stages(name, on):
-    """Recomputed activations: to the bit the same gradients and statistics, also with stochastic
-    depth; less saved.
-    """
-    stages = (1, 2) if name == "dvs128-gesture" else (1, 3)
-    saved = []
-    results = []
-    for checkpoint_stages in ((), stages):
-        model, x = make_model(name, drop_path=0.3, checkpoint_stages=checkpoint_stages, fused=on)
-        sizes = []
-
-        def pack(tensor, sizes=sizes):
-            sizes.append(tensor.untyped_storage().nbytes())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            results.append(step(model, x))
-        saved.append(sum(sizes))
-    check_same(*results, exact=True)
-    logits = model(x).sum()  # a graph that is used twice
-    logits.backward(retain_graph=True)
-    logits.backward()
-    batches = [
-        value for name, value in results[1][2].items() if name.endswith("num_batches_tracked")
-    ]
-    assert batches and all(value == 2 for value in batches)
-    assert saved[1] < 0.7 * saved[0]
-    with pytest.raises(ValueError, match=r"checkpoint_stages is \[4\]"):
-        make_model(name, checkpoint_stages=[4])
-
-
 def first(model, name):
     return next(module for key, module in model.named_modules() if key.endswith(name))
 
@@ -202,9 +169,9 @@ def test_a_pixel_that_wants_its_gradient():
 
 @gpu
 def test_model_on_gpu(monkeypatch):
-    """A float16 training step of a model, eager, with recomputed stages and compiled."""
+    """A float16 training step of a model, eager, with recomputed convolutions and compiled."""
     model = models.QKFormer(embed_dims=96, num_heads=4).cuda()
-    recomputed = models.QKFormer(embed_dims=96, num_heads=4, checkpoint_stages=(1, 3)).cuda()
+    recomputed = models.QKFormer(embed_dims=96, num_heads=4, memory="small").cuda()
     x = torch.randn(8, 3, 32, 32, device="cuda")
     for variant in (model, recomputed, torch.compile(copy.deepcopy(model), fullgraph=True)):
         with torch.autocast("cuda", dtype=torch.float16):

@@ -175,7 +175,7 @@ def test_a_model_that_has_no_memory(cuda, call):
 
 def test_lines_where_there_is_no_graph(caplog):
     def chosen(training, device="cuda", world_size=1, **keys):
-        known = {"cuda_graph": True, "compile": False, "checkpoint_stages": []}
+        known = {"cuda_graph": True, "compile": False}
         cfg = SimpleNamespace(**{**known, **keys})
         ranks = SimpleNamespace(device=torch.device(device), world_size=world_size)
         graph.say.cache_clear()
@@ -191,10 +191,9 @@ def test_lines_where_there_is_no_graph(caplog):
         assert [chosen(on, "cpu") for on in (True, False)] == ["a graph needs a GPU"] * 2
         assert all(chosen(on, compile=True).endswith("compile: false") for on in (True, False))
         needs = "in training a graph needs "
-        assert chosen(True, checkpoint_stages=[1]) == f"{needs}checkpoint_stages: []"
         assert chosen(True, sync_bn=True, world_size=2) == f"{needs}sync_bn: false"
         assert chosen(True, sync_bn=True) == chosen(True, world_size=2) == ""
-        assert chosen(False, world_size=2, checkpoint_stages=[1], sync_bn=True) == ""
+        assert chosen(False, world_size=2, sync_bn=True) == ""
 
 
 def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):

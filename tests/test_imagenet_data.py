@@ -191,7 +191,7 @@ def test_bad_layouts(tmp_path, lines, narrow):
     photos.make(data, train=2, val=1, size=32)
     assert last("--nb_classes", 1) == "error: num_classes is 1, but the data has 2 classes"
     assert "cutmix_minmax" in last("--cutmix_minmax", 0.5, 0.2)
-    said = last("--start_epoch", 3, "--resume", "auto")
+    said = last("--start_epoch", 3, "--resume", "auto", "--batch_size", 2)
     assert said == "error: start_epoch is 3; finetune or resume must name weights"
     said = last("--batch_size", 1, "--input_size", 16, "--time_step", 1)
     assert "BatchNorm a single value" in said and said.startswith("error: batch_size 1, img_size")

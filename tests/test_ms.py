@@ -202,7 +202,6 @@ def test_keywords():
         ({"T": 0}, ["T is 0"]),
         ({"mlp_ratios": 0.001}, ["mlp_ratios is 0.001"]),
         ({"backend": "cuda"}, ["'cuda'", "cupy"]),
-        ({"checkpoint_stages": [4]}, ["checkpoint_stages is [4]"]),
         ({"pretrained": True}, ["pretrained"]),
     ],
 )

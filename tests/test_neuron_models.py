@@ -161,21 +161,6 @@ def test_models(which, kind, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
-def test_cross_sample_lif_and_checkpointed_stages():
-    """T*B steps, and stages that the backward pass computes again, with a w in them."""
-    torch.manual_seed(9)
-    options = {"embed_dims": 32, "num_heads": 2, "neuron": "plif", "cross_sample_lif": True}
-    model = spiking(cifar10.model.QKFormer(**options))
-    again = cifar10.model.QKFormer(**options, checkpoint_stages=(1, 3)).double()
-    again.load_state_dict(model.state_dict())
-    x = torch.randn(3, 3, 8, 8).double()
-    for net in (model, again):
-        net(x).square().sum().backward()
-    grads = ({n: p.grad for n, p in net.named_parameters()} for net in (model, again))
-    torch.testing.assert_close(*grads)
-    assert model.stage3[0].ssa.proj_lif.w.grad != 0
-
-
 def test_makers_errors():
     make = cifar10.model.QKFormer
     for wrong, words in (

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import log_of, script, start
 from on_digits import cifar10
+from on_images import TINY, write_images
 from on_runs import ARGS, FEW, ONE, is_same, printed, train
 
 
@@ -172,6 +173,26 @@ def test_start_epoch(tmp_path, stop_when):
     last = tmp_path / "quickstart" / "last.pth"
     _, text = train(*args[:-4], "--resume", last, "--output", tmp_path)
     assert "at epoch 1, step 0" in text  # said of a checkpoint, it goes back
+
+
+def test_other_images_within_an_epoch(tmp_path, stop_when):
+    """As many, under other names, are in another order: the epoch begins again, with a line. Moved
+    data are the same.
+    """
+    data = write_images(tmp_path / "data")
+    args = [*TINY, "--batch-size", 2, "--output", tmp_path, "--resume", "auto", "--data-path"]
+    stop_when(lambda run: run.meter.steps == 1)
+    assert train(*args, data)[0] == 143
+    data = data.rename(tmp_path / "moved")
+    stop_when(lambda run: True)
+    code, text = train(*args, data)
+    assert "at epoch 0, step 2\n" in text and "now there are" not in text
+    name = next((data / "train").rglob("0.png"))
+    name.rename(name.with_name("9.png"))
+    stop_when(lambda run: False)
+    code, text = train(*args, data)
+    assert "is of 12 training images, now there are 12 others: epoch 0 begins again" in text
+    assert code == 0 and "at epoch 0, step 0\n" in text
 
 
 def test_killed(whole, tmp_path):

@@ -12,6 +12,3 @@ except ImportError:
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are slow on a busy machine
 os.environ.setdefault("USER", str(os.getuid()))  # PyTorch asks for a name, which not all users have
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/qkformer")
-)  # not /tmp

@@ -26,7 +26,7 @@ from .process import Ranks
 # {key: the models' keyword}
 KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
 SAME = (  # keys of the same name in the models
-    "patch_size num_heads attention drop_path checkpoint_stages neuron tau v_threshold "
+    "patch_size num_heads attention drop_path neuron tau v_threshold "
     "surrogate surrogate_alpha backend fused memory events"
 )
 KEYWORDS |= {name: name for name in SAME.split()}
@@ -169,8 +169,6 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
 
 def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> torch.nn.Module:
     """The configuration's model, on this rank's device."""
-    if cfg.compile and cfg.checkpoint_stages:
-        raise UserError("compile and checkpoint_stages do not go together; leave one of them out")
     *_, channels, height, width = shape = data.input_shape(cfg)
     keywords = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
     try:
@@ -190,6 +188,11 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         raise UserError(str(error)) from None
     model = model.to(ranks.device)
     if cfg.compile:
+        cache = "TORCHINDUCTOR_CACHE_DIR"
+        if os.path.basename(os.environ.get(cache, "torchinductor_")).startswith("torchinductor_"):
+            # PyTorch's own choice, set as it is imported: in a folder of all users, and it is run.
+            os.environ[cache] = os.path.expanduser("~/.cache/qkformer")
+            os.makedirs(os.environ[cache], 0o700, exist_ok=True)
         # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
         model.compile(dynamic=False)
     return model

@@ -17,7 +17,6 @@ in less time and memory.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Surrogate(NamedTuple):
@@ -275,36 +273,6 @@ def in_heads(x, heads):
     return x if heads is None else x.movedim(2, -1).unflatten(-1, (heads, -1))
 
 
-# Activations computed again -----------------------------------------------------------------------
-
-
-def checkpointed(module, x, run=None):
-    """module(x), or run(x); only x is kept for the backward pass, which computes the rest again."""
-    contexts = partial(recomputing, module)
-    return checkpoint(run or module, x, use_reentrant=False, context_fn=contexts)
-
-
-def recomputing(module):
-    return nullcontext(), Recomputation(module)
-
-
-class Recomputation:
-    """Context in which BatchNorms see a batch again without counting it in running statistics."""
-
-    def __init__(self, module):
-        self.bns = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def __enter__(self):
-        self.kept = [(bn.momentum, bn.num_batches_tracked.clone()) for bn in self.bns]
-        for bn in self.bns:
-            bn.momentum = 0.0
-
-    def __exit__(self, *error):
-        for bn, (momentum, batches) in zip(self.bns, self.kept, strict=True):
-            bn.momentum = momentum
-            bn.num_batches_tracked.copy_(batches)
-
-
 # The network among timm's -------------------------------------------------------------------------
 
 NEUTRAL = {"drop_rate": 0, "attn_drop_rate": 0, "drop_block_rate": None, "qkv_bias": False}
@@ -315,8 +283,8 @@ UNUSED = ("sr_ratios", "norm_layer", "img_size")  # by the release's models too;
 class Stages(nn.Module):
     """A network of stages, each `patch_embed1` and the blocks `stage1` or so, with timm's methods.
 
-    A subclass has checkpoint_stages, num_features, feature_info (of each stage), frames(x), pool(x)
-    and run_stage(index, x), and calls reset_classifier.
+    A subclass has num_features, feature_info (of each stage), frames(x), pool(x) and
+    run_stage(index, x), and calls reset_classifier.
     """
 
     global_pool = "avg"
@@ -371,7 +339,9 @@ class Stages(nn.Module):
         return self.head
 
     def set_grad_checkpointing(self, enable=True):
-        self.checkpoint_stages = tuple(range(1, len(self.feature_info) + 1)) if enable else ()
+        for module in self.modules():
+            if hasattr(module, "memory"):  # small: the backward pass computes convolutions again
+                module.memory = "small" if enable else "fast"
 
     def no_weight_decay(self):
         return set()  # biases and parameters of one dimension are left out by timm itself

@@ -172,6 +172,16 @@ def part(dataset, indices):
     return subset
 
 
+def digest_of_files(dataset):
+    """Of the names and labels of a data set's files, in their order; None for one without files.
+    The data may have moved: folders do not count.
+    """
+    found = hashlib.sha256()
+    for path, label in getattr(dataset, "samples", ()):
+        found.update(os.fsencode(f"{os.path.basename(path)}/{label}/"))
+    return found.hexdigest() if hasattr(dataset, "samples") else None
+
+
 # Random states ------------------------------------------------------------------------------------
 
 

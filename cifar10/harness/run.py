@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3, distribute_bn, random_seed
 
-from .batches import LostWorker, divide, get_rng_state, set_rng_state
+from .batches import LostWorker, digest_of_files, divide, get_rng_state, set_rng_state
 from .build import check_classes, load_model, recorded_values
 from .checkpoint import load_checkpoint, load_optimizer, load_weights, number, save_checkpoint
 from .folder import RunLog, is_new, open_run, read_args, write_args
@@ -56,6 +56,7 @@ class Run:
 
     samples = "images"  # what a batch is of
     scheduler = log = None  # rank 0 has a log
+    start_again = True  # whether start_epoch counts in resuming, as in this release
 
     def __init__(self, settings, data, options):
         self.data, self.ranks = data, enter(settings)
@@ -110,9 +111,6 @@ class Run:
         # A run that goes on keeps its name, whatever its folder is called.
         name = read_args(self.folder).get("experiment") or settings.name or settings.file.stem
         cfg = settings.resolve(purpose, recorded, self.path, before, experiment=str(name))
-        # Where a run goes on only a flag is meant, and not with auto: each restart would go back.
-        first, where = settings.said.get("start_epoch", (None, None))
-        self.go_back = first if where == "command line" and cfg.resume != "auto" else None
         self.given = {"file": settings.file.name, "yml": settings.yml}  # as checkpoints record it
         if self.resumed and before and before["file"] != self.given["file"]:
             self.given = before
@@ -128,7 +126,7 @@ class Run:
         self.train_set, self.test_set = divide(cfg, data, whole, self.part_seed)
         self.tested = "validation" if self.test_set else "test"
         self.test_set = self.test_set or data.build_dataset(cfg, False, ranks)
-        self.classes = [*self.train_set.classes]
+        self.classes, self.files = [*self.train_set.classes], digest_of_files(self.train_set)
         had = len(self.classes)
         if checkpoint:
             check_classes(checkpoint, self.path, self.classes, strict=self.resumed)
@@ -197,6 +195,7 @@ class Run:
             "loss_total": self.meter.total,
             "global_batch": self.global_batch,
             "samples": len(self.train_set),
+            "files": self.files,
             "seed": self.seed,
             "part_seed": self.part_seed,
             "best": self.best,
@@ -220,10 +219,11 @@ class Run:
         had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         steps = number(checkpoint, "step", 0, path, low=0)
         size, before = len(self.train_set), checkpoint.get("samples", len(self.train_set))
-        if self.go_back not in (None, self.epoch):
-            self.epoch = self.go_back
-        elif steps and before != size:
-            now = f"{before} training {self.samples}, now there are {size}"
+        if cfg.start_epoch not in (None, self.epoch) and self.start_again and cfg.resume != "auto":
+            self.epoch = cfg.start_epoch  # not with auto: each restart would go back
+        elif steps and (before != size or checkpoint.get("files", self.files) != self.files):
+            others = " others" if before == size else ""
+            now = f"{before} training {self.samples}, now there are {size}{others}"
             logger.info(f"warning: {path} is of {now}: epoch {self.epoch} begins again")
         elif steps:
             self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
@@ -366,7 +366,11 @@ class Run:
         self.save("last.pth")
         ranks, last = self.ranks.world_size, typed(self.folder / "last.pth")
         launcher = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+        if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # several nodes
+            launcher = ["..."]
         words = [*launcher, os.path.relpath(sys.argv[0]), "--resume", last]
+        if self.ranks.device.type == "cpu" and torch.cuda.is_available():
+            words += ["--device", "cpu"]
         where = f"stopped in epoch {self.epoch} after step {self.meter.steps}"
         return f"{why}: {where}; to go on: {shlex.join(words)}"
 

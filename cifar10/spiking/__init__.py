@@ -8,13 +8,12 @@ what the backward pass keeps.
 from .layer import conv_bn, conv_bn_lif, conv_bn_lif_each, linear
 from .neuron import MultiStepLIF, neuron_maker
 from .plain import Stages
-from .spikes import add, checkpointed, matmul
+from .spikes import add, matmul
 
 __all__ = [
     "MultiStepLIF",
     "Stages",
     "add",
-    "checkpointed",
     "conv_bn",
     "conv_bn_lif",
     "conv_bn_lif_each",

@@ -114,11 +114,3 @@ class Product(torch.autograd.Function):
         else:
             grad_a, grad_b = grad * b, grad * a
         return None, grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)
-
-
-def checkpointed(module, x):
-    """plain.checkpointed(module, x); x comes back from autograd without its mark, so that the mark
-    is set again.
-    """
-    known = largest(x)
-    return plain.checkpointed(module, x, lambda x: module(mark(x, known)))

@@ -30,8 +30,6 @@ def obstacle(cfg, ranks, training):
         return "a graph needs a GPU"
     if cfg.compile:  # which makes programs of its own
         return "a graph needs compile: false"
-    if training and cfg.checkpoint_stages:  # they ask for the random state, which no capture allows
-        return "in training a graph needs checkpoint_stages: []"
     if training and ranks.world_size > 1 and getattr(cfg, "sync_bn", False):  # ranks meet within
         return "in training a graph needs sync_bn: false"
     return None
