@@ -355,3 +355,15 @@ def test_half_written_files_of_a_killed_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "log.txt"}
     assert torch.load(tmp_path / "last.pth") == {"epoch": 1}
     assert (tmp_path / "log.txt").read_bytes() == b"whole"
+
+
+def test_ctrl_c_while_a_fault_is_told(monkeypatch):
+    """As where torchrun passes Ctrl-C on, and another rank has ended already."""
+
+    def explain(error):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10.process, "explain", explain)
+    with pytest.raises(SystemExit) as end:
+        cifar10.process.run(lambda: 1 / 0)
+    assert end.value.code == 130

@@ -170,19 +170,20 @@ def without_signals():
 def run(main):
     """Call main(), exit with what it returns; a fault of user or machine is a line and code 1."""
     try:
-        code = main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except KeyboardInterrupt:
+        try:
+            code = main()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        except Exception as error:
+            reason = explain(error)
+            if reason is None:
+                raise
+            sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
+            sys.stderr.write(f"error: {escaped(reason)}\n")  # in one piece: other ranks write too
+            sys.stderr.flush()
+            code = 1
+    except KeyboardInterrupt:  # while another rank's end is told, too
         code = 130
-    except Exception as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
-        sys.stderr.write(f"error: {escaped(reason)}\n")  # in one piece: other ranks write too
-        sys.stderr.flush()
-        code = 1
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads any more
