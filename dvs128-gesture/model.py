@@ -125,7 +125,7 @@ class SpikingSelfAttention(Attention):
     """
 
     inputs = "qkv"
-    scale = 0.125  # as in the release, whatever the width of a head
+    scale = 0.125  # as in the release, whatever the width of a head; a power of 2: exact anywhere
 
     def __init__(self, dim, num_heads, lif=MultiStepLIF, cross_sample_lif=False):
         super().__init__(dim, num_heads, lif)
