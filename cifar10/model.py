@@ -10,7 +10,7 @@ The rest of spiking/ computes the same in less time and memory.
                                     of x * m, where m has one value for a head's token or channel
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]; heads=n: each as
                                     [T, B, H, W, n, channels]
-    add(x, y), matmul(x, y)         x + y, x @ y
+    add(x, y), matmul(x, y, lif)    x + y, x @ y
     linear(x, layer, lif)           layer(x)
 """
 
@@ -129,7 +129,7 @@ class SpikingSelfAttention(Attention):
     def attend(self, x):
         H, W = x.shape[3:]
         q, k, v = (y.flatten(2, 3).transpose(2, 3) for y in self.heads(x))  # [.., tokens, channels]
-        x = q @ (matmul(k.transpose(3, 4), v) * self.scale)
+        x = matmul(q, matmul(k.transpose(3, 4), v, self.k_lif) * self.scale, self.q_lif)
         x = x.transpose(2, 3).flatten(3).unflatten(2, (H, W))  # [T, B, H, W, C]
         return self.attn_lif(x.movedim(4, 2))
 

@@ -74,9 +74,9 @@ def build_optimizer(cfg, model):
 
     timm gives 1-D parameters no weight decay. UserError for settings that it does not take.
     """
-    # The fused kernel sees on the GPU that float16 has overflowed, and skips the step. Without it
-    # the scaler has to wait for the GPU at every step to know.
-    fused = {"fused": True} if cfg.opt == "adamw" and next(model.parameters()).is_cuda else {}
+    # One kernel for all parameters. On a GPU it skips a step whose float16 has overflowed: the
+    # scaler need not wait to know.
+    fused = {"fused": True} if cfg.opt == "adamw" else {}
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))

@@ -34,7 +34,7 @@ LOSE = {
     "plus": lambda s: s + s,
     "analog sum": lambda s: spikes.add(s, 0.5 * s),
     "analog mask": lambda s: spikes.masked(add_space(s), 0.5 * add_space(s)[:, :, :2, None]),
-    "matrix product": lambda s: spikes.matmul(s, s),
+    "matrix product": lambda s: spikes.matmul(s, s, lif.MultiStepLIF()),
     "in place": lambda s: s.mul_(0.5),
     "a view in place": lambda s: (s.flatten(2).mul_(0.5), s)[1],
     "an element": lambda s: (s[0, 0].fill_(0.5), s)[1],
@@ -86,20 +86,22 @@ def test_debug_mode():
         spikes.save(s)
 
 
-@pytest.mark.parametrize("name", ["masked", "matmul", "add"])
+@pytest.mark.parametrize("name", ["masked", "matmul", "matmul of one of many", "add"])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.37, 1.0), (1.0, 0.37), (0.37, 0.37)])
 def test_product(name, scales):
     """Equal to plain.py's in values and gradients, for spikes and for analog values, broadcast
     too.
     """
-    results = []
+    name, _, one = name.partition(" ")
+    results, more = [], [lif.MultiStepLIF()] * (name == "matmul")
     for function in (getattr(spikes, name), getattr(cifar10.plain, name)):
         s = fire(3, 8, 5, 5).detach().double()
         a = s.clone().requires_grad_()
-        b = (s[:, :, :2, None] if name == "masked" else s[0, :1]).clone().requires_grad_()
+        b = s[:, :, :2, None] if name == "masked" else s[0, :1] if one else s
+        b = b.clone().requires_grad_()
         x, y = spikes.mark(a.clone()), spikes.mark(b.clone())
         x, y = (z if scale == 1 else z * scale for z, scale in zip((x, y), scales, strict=True))
-        out = function(x, y)
+        out = function(x, y, *more)
         out.square().sum().backward()
         results.append((out, a.grad, b.grad))
     for ours, want in zip(*results, strict=True):

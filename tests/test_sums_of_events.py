@@ -30,12 +30,13 @@ def make_input(kind, shape, density, dtype):
 
 def convolve(x, weight, stride, padding):
     """(convolution of x, function of its gradient to the weight's)"""
-    counts = torch.equal(x, x.byte().to(x.dtype))
-    bits, share, values = events.find(x.byte() if counts else x, weight.dtype)
+    known = x.byte() if torch.equal(x, x.byte().to(x.dtype)) else x
+    bits, share, values = events.find(known, weight.dtype)
     assert share == (x != 0).double().mean().item()
     assert (values is None) == bool(((x == 0) | (x == 1)).all())
+    assert torch.equal(events.unpack(x.shape, bits, values, weight.dtype).to(x.dtype), x)
     args = stride, padding
-    y = events.convolve(x.shape, bits, values, weight, *args)
+    y = events.convolve(known, weight, *args)
     return y, lambda grad: events.weight_gradient(x.shape, bits, values, grad, weight, *args)
 
 
@@ -79,6 +80,24 @@ def test_dense(seeds):
         case = random_case(seed)
         limit = 1e-5 if case[0].dtype == torch.float32 else 1e-14
         assert max(differences(*case)) < limit, seed
+
+
+@pytest.mark.parametrize("dtype", events.DTYPES)
+@pytest.mark.parametrize("seed", range(12))
+def test_product(seed, dtype):
+    """Of whole numbers, exactly; for a and b of any layout in memory."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    T, B, heads, rows, depth, columns = (rng.randint(1, n) for n in (3, 3, 3, 70, 140, 70))
+    a = make_input("counts", (T * B, rows, heads, depth), rng.choice([0, 0.1, 1]), dtype)
+    a = a.unflatten(0, (T, B)).transpose(2, 3)
+    b = torch.randint(-9, 9, (T, B, depth, heads, columns)).to(dtype).transpose(2, 3)
+    if seed % 2:
+        a = a.transpose(3, 4).contiguous().transpose(3, 4)
+        b = b.transpose(3, 4).contiguous().transpose(3, 4)
+    assert torch.equal(events.product(a, b), a @ b)
+    expanded = b[:1, :, :1].expand_as(b)
+    assert torch.equal(events.product(a, expanded), a @ expanded)
 
 
 @pytest.mark.parametrize("density", [0, 0.01, 0.12, 0.5, 1])
@@ -235,18 +254,20 @@ template <class In> static void run(const Shape& s, int percent, bool values) {
     const long outs = s.images * s.out_height * s.out_width * s.out_channels;
     In* x = exact<In>(pixels * s.channels);
     for (long i = 0; i < pixels * s.channels; ++i) x[i] = draw() % 100 < percent ? 1 + values * (draw() % 9) : 0;
-    word* bits = exact<word>(pixels * ((s.channels + 63) / 64));
+    word* bits = exact<word>(s.images * s.height * ((s.width * s.channels + 63) / 64));
     real *weight = exact<real>(depth * s.out_channels), *y = exact<real>(outs);
     real* out = exact<real>(depth * s.out_channels);
     for (long i = 0; i < depth * s.out_channels; ++i) weight[i] = draw() % 7;
-    const long count = find(pixels, s.channels, x, sizeof(In) == 1, bits);
+    const long rows = s.images * s.height, count = find(rows, s.width * s.channels, x, sizeof(In) == 1, bits);
+    byte* bytes = exact<byte>(pixels * s.channels);
+    unpack(rows, s.width * s.channels, bits, bytes);
     In* known = count < 0 ? x : nullptr;
-    convolve(&s, bits, known, sizeof(In) == 1, weight, y);
+    convolve(&s, x, sizeof(In) == 1, weight, y, 2);
     weight_gradient(&s, bits, known, sizeof(In) == 1, y, out, 2);
     double sum = 0;
     for (long i = 0; i < depth * s.out_channels; ++i) sum += out[i];
     printf("%g\n", sum);
-    for (void* p : {(void*)x, (void*)bits, (void*)weight, (void*)y, (void*)out}) free(p);
+    for (void* p : {(void*)x, (void*)bits, (void*)bytes, (void*)weight, (void*)y, (void*)out}) free(p);
 }
 int main() {
     for (long c : {1, 2, 48, 64, 65, 130}) for (long o : {1, 7, 31, 96, 200}) for (long k : {1, 3}) for (long step : {1, 2}) {

@@ -89,7 +89,7 @@ class Candidate:
     def __init__(self, model, x, dtype, compiled):
         self.model, self.x = model.to(x.device), x
         self.target = torch.arange(len(x), device=x.device) % model.head.out_features
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda or None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         self.scaler = torch.amp.GradScaler(x.device.type, enabled=dtype == torch.float16)
         mixed = dtype != torch.float32
         self.autocast = functools.partial(

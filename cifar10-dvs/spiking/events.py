@@ -19,7 +19,7 @@ DENSE = 0.4
 
 @functools.cache
 def library(dtype):
-    options = [*HOST_OPTIONS, "-O2", "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
+    options = [*HOST_OPTIONS, "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
     found = build_library(SOURCE, *options)
     found.find.restype = ctypes.c_long
     return found
@@ -50,14 +50,24 @@ def find(x, dtype):
     return bits, abs(count) / x.numel(), x if count < 0 else None
 
 
-def convolve(x_shape, bits, values, weight, stride, padding):
-    """[N, C, H, W] of an input that `find` has seen -> [N, C', H', W'], both channels_last."""
+def convolve(x, weight, stride, padding):
+    """[N, C, H, W] -> [N, C', H', W'], both in channels_last."""
     weight = weight.contiguous(memory_format=torch.channels_last)
-    shape, (N, *_, height, width, channels) = geometry(x_shape, weight, stride, padding)
+    shape, (N, *_, height, width, channels) = geometry(x.shape, weight, stride, padding)
     y = weight.new_empty(N, height, width, channels)
-    args = (pointer(bits), *values_of(values), pointer(weight), pointer(y))
+    args = *values_of(x), pointer(weight), pointer(y), *numbers(torch.get_num_threads())
     library(weight.dtype).convolve(shape, *args)
     return y.permute(0, 3, 1, 2)
+
+
+def unpack(shape, bits, values, dtype):
+    """The x, [N, C, H, W] of this shape, that `find` has seen: its values or, from bits, bytes."""
+    if values is not None:
+        return values
+    N, C, H, W = shape
+    x = torch.empty(N, H, W, C, dtype=torch.uint8)
+    library(dtype).unpack(*numbers(N * H, W * C), pointer(bits), pointer(x))
+    return x.permute(0, 3, 1, 2)
 
 
 def weight_gradient(x_shape, bits, values, grad, weight, stride, padding):
@@ -67,6 +77,22 @@ def weight_gradient(x_shape, bits, values, grad, weight, stride, padding):
     threads = torch.get_num_threads()
     args = (pointer(bits), *values_of(values), pointer(grad), pointer(out), *numbers(threads))
     library(weight.dtype).weight_gradient(shape, *args)
+    return out
+
+
+def product(a, b):
+    """a @ b of [T, B, heads, rows, depth] and [T, B, heads, depth, columns], in float32 or float64.
+
+    A row's sums do not depend on the others.
+    """
+    if 1 not in a.stride()[3:]:
+        a = a.contiguous()
+    b = b if b.stride(4) == 1 else b.contiguous()
+    T, B, heads, rows, columns = (*a.shape[:4], b.shape[4])
+    out = a.new_empty(T, B, rows, heads, columns).transpose(2, 3)
+    sizes = (T, B, heads, rows, a.shape[4], columns, *a.stride(), *b.stride(), *out.stride())
+    args = (ctypes.c_long * len(sizes))(*sizes), *map(pointer, (a, b, out))
+    library(a.dtype).multiply(*args)
     return out
 
 

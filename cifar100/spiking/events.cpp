@@ -1,12 +1,10 @@
 // Convolutions of spikes on a CPU: rows of the weight are added up, only where an input is not 0.
 //
-// Where inputs are not 0 is known from bits, in words of 64: a row of pixels after the other, of a
-// pixel all channels. An output pixel sees a patch of depth = taps * channels inputs, whose words
-// are put together from those of the rows. Of some words at a time they become Events, and
+// Which inputs of a pixel are not 0 is found once, for all the outputs that see it: Events. Then
 // `add_rows` keeps a tile of outputs in registers while it adds the rows of the weight that these
-// name. The weight's gradient is the same sum with pixels and depth exchanged: the words are
-// transposed, and rows of the output's gradient are added up. Each output has its sum in one order,
-// whatever the batch and the threads.
+// name. The weight's gradient is the same sum with pixels and depth exchanged: bits, which the
+// forward pass has saved, are transposed, and rows of the output's gradient are added up. Each
+// output has its sum in one order, whatever the batch and the threads.
 //
 // Values that are not 1 count as they are, so that any input is right; a dense one takes longer.
 
@@ -14,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -29,10 +28,11 @@ constexpr int LANES = 32 / sizeof(real);
 constexpr int LANES = 16 / sizeof(real);
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
-constexpr int MOST_VECTORS = 8;  // of a tile, in registers
-// Words whose bits a tile has rows for: it has 64 kB, to stay in a near cache.
-constexpr int WORDS = (1 << 16) / (64 * MOST_VECTORS * sizeof(vec));
-constexpr int PIXELS = 128;  // that are summed before the next tile
+constexpr int MOST_VECTORS = 6;  // of a tile, in registers
+// Words whose bits a tile has rows for, whose numbers are bytes: it has 64 kB at most, to stay in a
+// near cache.
+constexpr int WORDS = std::min<int>(4, (1 << 16) / (64 * MOST_VECTORS * sizeof(vec)));
+constexpr int PIXELS = 256;  // about so many are summed before the next tile
 
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
@@ -48,17 +48,12 @@ struct Found {
 
 template <class In>
 static Found look(const In* x) {
-    byte some[64], ones[64];
-    for (int k = 0; k < 64; ++k) some[k] = x[k] != 0, ones[k] = x[k] == 1;
-    Found found = {0, 0};
-    for (int k = 0; k < 64; k += 8) {  // eight bytes, 0 or 1, to eight bits
-        word eight[2];
-        memcpy(eight, some + k, 8);
-        memcpy(eight + 1, ones + k, 8);
-        found.some |= (eight[0] * 0x0102040810204080 >> 56) << k;
-        found.ones |= (eight[1] * 0x0102040810204080 >> 56) << k;
+    unsigned some[2] = {0, 0}, ones[2] = {0, 0};
+    for (int half = 0; half < 2; ++half, x += 32) {  // in loops that a compiler turns into vectors
+        for (int k = 0; k < 32; ++k) some[half] |= x[k] != 0 ? 1u << k : 0;
+        for (int k = 0; k < 32; ++k) ones[half] |= x[k] == 1 ? 1u << k : 0;
     }
-    return found;
+    return {some[0] | word(some[1]) << 32, ones[0] | word(ones[1]) << 32};
 }
 
 // Bits of the places of x that are not 0: x is `rows` of `size` numbers, each of which begins a word.
@@ -83,6 +78,18 @@ static long find(long rows, long size, const In* x, word* bits) {
     return ones < count ? -count : count;
 }
 
+// Calls act(n) for the places of x that are not 0.
+template <class Act>
+static void each(const real* x, long size, const Act& act) {
+    for (long i = 0; i < size; i += 64) {
+        real rest[64] = {};
+        const bool whole = size - i >= 64;
+        if (!whole) memcpy(rest, x + i, (size - i) * sizeof(real));
+        for (word some = look(whole ? x + i : rest).some; some; some &= some - 1)
+            act(i + __builtin_ctzll(some));
+    }
+}
+
 static void transpose(word* square) {  // of 64 x 64 bits
     word mask = 0xffffffff;
     for (int j = 32; j; j >>= 1, mask ^= mask << j)
@@ -94,171 +101,105 @@ static void transpose(word* square) {  // of 64 x 64 bits
             }
 }
 
-// Patches ----------------------------------------------------------------------------------------
-
-struct Corner {  // of a patch, in its image; it may be outside
-    long image, y, x;
-};
-
-struct Patches {
-    const Shape shape;
-    const word* bits;
-    const long depth, words, of_row;  // words of a patch, and of a row of pixels
-    std::vector<long> place;          // of each input, from the corner on
-
-    Patches(const Shape& s, const word* bits)
-        : shape(s), bits(bits), depth(s.kernel_height * s.kernel_width * s.channels),
-          words((depth + 63) / 64), of_row((s.width * s.channels + 63) / 64), place(words * 64) {
-        for (long k = 0; k < long(place.size()); ++k) {  // behind the depth, too
-            const long tap = k / s.channels, y = tap / s.kernel_width, x = tap % s.kernel_width;
-            place[k] = (y * s.width + x) * s.channels + k % s.channels;
-        }
-    }
-    long pixels() const { return shape.images * shape.out_height * shape.out_width; }
-    Corner corner(long pixel) const {
-        const long x = pixel % shape.out_width, y = pixel / shape.out_width % shape.out_height;
-        return {pixel / shape.out_width / shape.out_height, y * shape.stride_y - shape.pad_y,
-                x * shape.stride_x - shape.pad_x};
-    }
-    void move_on(Corner& corner) const {  // to the next pixel's
-        corner.x += shape.stride_x;
-        if (corner.x + shape.pad_x < shape.out_width * shape.stride_x) return;
-        corner.x = -shape.pad_x;
-        corner.y += shape.stride_y;
-        if (corner.y + shape.pad_y < shape.out_height * shape.stride_y) return;
-        corner.y = -shape.pad_y;
-        ++corner.image;
-    }
-    long start(const Corner& corner) const {
-        return ((corner.image * shape.height + corner.y) * shape.width + corner.x) * shape.channels;
-    }
-    // The bits of a patch, one row's behind the other's.
-    void cut(const Corner& corner, word* out) const {
-        word current = 0;
-        long filled = 0;
-        const auto append = [&](word some, long count) {  // of at most 64 bits; the others are 0
-            const long left = 64 - filled;
-            current |= some << filled;
-            filled += count;
-            if (count < left) return;
-            *out++ = current;
-            current = left < 64 ? some >> left : 0;
-            filled -= 64;
-        };
-        const long width = shape.width * shape.channels, size = shape.kernel_width * shape.channels;
-        const long begin = corner.x * shape.channels, stop = begin + size;
-        const long first = std::clamp(0L, begin, stop), end = std::clamp(width, begin, stop);
-        for (long y = corner.y; y < corner.y + shape.kernel_height; ++y) {
-            const bool inside = y >= 0 && y < shape.height;
-            const word* row = bits + (corner.image * shape.height + y) * of_row;
-            for (long i = begin, count; i < stop; i += count) {
-                const bool outside = !inside || i < first || i >= end;
-                count = std::min(64L, (i < first ? first : i < end ? end : stop) - i);
-                word some = 0;
-                if (!outside) {
-                    some = row[i / 64] >> i % 64;
-                    if (i % 64 && count > 64 - i % 64) some |= row[i / 64 + 1] << (64 - i % 64);
-                    if (count < 64) some &= (word(1) << count) - 1;
-                }
-                append(some, count);
-            }
-        }
-        if (filled) *out = current;
-    }
-};
+// The bits of a row, which has `size`, from `begin` on, at most 64; 0 where it has none.
+static word cut(const word* row, long size, long begin, long count) {
+    const long first = std::max(begin, 0L), end = std::min(begin + count, size), shift = first % 64;
+    if (first >= end) return 0;
+    word some = row[first / 64] >> shift;
+    if (shift + end - first > 64) some |= row[first / 64 + 1] << (64 - shift);
+    if (end - first < 64) some &= (word(1) << (end - first)) - 1;
+    return some << (first - begin);
+}
 
 // Sums -------------------------------------------------------------------------------------------
 
-// Writes `first` plus the places of the bits, and up to 32 numbers of no meaning behind; returns how
-// many there are. No branch depends on the bits: it would be guessed wrong as often as not.
-typedef uint16_t eight __attribute__((vector_size(16)));
-
+// Writes `first` plus the places of the bits, and up to 8 bytes of no meaning behind; returns how many
+// there are. No branch depends on the bits: it would be guessed wrong as often as not.
 static const struct Places {  // of the bits of each byte
-    eight of[256];
+    word of[256];
     Places() : of() {
-        for (int byte = 0; byte < 256; ++byte)
+        for (int bits = 0; bits < 256; ++bits)
             for (int bit = 0, n = 0; bit < 8; ++bit)
-                if (byte >> bit & 1) of[byte][n++] = bit;
+                if (bits >> bit & 1) of[bits] |= word(bit) << 8 * n++;
     }
 } places;
 
-static int write_places(word bits, int first, uint16_t* out) {
-    const uint16_t* start = out;
+static int write_places(word bits, int first, byte* out) {
+    const byte* start = out;
     for (int k = 0; k < 64; k += 8, bits >>= 8) {
-        const eight found = places.of[bits & 255] + uint16_t(first + k);
+        const word found = places.of[bits & 255] + (first + k) * 0x0101010101010101;
         memcpy(out, &found, sizeof found);
         out += __builtin_popcount(bits & 255);
     }
     return out - start;
 }
 
-// Which rows of a tile a row of outputs adds up, and with what values, where these are not all 1.
-template <class In>
+// Which rows of a tile are added up, a list a slot, and with what values, where these are not all 1.
 struct Events {
-    static constexpr bool ones = std::is_void<In>();
-    static constexpr int MOST = 64 * WORDS + 32;  // of a row, with room for what has no meaning
-    const In* x;
-    std::vector<int> count;
-    std::vector<uint16_t> row;
-    std::vector<real> value;
+    std::vector<int> start;  // of each slot's list; the last is the end
+    std::vector<char> ones;  // whether all values of a slot are 1
+    std::unique_ptr<byte[]> row;
+    std::unique_ptr<real[]> value;
+    long room = 0;
 
-    Events(const In* x, int rows)
-        : x(x), count(rows), row(rows * MOST), value(ones ? 0 : rows * MOST) {}
-    // Append the bits of a word, whose values are those of x + place + places[bit].
-    void add(int r, int first, word bits, long place, const long* places) {
-        uint16_t* rows = row.data() + r * MOST;
-        const int begin = count[r];
-        count[r] += write_places(bits, first, rows + begin);
-        if constexpr (!ones) {
-            real* values = value.data() + r * MOST;
-            for (int n = begin; n < count[r]; ++n)
-                values[n] = x[place + places[rows[n] - first]];
-        }
+    void clear(long most) {  // events
+        start.assign(1, 0);
+        ones.clear();
+        if (most <= room) return;
+        row.reset(new byte[most + 8]);
+        value.reset(new real[most]);
+        room = most;
     }
-    void clear() { std::fill(count.begin(), count.end(), 0); }
+    void open_slot() {
+        start.push_back(start.back());
+        ones.push_back(true);
+    }
+    // Appends the bits of a word, from row `first` of the tile on. value_of(bit) is asked unless it
+    // is known that all are 1.
+    template <class Value>
+    void add(int first, word bits, bool all_ones, const Value& value_of) {
+        const int from = *(start.end() - 2), begin = start.back();
+        const int end = start.back() += write_places(bits, first, row.get() + begin);
+        if (all_ones && ones.back()) return;
+        if (ones.back()) std::fill(value.get() + from, value.get() + begin, 1);
+        ones.back() = false;
+        for (int n = begin; n < end; ++n) value[n] = value_of(row[n] - first);
+    }
 };
 
-// Adds to each of `rows` outputs the rows of `tile` that its events name. A row of the tile has V
-// vectors, one of outputs `width` numbers.
-template <int V, class In>
-static void add_rows(int rows, const Events<In>& events, const real* tile, real* out, long stride,
-                     int width, bool first) {
-    for (int r = 0; r < rows; ++r, out += stride) {
-        const uint16_t* row = events.row.data() + r * events.MOST;
-        const real* value = events.value.data() + r * events.MOST;
-        const int count = events.count[r];
-        if (!count && !first) continue;
-        vec sum[V], narrow[V];
-        const bool whole = width == V * LANES;
-        UNROLL for (int j = 0; j < V; ++j) sum[j] = vec{};
-        if (!first && whole) {
-            UNROLL for (int j = 0; j < V; ++j) memcpy(sum + j, out + j * LANES, sizeof(vec));
-        } else if (!first) {
-            memcpy(narrow, out, width * sizeof(real));
-            UNROLL for (int j = 0; j < V; ++j) sum[j] = narrow[j];
+// Adds to each of `rows` outputs, V vectors, the rows of `tile` that its slots' events name: of
+// `taps` slots, each for `size` numbers of the tile; one below 0 has no events. The next output's are
+// `every` slots on.
+template <int V>
+static void add_rows(int rows, const Events& events, const int* slots, int every, int taps,
+                     const real* tile, long size, real* outputs, bool first) {
+    vec* out = (vec*)outputs;
+    for (int r = 0; r < rows; ++r, out += V, slots += every) {
+        vec sum[V];
+        UNROLL for (int j = 0; j < V; ++j) sum[j] = first ? vec{} : out[j];
+        for (int tap = 0; tap < taps; ++tap) {
+            const long slot = slots[tap];
+            if (slot < 0) continue;
+            const vec* start = (const vec*)(tile + tap * size);
+            const int begin = events.start[slot], end = events.start[slot + 1];
+            if (events.ones[slot])
+                for (int i = begin; i < end; ++i) {
+                    const vec* from = start + events.row[i] * V;
+                    UNROLL for (int j = 0; j < V; ++j) sum[j] += from[j];
+                }
+            else
+                for (int i = begin; i < end; ++i) {
+                    const vec* from = start + events.row[i] * V;
+                    UNROLL for (int j = 0; j < V; ++j) sum[j] += events.value[i] * from[j];
+                }
         }
-        for (int i = 0; i < count; ++i) {
-            const vec* from = (const vec*)tile + row[i] * V;
-            if constexpr (events.ones) {
-                UNROLL for (int j = 0; j < V; ++j) sum[j] += from[j];
-            } else {
-                UNROLL for (int j = 0; j < V; ++j) sum[j] += value[i] * from[j];
-            }
-        }
-        if (whole) {
-            UNROLL for (int j = 0; j < V; ++j) memcpy(out + j * LANES, sum + j, sizeof(vec));
-        } else {
-            UNROLL for (int j = 0; j < V; ++j) narrow[j] = sum[j];
-            memcpy(out, narrow, width * sizeof(real));
-        }
+        UNROLL for (int j = 0; j < V; ++j) out[j] = sum[j];
     }
 }
 
-template <class In>
 static auto adder(int vectors) {
-    return vectors == 1 ? add_rows<1, In> : vectors == 2 ? add_rows<2, In>
-         : vectors == 3 ? add_rows<3, In> : vectors == 4 ? add_rows<4, In>
-         : vectors == 6 ? add_rows<6, In> : add_rows<8, In>;
+    return vectors == 1 ? add_rows<1> : vectors == 2 ? add_rows<2> : vectors == 3 ? add_rows<3>
+         : vectors == 4 ? add_rows<4> : add_rows<6>;
 }
 
 struct Tiles {  // of `channels` outputs, all but the last of the same width
@@ -305,123 +246,271 @@ static void turn(const real* in, long stride, long rows, long columns, real* out
     }
 }
 
-template <class In>
-static void convolve(const Patches& patches, const In* x, const real* weight, real* y) {
-    const long depth = patches.depth, pixels = patches.pixels(), words = patches.words;
-    const Tiles tiles{patches.shape.out_channels};
-    const long size = words * 64 * tiles.row;
-    Memory packed(tiles.count * size);
-    _Pragma("omp parallel for collapse(2)") for (long tile = 0; tile < tiles.count; ++tile)
-        for (long k = 0; k < depth; k += LANES)
-            turn(weight + tile * tiles.used * depth + k, depth, tiles.width(tile),
-                 std::min(depth - k, long(LANES)), packed.get() + tile * size + k * tiles.row,
-                 tiles.row);
-    const auto add = adder<In>(tiles.vectors);
-    _Pragma("omp parallel") {
-        Events<In> events(x, PIXELS);
-        Corner corners[PIXELS];
-        std::vector<word> bits(PIXELS * words);
-        _Pragma("omp for schedule(dynamic)") for (long start = 0; start < pixels;
-                                                  start += PIXELS) {
-            const int rows = std::min(long(PIXELS), pixels - start);
-            Corner corner = patches.corner(start);
-            for (int r = 0; r < rows; ++r, patches.move_on(corner)) {
-                corners[r] = corner;
-                patches.cut(corners[r], bits.data() + r * words);
+// Events of input pixels where more than one output sees them, else of an output's whole patch.
+struct Sites {
+    const Shape& shape;
+    const bool shared;
+    const long taps, depth, words, groups;  // of a site; a group has WORDS words, and a slot
+
+    Sites(const Shape& s)
+        : shape(s), shared(s.kernel_height * s.kernel_width > 1 && s.channels >= 32),
+          taps(shared ? s.kernel_height * s.kernel_width : 1),
+          depth(s.kernel_height * s.kernel_width * s.channels / taps), words((depth + 63) / 64),
+          groups((words + WORDS - 1) / WORDS) {}
+
+    template <class In>
+    void add(Events& events, const In* x) const {
+        for (long i = 0; i < words; ++i) {
+            if (i % WORDS == 0) events.open_slot();
+            const In* from = x + 64 * i;
+            In rest[64] = {};
+            if (depth - 64 * i < 64) {
+                memcpy(rest, from, (depth - 64 * i) * sizeof(In));
+                from = rest;
             }
-            for (long t = 0; t < words; t += WORDS) {
-                events.clear();
-                for (int r = 0; r < rows; ++r)
-                    for (long i = t; i < std::min(t + WORDS, words); ++i)
-                        events.add(r, 64 * (i - t), bits[r * words + i],
-                                   patches.start(corners[r]), patches.place.data() + 64 * i);
-                for (long tile = 0; tile < tiles.count; ++tile)
-                    add(rows, events, packed.get() + tile * size + 64 * t * tiles.row,
-                        y + start * tiles.channels + tile * tiles.used, tiles.channels,
-                        tiles.width(tile), t == 0);
+            const Found found = look(from);
+            events.add(64 * (i % WORDS), found.some, found.some == found.ones,
+                       [from](int bit) { return from[bit]; });
+        }
+    }
+
+    // The inputs that an output sees, put together in `patch` where they are not so in memory.
+    template <class In>
+    const In* look_at(const In* x, long line, long column, In* patch) const {
+        const long top = line % shape.out_height * shape.stride_y - shape.pad_y;
+        const long left = column * shape.stride_x - shape.pad_x, width = shape.kernel_width;
+        const In* image = x + line / shape.out_height * shape.height * shape.width * shape.channels;
+        if (shape.kernel_height * width == 1 && !shape.pad_y && !shape.pad_x)
+            return image + (top * shape.width + left) * shape.channels;
+        std::fill_n(patch, depth, In(0));
+        const long first = std::max(0L, -left), end = std::min(width, shape.width - left);
+        for (long k = 0; k < shape.kernel_height; ++k)
+            if (top + k >= 0 && top + k < shape.height && first < end)
+                memcpy(patch + (k * width + first) * shape.channels,
+                       image + ((top + k) * shape.width + left + first) * shape.channels,
+                       (end - first) * shape.channels * sizeof(In));
+        return patch;
+    }
+
+    // Fills `events` and, for each output and group, the slots of its taps: of rows of outputs, those
+    // of all images counted.
+    template <class In>
+    void find(const In* x, long begin, long end, Events& events, int* slots, In* patch) const {
+        const auto top = [&](long line) {
+            return line % shape.out_height * shape.stride_y - shape.pad_y;
+        };
+        const auto image = [&](long line) { return line / shape.out_height * shape.height; };
+        const long from = image(begin) + std::max(0L, top(begin));
+        const long below = std::min(shape.height, top(end - 1) + shape.kernel_height);
+        const long pixels = shared ? (image(end - 1) + below - from) * shape.width : 0;
+        events.clear((shared ? pixels : (end - begin) * shape.out_width) * words * 64);
+        for (long i = 0; i < pixels; ++i) add(events, x + (from * shape.width + i) * depth);
+        for (long line = begin, site = 0; line < end; ++line) {
+            const long h = top(line), row = (image(line) + h - from) * shape.width;
+            for (long column = 0; column < shape.out_width; ++column, slots += taps * groups) {
+                const long w = column * shape.stride_x - shape.pad_x;
+                if (!shared) {
+                    add(events, look_at(x, line, column, patch));
+                    std::iota(slots, slots + groups, site++ * groups);
+                    continue;
+                }
+                for (long y = 0, tap = 0; y < shape.kernel_height; ++y)
+                    for (long z = 0; z < shape.kernel_width; ++z, ++tap) {
+                        const bool inside = h + y >= 0 && h + y < shape.height && w + z >= 0 &&
+                                            w + z < shape.width;
+                        const long seen = (row + y * shape.width + w + z) * groups;
+                        for (long g = 0; g < groups; ++g)
+                            slots[g * taps + tap] = inside ? seen + g : -1;
+                    }
+            }
+        }
+    }
+};
+
+template <class In>
+static void convolve(const Shape& shape, const In* x, const real* weight, real* y, long threads) {
+    const Sites sites(shape);
+    const Tiles tiles{shape.out_channels};
+    const long taps = sites.taps, groups = sites.groups, width = shape.out_width;
+    const long of_tap = sites.words * 64 * tiles.row, size = taps * of_tap;
+    Memory packed(tiles.count * size);
+    _Pragma("omp parallel for collapse(3)") for (long tile = 0; tile < tiles.count; ++tile)
+        for (long tap = 0; tap < taps; ++tap)
+            for (long k = 0; k < sites.depth; k += LANES)
+                turn(weight + (tile * tiles.used * taps + tap) * sites.depth + k,
+                     taps * sites.depth, tiles.width(tile), std::min(sites.depth - k, long(LANES)),
+                     packed.get() + tile * size + tap * of_tap + k * tiles.row, tiles.row);
+    const auto add = adder(tiles.vectors);
+    const long lines = shape.images * shape.out_height;
+    const long share = (lines + threads - 1) / threads;
+    const long some = std::clamp(PIXELS / width, 1L, share);  // rows of outputs at a time
+    const long together = std::clamp(WORDS / sites.words, 1L, taps);  // taps of a tile
+    _Pragma("omp parallel") {
+        Events events;
+        Memory sums(some * width * tiles.row);
+        std::vector<int> slots(some * width * taps * groups);
+        std::vector<In> patch(sites.depth);
+        _Pragma("omp for schedule(dynamic)") for (long line = 0; line < lines; line += some) {
+            const long end = std::min(line + some, lines);
+            sites.find(x, line, end, events, slots.data(), patch.data());
+            const long rows = (end - line) * width;
+            for (long tile = 0; tile < tiles.count; ++tile) {
+                const real* weights = packed.get() + tile * size;
+                for (long tap = 0; tap < taps; tap += together)
+                    for (long g = 0; g < groups; ++g)
+                        add(rows, events, slots.data() + g * taps + tap, groups * taps,
+                            std::min(together, taps - tap),
+                            weights + tap * of_tap + g * WORDS * 64 * tiles.row, of_tap, sums.get(),
+                            tap + g == 0);
+                real* out = y + line * width * tiles.channels + tile * tiles.used;
+                for (long r = 0; r < rows; ++r)
+                    memcpy(out + r * tiles.channels, sums.get() + r * tiles.row,
+                           tiles.width(tile) * sizeof(real));
             }
         }
     }
 }
 
 // The gradient of the weight, [out channels, depth]. Each of `parts` of the pixels has its own sum;
-// how many there are depends on shapes alone. `threads` share these, and the words.
+// how many there are depends on shapes alone. `threads` share these, and the words of a patch: of the
+// `run` inputs that a row of the kernel sees, for each row.
 template <class In>
-static void weight_gradient(const Patches& patches, const In* x, const real* grad, real* out,
-                            long threads) {
-    const long depth = patches.depth, pixels = patches.pixels(), words = patches.words;
-    const Tiles tiles{patches.shape.out_channels};
-    const long size = depth * tiles.channels, most = 64 * WORDS;
+static void weight_gradient(const Shape& shape, const word* bits, const In* x, const real* grad,
+                            real* out, long threads) {
+    constexpr long most = 64 * WORDS;  // pixels at a time
+    const long run = shape.kernel_width * shape.channels, of_run = (run + 63) / 64;
+    const long of_row = shape.width * shape.channels, words = shape.kernel_height * of_run;
+    const long depth = shape.kernel_height * run;
+    const long pixels = shape.images * shape.out_height * shape.out_width;
+    const Tiles tiles{shape.out_channels};
+    const long size = depth * tiles.channels;
     const long parts = std::max(1L, std::min({16L, (1L << 22) / size, pixels / (4 * most)}));
     const long groups = std::min((2 * threads + parts - 1) / parts, words);
-    Memory partial(parts * size);
-    const auto add = adder<In>(tiles.vectors);
+    Memory partial(parts * tiles.count * words * 64 * tiles.row);
+    const auto sums = [&](long part, long tile, long word) {
+        return partial.get() + ((part * tiles.count + tile) * words + word) * 64 * tiles.row;
+    };
+    const auto add = adder(tiles.vectors);
     _Pragma("omp parallel for schedule(dynamic)") for (long task = 0; task < parts * groups;
                                                        ++task) {
         const long part = task / groups, group = task % groups;
         const long begin = part * pixels / parts, end = (part + 1) * pixels / parts;
         Memory packed(tiles.count * most * tiles.row);
-        Events<In> events(x, 64);
-        std::vector<word> bits(most * words);
-        long places[most];
-        word square[64];
+        Events events;
+        long image[most], top[most], place[most];
+        word square[most];
+        int slots[64];
+        std::iota(slots, slots + 64, 0);
         for (long start = begin; start < end; start += most) {
             const int rows = std::min(most, end - start);
             for (int r = 0; r < rows; ++r) {
-                const Corner corner = patches.corner(start + r);
-                places[r] = patches.start(corner);
-                patches.cut(corner, bits.data() + r * words);
+                const long line = (start + r) / shape.out_width;
+                image[r] = line / shape.out_height * shape.height;
+                top[r] = line % shape.out_height * shape.stride_y - shape.pad_y;
                 for (long c = 0; c < tiles.count; ++c)
                     memcpy(packed.get() + (c * most + r) * tiles.row,
                            grad + (start + r) * tiles.channels + c * tiles.used,
                            tiles.width(c) * sizeof(real));
             }
             for (long t = group * words / groups; t < (group + 1) * words / groups; ++t) {
-                events.clear();
-                for (int i = 0; i < rows; i += 64) {
-                    for (int r = 0; r < 64; ++r)
-                        square[r] = i + r < rows ? bits[(i + r) * words + t] : 0;
-                    transpose(square);
-                    for (int k = 0; k < 64; ++k)
-                        events.add(k, i, square[k], patches.place[64 * t + k], places + i);
+                const long k = t % of_run * 64, count = std::min(64L, run - k);
+                for (int r = 0; r < most; ++r) {
+                    square[r] = 0;
+                    if (r >= rows) continue;
+                    const long left = (start + r) % shape.out_width * shape.stride_x - shape.pad_x;
+                    const long from = left * shape.channels + k, h = top[r] + t / of_run;
+                    place[r] = (image[r] + h) * of_row + from;
+                    if (h >= 0 && h < shape.height)
+                        square[r] = cut(bits + (image[r] + h) * ((of_row + 63) / 64), of_row, from,
+                                        count);
+                }
+                for (int i = 0; i < most; i += 64) transpose(square + i);
+                events.clear(64 * most);
+                for (int j = 0; j < count; ++j) {
+                    events.open_slot();
+                    for (int i = 0; i < rows; i += 64)
+                        events.add(i, square[i + j], !x,
+                                   [&](int pixel) { return x[place[i + pixel] + j]; });
                 }
                 for (long c = 0; c < tiles.count; ++c)
-                    add(std::min(64L, depth - 64 * t), events, packed.get() + c * most * tiles.row,
-                        partial.get() + part * size + 64 * t * tiles.channels + c * tiles.used,
-                        tiles.channels, tiles.width(c), start == begin);
+                    add(count, events, slots, 1, 1, packed.get() + c * most * tiles.row, 0,
+                        sums(part, c, t), start == begin);
             }
         }
     }
-    _Pragma("omp parallel for") for (long c = 0; c < tiles.channels; c += 16)
-        for (long some = 0; some < depth; some += 64)
-            for (long j = c; j < std::min(c + 16, tiles.channels); ++j)
-                for (long k = some; k < std::min(some + 64, depth); ++k) {
+    _Pragma("omp parallel for collapse(2)") for (long c = 0; c < tiles.count; ++c)
+        for (long t = 0; t < words; ++t)
+            for (long j = 0; j < tiles.width(c); ++j)
+                for (long k = 0; k < std::min(64L, run - t % of_run * 64); ++k) {
                     real sum = 0;
                     for (long part = 0; part < parts; ++part)
-                        sum += partial.get()[part * size + k * tiles.channels + j];
-                    out[j * depth + k] = sum;
+                        sum += sums(part, c, t)[k * tiles.row + j];
+                    out[(c * tiles.used + j) * depth + t / of_run * run + t % of_run * 64 + k] = sum;
                 }
 }
 
+// Products ---------------------------------------------------------------------------------------
+
+struct Matrices {  // of three batch dimensions: sizes and, of a, b and out, distances in memory
+    long batch[3], rows, depth, columns;
+    struct Steps {
+        long batch[3], row, column;
+    } a, b, out;
+};
+
+// out = a @ b, where only those numbers of a cost time that are not 0. Of a the columns, or the rows,
+// are dense in memory, of b and out the rows.
+static void multiply(const Matrices& m, const real* a, const real* b, real* out) {
+    const bool by_rows = m.a.column == 1;
+    const long lines = by_rows ? m.rows : m.depth, size = by_rows ? m.depth : m.rows;
+    _Pragma("omp parallel for collapse(3)") for (long i = 0; i < m.batch[0]; ++i)
+        for (long j = 0; j < m.batch[1]; ++j)
+            for (long k = 0; k < m.batch[2]; ++k) {
+                const auto start = [&](const Matrices::Steps& steps) {
+                    return i * steps.batch[0] + j * steps.batch[1] + k * steps.batch[2];
+                };
+                const real *from = a + start(m.a), *factor = b + start(m.b);
+                real* to = out + start(m.out);
+                for (long row = 0; row < m.rows; ++row)
+                    std::fill_n(to + row * m.out.row, m.columns, 0);
+                for (long line = 0; line < lines; ++line) {
+                    const real* values = from + line * (by_rows ? m.a.row : m.a.column);
+                    each(values, size, [&](long n) {
+                        const real value = values[n];
+                        const real* add = factor + (by_rows ? n : line) * m.b.row;
+                        real* sum = to + (by_rows ? line : n) * m.out.row;
+                        for (long c = 0; c < m.columns; ++c) sum[c] += value * add[c];
+                    });
+                }
+            }
+}
+
 extern "C" {
+void multiply(const Matrices* m, const real* a, const real* b, real* out) {
+    return multiply(*m, a, b, out);
+}
+
 long find(long rows, long size, const void* x, bool bytes, word* bits) {
     return bytes ? find(rows, size, (const byte*)x, bits) : find(rows, size, (const real*)x, bits);
 }
 
-// x: the inputs' values, bytes or reals; null where all are 0 or 1.
-void convolve(const Shape* shape, const word* bits, const void* x, bool bytes, const real* weight,
-              real* y) {
-    const Patches patches(*shape, bits);
-    if (!x) return convolve<void>(patches, x, weight, y);
-    bytes ? convolve(patches, (const byte*)x, weight, y)
-          : convolve(patches, (const real*)x, weight, y);
+void convolve(const Shape* shape, const void* x, bool bytes, const real* weight, real* y,
+              long threads) {
+    bytes ? convolve(*shape, (const byte*)x, weight, y, threads)
+          : convolve(*shape, (const real*)x, weight, y, threads);
 }
 
+// One byte for each bit that `find` has written.
+void unpack(long rows, long size, const word* bits, byte* x) {
+    const long words = (size + 63) / 64;
+    _Pragma("omp parallel for") for (long r = 0; r < rows; ++r)
+        for (long i = 0; i < size; ++i) x[r * size + i] = bits[r * words + i / 64] >> i % 64 & 1;
+}
+
+// x: the inputs' values, bytes or reals; null where all are 0 or 1.
 void weight_gradient(const Shape* shape, const word* bits, const void* x, bool bytes,
                      const real* grad, real* out, long threads) {
-    const Patches patches(*shape, bits);
-    if (!x) return weight_gradient<void>(patches, x, grad, out, threads);
-    bytes ? weight_gradient(patches, (const byte*)x, grad, out, threads)
-          : weight_gradient(patches, (const real*)x, grad, out, threads);
+    bytes ? weight_gradient(*shape, bits, (const byte*)x, grad, out, threads)
+          : weight_gradient(*shape, bits, (const real*)x, grad, out, threads);
 }
 }

@@ -81,8 +81,7 @@ def linear(x, layer, lif):
     by_events = x.numel() and ops.observed() is None
     if not by_events or not takes_events(rows, weight, autocast_type(x), False):
         return layer(x)
-    bits, _, values = events.find(rows, x.dtype)
-    y = events.convolve(rows.shape, bits, values, weight, (1, 1), (0, 0)).flatten(1)
+    y = events.convolve(channels_last(rows), weight, (1, 1), (0, 0)).flatten(1)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -188,8 +187,8 @@ def convolve(x, kernel, options):
     stride, padding, dtype = options.layer.stride, options.layer.padding, options.dtype
     if options.events:
         x = rows(save(x))
-        found = events.find(x, kernel.dtype)
-        return events.convolve(x.shape, found[0], found[2], kernel, stride, padding), found
+        found = events.find(x, kernel.dtype) if options.layer.training else None
+        return events.convolve(x, kernel, stride, padding), found
     x = x if x.dtype == dtype else x.to(dtype)
     if options.product:
         return F.linear(pixels(x), kernel), None
@@ -266,8 +265,10 @@ class ConvBNLIF(torch.autograd.Function):
             shape = shape[0] * shape[1], *shape[2:]
             args = kernel, layer.stride, layer.padding
         if layer.small:
-            known = bits is not None
-            y = events.convolve(shape, bits, x, *args) if known else convolve(x, kernel, options)[0]
+            if bits is not None:
+                y = events.convolve(events.unpack(shape, bits, x, weight.dtype), *args)
+            else:
+                y = convolve(x, kernel, options)[0]
         # It is so, unless a hook on saved tensors has changed the layout.
         y = y.contiguous() if options.product else channels_last(y)
         pooled, taps = ops.pool(y, norm, True) if options.pool else (y, None)

@@ -9,7 +9,8 @@ gradients are right.
 
 import torch
 
-from . import plain
+from . import events, ops, plain
+from .compiler import is_called_as_operator
 
 
 def wants_bytes():
@@ -71,11 +72,24 @@ def add(x, y):
     return mark(x + y, None if None in known else sum(known))
 
 
-def matmul(a, b):
-    """a @ b; spikes are saved as bytes, also where a product within copies them."""
-    if largest(a) is None and largest(b) is None:
+def matmul(a, b, lif):
+    """a @ b; spikes are saved as bytes, also where a product within copies them. On a CPU what is 0
+    in a costs no time, if the neuron that it comes from, `lif`, allows it.
+    """
+    saves, known = torch.is_grad_enabled(), (largest(a), largest(b))
+    by_events = takes_events(a, b, lif)
+    if saves and (known == (None, None) or (None in known and not by_events)):
         return a @ b
-    return Product.apply(torch.matmul, a, b)
+    operator = events.product if by_events else torch.matmul
+    return Product.apply(operator, a, b) if saves else operator(a, b)
+
+
+def takes_events(a, b, lif):
+    """Whether a product of the neuron's spikes is one of events.py."""
+    may = getattr(lif, "fused", False) and getattr(lif, "events", False) and a.dtype == b.dtype
+    may = may and a.dim() == b.dim() == 5 and a.shape[:3] == b.shape[:3]
+    may = may and events.available(a.device.type, a.dtype) and not is_called_as_operator()
+    return may and not torch.is_autocast_enabled("cpu") and ops.observed() is None
 
 
 def masked(x, mask):
@@ -95,7 +109,7 @@ def once(backward):
 
 
 class Product(torch.autograd.Function):
-    """(torch.matmul or torch.mul, a, b) -> their product."""
+    """(torch.matmul, events.product or torch.mul, a, b) -> their product."""
 
     @staticmethod
     def forward(ctx, operator, a, b):
@@ -107,9 +121,9 @@ class Product(torch.autograd.Function):
     @once
     def backward(ctx, grad):
         # Contiguous, as the batches of a product are read: it would copy them else.
-        layout = torch.contiguous_format if ctx.operator is torch.matmul else torch.preserve_format
+        layout = torch.contiguous_format if ctx.operator is not torch.mul else torch.preserve_format
         a, b = (x.to(grad.dtype, memory_format=layout) for x in ctx.saved_tensors)
-        if ctx.operator is torch.matmul:
+        if ctx.operator is not torch.mul:
             grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
         else:
             grad_a, grad_b = grad * b, grad * a
