@@ -29,9 +29,7 @@ constexpr int LANES = 16 / sizeof(real);
 #endif
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
 constexpr int MOST_VECTORS = 6;  // of a tile, in registers
-// Words whose bits a tile has rows for, whose numbers are bytes: it has 64 kB at most, to stay in a
-// near cache.
-constexpr int WORDS = std::min<int>(4, (1 << 16) / (64 * MOST_VECTORS * sizeof(vec)));
+constexpr int NEAR = 1 << 16;    // bytes of a tile at most, to stay in a near cache
 constexpr int PIXELS = 256;  // about so many are summed before the next tile
 
 struct Shape {
@@ -56,25 +54,31 @@ static Found look(const In* x) {
     return {some[0] | word(some[1]) << 32, ones[0] | word(ones[1]) << 32};
 }
 
-// Bits of the places of x that are not 0: x is `rows` of `size` numbers, each of which begins a word.
-// Returns how many these are, or minus that where one of them is not 1.
+// Writes the bits of a row of numbers. Returns how many are not 0, and how many are 1.
+template <class In>
+static std::pair<long, long> find_row(const In* x, long size, word* bits) {
+    long count = 0, ones = 0;
+    for (long i = 0; i < size; i += 64) {
+        In rest[64] = {};
+        if (size - i < 64) memcpy(rest, x + i, (size - i) * sizeof(In));
+        const Found found = look(size - i < 64 ? rest : x + i);
+        bits[i / 64] = found.some;
+        count += __builtin_popcountll(found.some);
+        ones += __builtin_popcountll(found.ones);
+    }
+    return {count, ones};
+}
+
+// The bits of all rows, each of which begins a word. Returns how many are not 0, or minus that where
+// one of them is not 1.
 template <class In>
 static long find(long rows, long size, const In* x, word* bits) {
-    const long words = (size + 63) / 64;
     long count = 0, ones = 0;
-    _Pragma("omp parallel for reduction(+ : count, ones)") for (long r = 0; r < rows; ++r)
-        for (long i = 0; i < words; ++i) {
-            const In* place = x + r * size + 64 * i;
-            In rest[64] = {};
-            if (size - 64 * i < 64) {
-                memcpy(rest, place, (size - 64 * i) * sizeof(In));
-                place = rest;
-            }
-            const Found found = look(place);
-            bits[r * words + i] = found.some;
-            count += __builtin_popcountll(found.some);
-            ones += __builtin_popcountll(found.ones);
-        }
+    _Pragma("omp parallel for reduction(+ : count, ones)") for (long r = 0; r < rows; ++r) {
+        const auto [some, one] = find_row(x + r * size, size, bits + r * ((size + 63) / 64));
+        count += some;
+        ones += one;
+    }
     return ones < count ? -count : count;
 }
 
@@ -167,18 +171,22 @@ struct Events {
     }
 };
 
-// Adds to each of `rows` outputs, V vectors, the rows of `tile` that its slots' events name: of
-// `taps` slots, each for `size` numbers of the tile; one below 0 has no events. The next output's are
-// `every` slots on.
+// Adds to each of `rows` outputs the rows of `tile` that its slots' events name: of `taps` slots,
+// each for `size` numbers of the tile; one below 0 has no events. The next output's are `every` slots
+// on. A row of the tile has V vectors, one of outputs `width` numbers.
 template <int V>
 static void add_rows(int rows, const Events& events, const int* slots, int every, int taps,
-                     const real* tile, long size, real* outputs, bool first) {
-    vec* out = (vec*)outputs;
-    for (int r = 0; r < rows; ++r, out += V, slots += every) {
-        vec sum[V];
-        UNROLL for (int j = 0; j < V; ++j) sum[j] = first ? vec{} : out[j];
+                     const real* tile, long size, real* out, long stride, int width, bool first) {
+    const bool whole = width == V * LANES;
+    for (int r = 0; r < rows; ++r, out += stride, slots += every) {
+        vec sum[V], narrow[V];
+        if (!whole && !first) memcpy(narrow, out, width * sizeof(real));
+        UNROLL for (int j = 0; j < V; ++j) {
+            sum[j] = first ? vec{} : narrow[j];
+            if (whole && !first) memcpy(sum + j, out + j * LANES, sizeof(vec));
+        }
         for (int tap = 0; tap < taps; ++tap) {
-            const long slot = slots[tap];
+            const int slot = slots[tap];
             if (slot < 0) continue;
             const vec* start = (const vec*)(tile + tap * size);
             const int begin = events.start[slot], end = events.start[slot + 1];
@@ -193,7 +201,11 @@ static void add_rows(int rows, const Events& events, const int* slots, int every
                     UNROLL for (int j = 0; j < V; ++j) sum[j] += events.value[i] * from[j];
                 }
         }
-        UNROLL for (int j = 0; j < V; ++j) out[j] = sum[j];
+        UNROLL for (int j = 0; j < V; ++j) {
+            narrow[j] = sum[j];
+            if (whole) memcpy(out + j * LANES, sum + j, sizeof(vec));
+        }
+        if (!whole) memcpy(out, narrow, width * sizeof(real));
     }
 }
 
@@ -208,6 +220,8 @@ struct Tiles {  // of `channels` outputs, all but the last of the same width
     const long used = (all + count - 1) / count * LANES;  // numbers of a tile
     const int vectors = used < 4 * LANES ? used / LANES : (used / LANES + 1) / 2 * 2;
     const long row = vectors * LANES;  // numbers in memory
+    // Words whose bits a tile has rows for; the rows' numbers are bytes.
+    const long words = std::clamp<long>(NEAR / (64 * vectors * sizeof(vec)), 1, 4);
     int width(long tile) const { return std::min(channels - tile * used, used); }
 };
 
@@ -246,127 +260,125 @@ static void turn(const real* in, long stride, long rows, long columns, real* out
     }
 }
 
-// Events of input pixels where more than one output sees them, else of an output's whole patch.
+// Where events are found: once in each input pixel, which several outputs see, or for each output, in
+// all that it sees, where these are few. A kernel has pieces, which are inputs side by side: a
+// pixel's, or those of a row of the kernel.
 struct Sites {
     const Shape& shape;
-    const bool shared;
-    const long taps, depth, words, groups;  // of a site; a group has WORDS words, and a slot
+    const bool small, direct, shared;
+    const long pieces, piece, of_piece;  // of a kernel; inputs and words of each
+    const long taps, words;              // sites that an output sees, and the words of one
+    const long of_group, groups;         // words of a site that share a slot
 
-    Sites(const Shape& s)
-        : shape(s), shared(s.kernel_height * s.kernel_width > 1 && s.channels >= 32),
-          taps(shared ? s.kernel_height * s.kernel_width : 1),
-          depth(s.kernel_height * s.kernel_width * s.channels / taps), words((depth + 63) / 64),
-          groups((words + WORDS - 1) / WORDS) {}
+    Sites(const Shape& s, long of_group)
+        : shape(s), small(s.channels < 32),
+          direct(s.kernel_height * s.kernel_width == 1 && !s.pad_y && !s.pad_x),
+          shared(!small && !direct), pieces(s.kernel_height * (small ? 1 : s.kernel_width)),
+          piece(s.channels * (small ? s.kernel_width : 1)), of_piece((piece + 63) / 64),
+          taps(shared ? pieces : 1), words(of_piece * pieces / taps), of_group(of_group),
+          groups((words + of_group - 1) / of_group) {}
 
+    long image(long line) const { return line / shape.out_height * shape.height; }
+    long top(long line) const { return line % shape.out_height * shape.stride_y - shape.pad_y; }
+    long left(long column) const { return column * shape.stride_x - shape.pad_x; }
+
+    // The events of a pixel.
     template <class In>
     void add(Events& events, const In* x) const {
         for (long i = 0; i < words; ++i) {
-            if (i % WORDS == 0) events.open_slot();
-            const In* from = x + 64 * i;
             In rest[64] = {};
-            if (depth - 64 * i < 64) {
-                memcpy(rest, from, (depth - 64 * i) * sizeof(In));
-                from = rest;
-            }
+            const In* from = x + 64 * i;
+            if (piece - 64 * i < 64) from = (In*)memcpy(rest, from, (piece - 64 * i) * sizeof(In));
             const Found found = look(from);
-            events.add(64 * (i % WORDS), found.some, found.some == found.ones,
+            if (i % of_group == 0) events.open_slot();
+            events.add(64 * (i % of_group), found.some, found.some == found.ones,
                        [from](int bit) { return from[bit]; });
         }
-    }
-
-    // The inputs that an output sees, put together in `patch` where they are not so in memory.
-    template <class In>
-    const In* look_at(const In* x, long line, long column, In* patch) const {
-        const long top = line % shape.out_height * shape.stride_y - shape.pad_y;
-        const long left = column * shape.stride_x - shape.pad_x, width = shape.kernel_width;
-        const In* image = x + line / shape.out_height * shape.height * shape.width * shape.channels;
-        if (shape.kernel_height * width == 1 && !shape.pad_y && !shape.pad_x)
-            return image + (top * shape.width + left) * shape.channels;
-        std::fill_n(patch, depth, In(0));
-        const long first = std::max(0L, -left), end = std::min(width, shape.width - left);
-        for (long k = 0; k < shape.kernel_height; ++k)
-            if (top + k >= 0 && top + k < shape.height && first < end)
-                memcpy(patch + (k * width + first) * shape.channels,
-                       image + ((top + k) * shape.width + left + first) * shape.channels,
-                       (end - first) * shape.channels * sizeof(In));
-        return patch;
     }
 
     // Fills `events` and, for each output and group, the slots of its taps: of rows of outputs, those
     // of all images counted.
     template <class In>
-    void find(const In* x, long begin, long end, Events& events, int* slots, In* patch) const {
-        const auto top = [&](long line) {
-            return line % shape.out_height * shape.stride_y - shape.pad_y;
-        };
-        const auto image = [&](long line) { return line / shape.out_height * shape.height; };
-        const long from = image(begin) + std::max(0L, top(begin));
+    void find(const In* x, long begin, long end, Events& events, int* slots,
+              std::vector<word>& bits) const {
+        const long size = shape.width * shape.channels, of_row = (size + 63) / 64;
         const long below = std::min(shape.height, top(end - 1) + shape.kernel_height);
-        const long pixels = shared ? (image(end - 1) + below - from) * shape.width : 0;
-        events.clear((shared ? pixels : (end - begin) * shape.out_width) * words * 64);
-        for (long i = 0; i < pixels; ++i) add(events, x + (from * shape.width + i) * depth);
-        for (long line = begin, site = 0; line < end; ++line) {
-            const long h = top(line), row = (image(line) + h - from) * shape.width;
-            for (long column = 0; column < shape.out_width; ++column, slots += taps * groups) {
-                const long w = column * shape.stride_x - shape.pad_x;
-                if (!shared) {
-                    add(events, look_at(x, line, column, patch));
-                    std::iota(slots, slots + groups, site++ * groups);
-                    continue;
-                }
-                for (long y = 0, tap = 0; y < shape.kernel_height; ++y)
-                    for (long z = 0; z < shape.kernel_width; ++z, ++tap) {
-                        const bool inside = h + y >= 0 && h + y < shape.height && w + z >= 0 &&
-                                            w + z < shape.width;
-                        const long seen = (row + y * shape.width + w + z) * groups;
-                        for (long g = 0; g < groups; ++g)
-                            slots[g * taps + tap] = inside ? seen + g : -1;
-                    }
+        const long from = image(begin) + std::max(0L, top(begin)), until = image(end - 1) + below;
+        const long sites = shared ? (until - from) * shape.width : (end - begin) * shape.out_width;
+        bool ones = true;
+        events.clear(sites * words * 64);
+        if (shared) {
+            for (long i = 0; i < sites; ++i) add(events, x + from * size + i * piece);
+        } else if (!direct) {
+            bits.resize((until - from) * of_row);
+            for (long row = from; row < until; ++row) {
+                const auto [some, one] = find_row(x + row * size, size, &bits[(row - from) * of_row]);
+                ones &= some == one;
             }
         }
+        for (long line = begin; line < end; ++line)
+            for (long column = 0; column < shape.out_width; ++column, slots += taps * groups) {
+                const long h = top(line), w = left(column), row = image(line) + h;
+                if (direct) add(events, x + row * size + w * piece);
+                for (long i = 0; small && !direct && i < words; ++i) {
+                    const long y = i / of_piece, k = w * shape.channels + i % of_piece * 64;
+                    const long count = std::min(64L, piece - i % of_piece * 64);
+                    const In* place = x + (row + y) * size + k;
+                    const bool inside = h + y >= 0 && h + y < shape.height;
+                    if (i % of_group == 0) events.open_slot();
+                    if (inside)
+                        events.add(64 * (i % of_group),
+                                   cut(&bits[(row + y - from) * of_row], size, k, count), ones,
+                                   [place](int bit) { return place[bit]; });
+                }
+                if (!shared) std::iota(slots, slots + groups, events.ones.size() - groups);
+                for (long y = 0, tap = 0; shared && y < shape.kernel_height; ++y)
+                    for (long z = w; z < w + shape.kernel_width; ++z, ++tap) {
+                        const bool inside = h + y >= 0 && h + y < shape.height && z >= 0 &&
+                                            z < shape.width;
+                        const long slot = ((row + y - from) * shape.width + z) * groups;
+                        for (long g = 0; g < groups; ++g)
+                            slots[g * taps + tap] = inside ? slot + g : -1;
+                    }
+            }
     }
 };
 
 template <class In>
 static void convolve(const Shape& shape, const In* x, const real* weight, real* y, long threads) {
-    const Sites sites(shape);
     const Tiles tiles{shape.out_channels};
+    const Sites sites(shape, tiles.words);
     const long taps = sites.taps, groups = sites.groups, width = shape.out_width;
-    const long of_tap = sites.words * 64 * tiles.row, size = taps * of_tap;
+    const long of_piece = sites.of_piece * 64 * tiles.row, size = sites.pieces * of_piece;
+    const long of_tap = sites.words * 64 * tiles.row, of_group = tiles.words * 64 * tiles.row;
+    const long depth = sites.pieces * sites.piece;
     Memory packed(tiles.count * size);
     _Pragma("omp parallel for collapse(3)") for (long tile = 0; tile < tiles.count; ++tile)
-        for (long tap = 0; tap < taps; ++tap)
-            for (long k = 0; k < sites.depth; k += LANES)
-                turn(weight + (tile * tiles.used * taps + tap) * sites.depth + k,
-                     taps * sites.depth, tiles.width(tile), std::min(sites.depth - k, long(LANES)),
-                     packed.get() + tile * size + tap * of_tap + k * tiles.row, tiles.row);
+        for (long n = 0; n < sites.pieces; ++n)
+            for (long k = 0; k < sites.piece; k += LANES)
+                turn(weight + tile * tiles.used * depth + n * sites.piece + k, depth,
+                     tiles.width(tile), std::min(sites.piece - k, long(LANES)),
+                     packed.get() + tile * size + n * of_piece + k * tiles.row, tiles.row);
     const auto add = adder(tiles.vectors);
     const long lines = shape.images * shape.out_height;
     const long share = (lines + threads - 1) / threads;
     const long some = std::clamp(PIXELS / width, 1L, share);  // rows of outputs at a time
-    const long together = std::clamp(WORDS / sites.words, 1L, taps);  // taps of a tile
+    const long together = std::clamp(tiles.words / sites.words, 1L, taps);  // taps of a tile
     _Pragma("omp parallel") {
         Events events;
-        Memory sums(some * width * tiles.row);
         std::vector<int> slots(some * width * taps * groups);
-        std::vector<In> patch(sites.depth);
+        std::vector<word> bits;
         _Pragma("omp for schedule(dynamic)") for (long line = 0; line < lines; line += some) {
             const long end = std::min(line + some, lines);
-            sites.find(x, line, end, events, slots.data(), patch.data());
-            const long rows = (end - line) * width;
-            for (long tile = 0; tile < tiles.count; ++tile) {
-                const real* weights = packed.get() + tile * size;
+            sites.find(x, line, end, events, slots.data(), bits);
+            for (long tile = 0; tile < tiles.count; ++tile)
                 for (long tap = 0; tap < taps; tap += together)
                     for (long g = 0; g < groups; ++g)
-                        add(rows, events, slots.data() + g * taps + tap, groups * taps,
-                            std::min(together, taps - tap),
-                            weights + tap * of_tap + g * WORDS * 64 * tiles.row, of_tap, sums.get(),
-                            tap + g == 0);
-                real* out = y + line * width * tiles.channels + tile * tiles.used;
-                for (long r = 0; r < rows; ++r)
-                    memcpy(out + r * tiles.channels, sums.get() + r * tiles.row,
-                           tiles.width(tile) * sizeof(real));
-            }
+                        add((end - line) * width, events, slots.data() + g * taps + tap,
+                            groups * taps, std::min(together, taps - tap),
+                            packed.get() + tile * size + tap * of_tap + g * of_group, of_tap,
+                            y + line * width * tiles.channels + tile * tiles.used, tiles.channels,
+                            tiles.width(tile), tap + g == 0);
         }
     }
 }
@@ -377,12 +389,12 @@ static void convolve(const Shape& shape, const In* x, const real* weight, real* 
 template <class In>
 static void weight_gradient(const Shape& shape, const word* bits, const In* x, const real* grad,
                             real* out, long threads) {
-    constexpr long most = 64 * WORDS;  // pixels at a time
+    const Tiles tiles{shape.out_channels};
+    const long most = 64 * tiles.words;  // pixels at a time
     const long run = shape.kernel_width * shape.channels, of_run = (run + 63) / 64;
     const long of_row = shape.width * shape.channels, words = shape.kernel_height * of_run;
     const long depth = shape.kernel_height * run;
     const long pixels = shape.images * shape.out_height * shape.out_width;
-    const Tiles tiles{shape.out_channels};
     const long size = depth * tiles.channels;
     const long parts = std::max(1L, std::min({16L, (1L << 22) / size, pixels / (4 * most)}));
     const long groups = std::min((2 * threads + parts - 1) / parts, words);
@@ -397,8 +409,8 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
         const long begin = part * pixels / parts, end = (part + 1) * pixels / parts;
         Memory packed(tiles.count * most * tiles.row);
         Events events;
-        long image[most], top[most], place[most];
-        word square[most];
+        std::vector<long> image(most), top(most), place(most);
+        std::vector<word> square(most);
         int slots[64];
         std::iota(slots, slots + 64, 0);
         for (long start = begin; start < end; start += most) {
@@ -424,7 +436,7 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
                         square[r] = cut(bits + (image[r] + h) * ((of_row + 63) / 64), of_row, from,
                                         count);
                 }
-                for (int i = 0; i < most; i += 64) transpose(square + i);
+                for (int i = 0; i < most; i += 64) transpose(square.data() + i);
                 events.clear(64 * most);
                 for (int j = 0; j < count; ++j) {
                     events.open_slot();
@@ -434,7 +446,7 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
                 }
                 for (long c = 0; c < tiles.count; ++c)
                     add(count, events, slots, 1, 1, packed.get() + c * most * tiles.row, 0,
-                        sums(part, c, t), start == begin);
+                        sums(part, c, t), tiles.row, tiles.row, start == begin);
             }
         }
     }
