@@ -131,7 +131,7 @@ static const struct Places {  // of the bits of each byte
 static int write_places(word bits, int first, byte* out) {
     const byte* start = out;
     for (int k = 0; k < 64; k += 8, bits >>= 8) {
-        const word found = places.of[bits & 255] + (first + k) * 0x0101010101010101;
+        const word found = places.of[bits & 255] + word(first + k) * 0x0101010101010101;
         memcpy(out, &found, sizeof found);
         out += __builtin_popcount(bits & 255);
     }
