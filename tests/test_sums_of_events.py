@@ -64,7 +64,7 @@ def random_case(seed):
     inputs = rng.choice([1, 2, 3, 5, 17, 48, 63, 64, 65, 96, 130, 200])
     outputs = rng.choice([1, 3, 7, 8, 15, 31, 48, 96, 97, 128, 200])
     kernel, stride = rng.choice([(1, 1), (3, 3), (3, 1)]), rng.choice([(1, 1), (2, 2), (1, 2)])
-    padding = rng.choice([(0, 0), tuple(k // 2 for k in kernel), (1, 4)])
+    padding = rng.choice([(0, 0), tuple(k // 2 for k in kernel), (1, 4), (6, 5)])
     shape = rng.randint(1, 4), inputs, rng.randint(3, 12), rng.randint(3, 12)
     density = rng.choice([0, 0.01, 0.1, 0.3, 1])
     dtype = rng.choice([torch.float32, torch.float64])

@@ -30,7 +30,7 @@ constexpr int LANES = 16 / sizeof(real);
 typedef real vec __attribute__((vector_size(LANES * sizeof(real))));
 constexpr int MOST_VECTORS = 6;  // of a tile, in registers
 constexpr int NEAR = 1 << 16;    // bytes of a tile at most, to stay in a near cache
-constexpr int PIXELS = 256;  // about so many are summed before the next tile
+constexpr int PIXELS = 256;      // about so many are summed before the next tile
 
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
@@ -302,8 +302,9 @@ struct Sites {
     void find(const In* x, long begin, long end, Events& events, int* slots,
               std::vector<word>& bits) const {
         const long size = shape.width * shape.channels, of_row = (size + 63) / 64;
-        const long below = std::min(shape.height, top(end - 1) + shape.kernel_height);
-        const long from = image(begin) + std::max(0L, top(begin)), until = image(end - 1) + below;
+        const auto inside = [&](long row) { return std::clamp(row, 0L, shape.height); };
+        const long from = image(begin) + inside(top(begin));
+        const long until = image(end - 1) + inside(top(end - 1) + shape.kernel_height);
         const long sites = shared ? (until - from) * shape.width : (end - begin) * shape.out_width;
         bool ones = true;
         events.clear(sites * words * 64);
@@ -324,9 +325,8 @@ struct Sites {
                     const long y = i / of_piece, k = w * shape.channels + i % of_piece * 64;
                     const long count = std::min(64L, piece - i % of_piece * 64);
                     const In* place = x + (row + y) * size + k;
-                    const bool inside = h + y >= 0 && h + y < shape.height;
                     if (i % of_group == 0) events.open_slot();
-                    if (inside)
+                    if (h + y >= 0 && h + y < shape.height)
                         events.add(64 * (i % of_group),
                                    cut(&bits[(row + y - from) * of_row], size, k, count), ones,
                                    [place](int bit) { return place[bit]; });
@@ -334,11 +334,11 @@ struct Sites {
                 if (!shared) std::iota(slots, slots + groups, events.ones.size() - groups);
                 for (long y = 0, tap = 0; shared && y < shape.kernel_height; ++y)
                     for (long z = w; z < w + shape.kernel_width; ++z, ++tap) {
-                        const bool inside = h + y >= 0 && h + y < shape.height && z >= 0 &&
-                                            z < shape.width;
+                        const bool seen = h + y >= 0 && h + y < shape.height && z >= 0 &&
+                                          z < shape.width;
                         const long slot = ((row + y - from) * shape.width + z) * groups;
                         for (long g = 0; g < groups; ++g)
-                            slots[g * taps + tap] = inside ? slot + g : -1;
+                            slots[g * taps + tap] = seen ? slot + g : -1;
                     }
             }
     }
