@@ -361,8 +361,9 @@ static void convolve(const Shape& shape, const In* x, const real* weight, real* 
                      packed.get() + tile * size + n * of_piece + k * tiles.row, tiles.row);
     const auto add = adder(tiles.vectors);
     const long lines = shape.images * shape.out_height;
-    const long share = (lines + threads - 1) / threads;
-    const long some = std::clamp(PIXELS / width, 1L, share);  // rows of outputs at a time
+    // Rows of outputs at a time, so that all threads get as many.
+    const long turns = (lines * width + threads * PIXELS - 1) / (threads * PIXELS);
+    const long some = (lines + turns * threads - 1) / (turns * threads);
     const long together = std::clamp(tiles.words / sites.words, 1L, taps);  // taps of a tile
     _Pragma("omp parallel") {
         Events events;
