@@ -52,9 +52,8 @@ MS_ATTENTION = {
 
 
 class MSMLP(nn.Module):
-    """Two 1x1 convolutions behind neurons, with BatchNorm; `hidden` channels between them.
-
-    It returns what is to be added to x. With `hidden` = `dim` each half has a shortcut of its own.
+    """Two 1x1 convolutions behind neurons, with BatchNorm; `hidden` channels between them. What is
+    to be added to x: with `hidden` = `dim` each half has a shortcut of its own.
     """
 
     def __init__(self, dim, hidden, lif=MultiStepLIF):
@@ -140,9 +139,8 @@ class MSEmbedding(nn.Module):
 
 
 class MSHST(model.HST):
-    """HST with membrane shortcuts, and one more neuron before the head. Keywords: see HST.
-
-    No neuron of it runs over T*B, so cross_sample_lif=True raises ValueError.
+    """HST with membrane shortcuts, and one more neuron before the head. Keywords: see HST; with
+    cross_sample_lif=True ValueError, since no neuron of it runs over T*B.
     """
 
     first_embedding, embedding, block = MSEmbeddingInit, MSEmbedding, MSBlock

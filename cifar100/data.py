@@ -104,9 +104,7 @@ def input_transform(cfg):
 
 
 def build_dataset(cfg, train, ranks):
-    """The training or test set: (uint8 [3, height, width], label), with names in `classes`; CIFAR
-    is downloaded where it is missing.
-    """
+    """The training or test set: (uint8 [3, height, width], label), with names in `classes`."""
     transform = build_transform(cfg, train)
     if cfg.dataset == "digits":
         return digits(train, transform)
@@ -139,8 +137,8 @@ def find_images(cfg):
 
 
 def read_corrupted(path, severity):
-    """(images uint8 [N, H, W, 3], labels [N]) of one severity, 1 to 5, or of all. As CIFAR-10-C has
-    it, the severities follow each other in the file, and labels.npy is beside it.
+    """(images uint8 [N, H, W, 3], labels [N]) of one severity, 1 to 5, or of all. As in CIFAR-10-C
+    they follow each other in the file, and labels.npy is beside it.
     """
     images, labels = open_array(path), open_array(path.with_name("labels.npy"))
     fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
@@ -150,9 +148,8 @@ def read_corrupted(path, severity):
         raise UserError(f"{path} and labels.npy are {has}, not uint8 [N, H, W, 3] and labels [N]")
     size = len(images) // 5
     if severity and (len(labels) % 5 or (labels.reshape(5, size) != labels[:size]).any()):
-        raise UserError(
-            f"severity is {severity}, but {path} is not five parts with the same labels"
-        )
+        parts = "is not five parts with the same labels"
+        raise UserError(f"severity is {severity}, but {path} {parts}")
     part = slice((severity - 1) * size, severity * size) if severity else slice(None)
     return np.array(images[part]), labels[part].tolist()
 
@@ -186,10 +183,8 @@ def make_loader(cfg, dataset, collate, batches, ranks):
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
-    """Normalised images and targets of an epoch from step `first_step` on.
-
-    With mixup or cutmix in the recipe, targets are soft, and stay smoothed from mixup_off_epoch on.
-    Workers are started again each epoch, since a running one would not learn that mixup is off.
+    """Normalised images and targets of an epoch from step `first_step` on. With mixup or cutmix in
+    the recipe, targets are soft, and stay smoothed from mixup_off_epoch on.
     """
     collate = fast_collate
     if mixes(cfg):
@@ -198,6 +193,7 @@ def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
         classes = cfg.num_classes or len(dataset.classes)
         soft = {"label_smoothing": cfg.smoothing, "num_classes": classes}
         collate = FastCollateMixup(*alphas, *draws, **soft)
+        # Of an epoch: its workers are new, since running ones would not learn that mixup is off.
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     return make_loader(cfg, dataset, collate, batches[first_step:], ranks)

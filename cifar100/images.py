@@ -1,8 +1,7 @@
 # Copied from cifar10/images.py
 """Image files: which of them a folder holds, and what is in one; damaged ones are refused.
 
-Images are read as timm and the release read them: PIL's convert("RGB"). An alpha channel is
-dropped, and a photo is not turned as its EXIF data says.
+As in timm and the release, alpha channels are dropped, and EXIF data turn no photo.
 """
 
 import io
@@ -40,7 +39,7 @@ def to_rgb(image):
 
 def read_image(path, decode=lambda image, data: to_rgb(image)):
     """The RGB image in a file, by `decode` of the PIL image and the file's bytes; BadImage if it is
-    not whole. A JPEG has no checksums: bytes that decode to other pixels can't be seen.
+    not whole. (A JPEG has no checksums: bytes that decode to other pixels can't be seen.)
     """
     try:
         info, most = os.stat(path), Image.MAX_IMAGE_PIXELS
@@ -68,8 +67,7 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
 
 def list_images(folder, others):
     """Paths of the images in a folder and below it, in order. Links count, hidden names do not; a
-    folder counts once, however many links lead to it. What is left out goes into `others`, for
-    say_others.
+    folder counts once, however many links lead to it. `others` counts what is left out, by kind.
     """
 
     def fail(error):

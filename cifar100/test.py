@@ -15,6 +15,7 @@ import harness  # noqa: F401  # isort: skip  # sets what torch reads from the en
 
 import csv
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -33,8 +34,8 @@ from harness.run import enter
 
 
 @torch.inference_mode()
-def predict(tested, names):
-    """[[file, class, its name where known, its probability, the same of the next best], ...]."""
+def predict(tested, names, path):
+    """Write a csv: of each image file, class, its name where known, probability, the next best."""
     cfg, ranks = tested.cfg, tested.ranks
     images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
     model = graphed(tested.model.eval(), cfg, ranks)
@@ -44,14 +45,21 @@ def predict(tested, names):
             logits = model(batch)
         top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
         for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
-            row = [str(Path(images.samples[index][0]).relative_to(cfg.predict))]
+            row = [index, Path(images.samples[index][0]).relative_to(cfg.predict)]
             for number, value in zip(classes, values, strict=True):
                 row += [number, *([names[number]] if names else []), f"{value:.6f}"]
-            rows.append((index, row))
-    rows = sorted(row for share in ranks.gather(rows) for row in share)
+            rows.append(row)
+    rows = [row for _, *row in sorted(itertools.chain(*ranks.gather(rows)))]
     if not rows:
         raise UserError(f"predict: no image in {cfg.predict} can be read")
-    return [row for _, row in rows]
+    columns = ("class", "name", "probability") if names else ("class", "probability")
+    best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
+    head = ["file", *(f"{column}{k}" for k in best for column in columns)]
+    csv.writer(text).writerows([head, *rows])
+    # Names of files keep their bytes, whatever they encode.
+    content = text.getvalue().encode(errors="surrogateescape")
+    ranks.from_main(lambda: write_whole(path, content))
+    logger.info(f"{len(rows)} images: {path}")
 
 
 def check_predictions(path):
@@ -62,28 +70,16 @@ def check_predictions(path):
     path.unlink()
 
 
-def write_predictions(path, rows, names):
-    """A csv of the rows; names of files keep their bytes, whatever they encode."""
-    columns = ("class", "name", "probability") if names else ("class", "probability")
-    best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
-    head = ["file", *(f"{column}{k}" for k in best for column in columns)]
-    csv.writer(text).writerows([head, *rows])
-    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
-    logger.info(f"{len(rows)} images: {path}")
-
-
 def main(argv=None):
     settings = read_settings(options, argv, "test", "Test QKFormer on CIFAR.")
     ranks, predictions = enter(settings), Path(settings.predictions)
     if settings.predict:
         ranks.from_main(lambda: check_predictions(predictions))
     tested = load_tested(settings, options, data, ranks)
-    if not settings.predict:
+    if settings.predict:
+        predict(tested, names_in(tested.classes), predictions)
+    else:
         measure(tested, data)
-        return 0
-    names = names_in(tested.classes)
-    rows = predict(tested, names)
-    ranks.from_main(lambda: write_predictions(predictions, rows, names))
     return 0
 
 

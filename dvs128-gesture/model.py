@@ -22,27 +22,11 @@ from timm.models import register_model
 from torch import nn
 
 if __package__:  # inside a package of your own
-    from .spiking import (
-        MultiStepLIF,
-        Stages,
-        add,
-        conv_bn_lif,
-        conv_bn_lif_each,
-        linear,
-        matmul,
-        neuron_maker,
-    )
+    from . import spiking
+    from .spiking import MultiStepLIF, add, conv_bn_lif, conv_bn_lif_each, linear, matmul
 else:
-    from spiking import (
-        MultiStepLIF,
-        Stages,
-        add,
-        conv_bn_lif,
-        conv_bn_lif_each,
-        linear,
-        matmul,
-        neuron_maker,
-    )
+    import spiking
+    from spiking import MultiStepLIF, add, conv_bn_lif, conv_bn_lif_each, linear, matmul
 
 
 # Copied from cifar10/model.py
@@ -242,7 +226,7 @@ class SPEDS(nn.Module):
         return add(y, shortcut)
 
 
-class HST(Stages):
+class HST(spiking.Stages):
     """Hierarchical spiking transformer: two stages of D/2 and D channels, each behind a SPEDS.
 
     Args:
@@ -297,7 +281,7 @@ class HST(Stages):
             {"num_chs": embed_dims >> (1 - i), "reduction": 8 * 2**i, "module": f"stage{i + 1}"}
             for i in range(2)
         ]
-        lif = self.lif = neuron_maker(**neurons)
+        lif = self.lif = spiking.neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
         def stage(index, dim, blocks):
@@ -361,9 +345,8 @@ class HST(Stages):
 
     # Copied from cifar10/model.py
     def forward_head(self, x, pre_logits=False):
-        """What forward_features gives -> logits [B, num_classes]; with pre_logits the means alone.
-
-        In training with `per_step`, logits of each step, [T, B, num_classes], as meters.TET wants.
+        """What forward_features gives -> logits [B, num_classes]; in training with `per_step` those
+        of each step, [T, B, num_classes]; with pre_logits the means alone.
         """
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:

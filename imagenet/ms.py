@@ -58,9 +58,8 @@ MS_ATTENTION = {
 
 # Copied from cifar10/ms.py
 class MSMLP(nn.Module):
-    """Two 1x1 convolutions behind neurons, with BatchNorm; `hidden` channels between them.
-
-    It returns what is to be added to x. With `hidden` = `dim` each half has a shortcut of its own.
+    """Two 1x1 convolutions behind neurons, with BatchNorm; `hidden` channels between them. What is
+    to be added to x: with `hidden` = `dim` each half has a shortcut of its own.
     """
 
     def __init__(self, dim, hidden, lif=MultiStepLIF):

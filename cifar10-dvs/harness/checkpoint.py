@@ -1,9 +1,6 @@
 """Checkpoints: written so that a crash can't damage them, read so that they can't run code.
 
-Ours hold model, optimizer, scheduler, scaler, epoch (the last one finished), step (done of the next
-epoch) with the sum of their losses, global_batch, best (top-1 in %), rng (of every rank), config,
-given (the yml behind it), cross_sample_lif, classes (their names) and, where they are averaged, the
-averaged weights under model_ema. Files of others are read too: the release's, timm's, DeepSpeed's,
+What ours hold is in Run.state. Files of others are read too: the release's, timm's, DeepSpeed's,
 Lightning's, safetensors and bare state dicts.
 """
 
@@ -26,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .folder import replacing
 from .log import UserError, first_line, logger
 
-# Plain data of a checkpoint that torch.load does not take by itself: arguments, paths, NumPy's
-# numbers.
+# Arguments, paths and NumPy's numbers: plain data that torch.load does not take by itself.
 HARMLESS = [
     argparse.Namespace,
     *(getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath")),
@@ -58,9 +54,8 @@ def save_checkpoint(state: dict, path: Path):
 
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
-    """A checkpoint on the CPU: its dict, the weights under `model`, averaged ones under
-    `model_ema`; with `use_ema` these are under `model` too. UserError if it can't be read safely,
-    is damaged, or does not hold weights that are finite numbers.
+    """A checkpoint on the CPU: its dict with weights under `model`, averaged ones under `model_ema`
+    and, with `use_ema`, `model`. UserError if it can't be read safely, or has no finite weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,9 +66,7 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
             ours = {**json.loads(beside.read_text())["qkformer"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             logger.info(f"{beside}: holds no configuration of ours")
-    if (known := ours.pop("sha256", None)) and known != digest(path):
-        raise UserError(f"{path}: damaged: its SHA-256 is not that in {beside.name}; {AGAIN}")
-    checkpoint = read_file(path, checked=known is not None)
+    checkpoint = read_file(path, ours.pop("sha256", None))
     checkpoint = {"model": checkpoint, **ours} if ours else checkpoint
     held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
     plain = next((held[name] for name in WEIGHTS if name in held), None)
@@ -101,20 +94,22 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path, checked=False):
-    """The dict in a file. checked: whether its checksum was right."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def read_file(path, sha256=None):
+    """The dict in a file, whose SHA-256 may be known."""
+    zipped = zipfile.is_zipfile(path)
     try:
-        if path.stat().st_size > memory:
+        if path.stat().st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise MemoryError
-        if not zipfile.is_zipfile(path) and not checked:
+        if sha256 and sha256 != digest(path):
+            raise UserError(f"{path}: damaged: its SHA-256 is not that in config.json")
+        if not zipped and not sha256:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:
                 if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
                     raise UserError(f"{path}: damaged: its header has {size:,} bytes")
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):
+        if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 check_records(archive, path)
                 if damaged := archive.testzip():
@@ -127,7 +122,7 @@ def read_file(path, checked=False):
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # damaged bytes can make the reader fail in any way
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        if isinstance(error, pickle.UnpicklingError) and zipped:
             what = first_line(str(error).split("WeightsUnpickler error:")[-1].split(". ")[0])
             why = f"not loaded, since doing so could run code in it: {what}"
             raise UserError(f"{path}: {why}") from None
@@ -141,19 +136,17 @@ def check_records(archive, path):
     """UserError for what torch.save never writes, before anything is read: compressed records, of
     any size, folders, whose content torch.load leaves out, and names that are twice there.
     """
-    records = archive.infolist()
-    for record in records:
+    names = set()
+    for record in archive.infolist():
         odd = record.compress_type or record.compress_size != record.file_size
-        if odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1:
+        odd = odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1
+        if odd or record.filename in names:
             raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
-    if len({record.filename for record in records}) < len(records):
-        raise UserError(f"{path}: damaged: a record of it is there twice")
+        names.add(record.filename)
 
 
 def check_values(checkpoint, path):
-    """UserError where dicts and lists show more values than there can be: a small file may have one
-    list in another many times, or in itself, and whoever goes through it would never end.
-    """
+    """UserError for more values than there can be, such as of a list that is in itself."""
     count, left = 0, [checkpoint]
     while left:
         value = left.pop()
@@ -170,13 +163,11 @@ def own_names(weights, path):
     """Weights by the names that the model has, without what wrappers put around them; checked."""
     counters = ("total_ops", "total_params")  # of operations, left there by a tool
     weights = {n: v for n, v in weights.items() if isinstance(n, str) and not n.endswith(counters)}
-    while prefix := next(
-        (p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None
-    ):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     if not any(map(torch.is_tensor, weights.values())):
         places = ", ".join(WEIGHTS + EMA)
         raise UserError(f"{path}: holds no weights, neither by themselves nor under {places}")
+    while wrappers := [p for p in PREFIXES if all(name.startswith(p) for name in weights)]:
+        weights = {name.removeprefix(wrappers[0]): value for name, value in weights.items()}
     if larger_than_memory(weights.values()):
         raise UserError(f"{path}: damaged: its weights are views of less memory than they show")
     for name, value in weights.items():
@@ -238,8 +229,8 @@ def number(checkpoint, name, default, path, low=-1):
 
 
 def load_optimizer(optimizer, scaler, checkpoint, path, opt):
-    """Load the states of optimizer and scaler, but not its groups' settings. UserError where they
-    are damaged or of another optimizer than `opt`.
+    """Load the states of optimizer and scaler, not its groups' settings; UserError where they are
+    damaged or of another optimizer than `opt`.
     """
     ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused maximize amsgrad "
     ours = f"{ours} capturable nesterov differentiable decoupled_weight_decay".split()
@@ -269,20 +260,19 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
 def check_optimizer(optimizer, scaler):
     """ValueError where a state that was loaded can't be gone on with."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    needed = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     # of others some keep sums of their own, such as NovoGrad's one number for each parameter
-    whole = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    whole = {"exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
     for parameter, state in optimizer.state.items():
-        if state and (lacking := needed - set(state)):
+        if state and adam and (lacking := {"step", *whole} - state.keys()):
             raise ValueError(f"no {min(lacking)}")
         for name, value in state.items():
-            if torch.is_tensor(value):
-                if not value.isfinite().all():
-                    raise ValueError(f"{name} is not finite")
-                if name in whole and value.shape != parameter.shape:
-                    raise ValueError(f"{name} is of another shape than its parameter")
-            elif name == "step" and not 0 <= value < math.inf:
-                raise ValueError(f"step is {value}")
+            if not torch.is_tensor(value):
+                if name == "step" and not 0 <= value < math.inf:
+                    raise ValueError(f"step is {value}")
+            elif not value.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+            elif name in whole and value.shape != parameter.shape:
+                raise ValueError(f"{name} is of another shape than its parameter")
     for name, value in (scaler or {}).items():
         if not math.isfinite(value):
             raise ValueError(f"the scaler's {name} is {value}")

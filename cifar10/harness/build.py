@@ -1,6 +1,6 @@
 """From configuration and checkpoint to a model on this rank's device, and to its accuracy.
 
-A folder's own parts are handed in: `options`, its table of keys with its MODELS, and `data`.
+`options` and `data` are the folder's modules.
 """
 
 import math
@@ -56,15 +56,10 @@ class Tested(NamedTuple):
     classes: list | None
 
 
-# What a checkpoint tells --------------------------------------------------------------------------
-
-
 def recorded_values(options, checkpoint, path, data=True) -> dict:
-    """{key: value} that a checkpoint brings back: what it records, and what its shapes tell.
-
-    Folders are taken from the args.yaml beside it alone: a file from elsewhere has no say in what
-    is read. With `data`, where its data count too, a line says which are left out. UserError for
-    weights of another network, and for values that no key takes.
+    """{key: value} that a checkpoint brings back: what it records, and what its shapes tell; with
+    `data`, where its data count too, a line says which folders are left out. UserError for weights
+    of another network, and for values that no key takes.
     """
     recorded = {name: options.KEYS[name].default for name in ("neuron", "tau", "v_threshold")}
     read_shapes(options, checkpoint["model"], path, recorded)  # an error for another folder's file
@@ -80,7 +75,7 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
             except ValueError as wanted:
                 said = f"its {spelled} is {reprlib.repr(config[spelled])}; it must be {wanted}"
                 raise UserError(f"{path}: damaged: {said}") from None
-            if key.kind is not Path:
+            if key.kind is not Path:  # a file from elsewhere has no say in what is read
                 recorded[name] = value
             elif isinstance(args.get(name), str) and os.path.isdir(args[name]):
                 recorded[name] = args[name]
@@ -101,28 +96,24 @@ def read_shapes(options, weights, path, recorded):
     if family is None or not hidden or odd:
         raise UserError(f"{path}: weights of another network: {', '.join([*weights][:3])}, …")
     wide, dim = hidden[max(hidden)][:2]
-    ratio = recorded.get("mlp_ratio", 0)
-    if int(dim * ratio) != wide:
-        ratio = wide / dim
-        ratio = ratio if int(dim * ratio) == wide else math.nextafter(ratio, math.inf)
+    ratios = recorded.get("mlp_ratio", 0), wide / dim, math.nextafter(wide / dim, math.inf)
+    ratio = next((ratio for ratio in ratios if int(dim * ratio) == wide), wide / dim)
     ssa = {name.partition(".")[0] for name in weights if ".v_conv." in name}
     # What is recorded counts: a token and a channel attention, or one of your own, look alike.
     kinds = ["ssa" if f"stage{stage}" in ssa else "token" for stage in sorted(hidden)]
     kinds = recorded.get("attention", kinds)
-    plif = any(LEARNT.search(name) for name in weights)
     names = recorded.get("model"), family, f"{family}_10_{dim}"  # the first: a variant of your own
     name = next((n for n in names if n in options.MODELS), f"{family}_10_384")
-    found = {
-        "model": name,
-        "layer": sum(1 for name in weights if HIDDEN.match(name)),
-        "dim": dim,
-        "mlp_ratio": ratio,
-        "attention": kinds,
-        "neuron": "plif" if plif else recorded.get("neuron", "lif"),
-    }
-    if "head.weight" in weights:
-        found["num_classes"] = (*weights["head.weight"].shape, 1)[0]
-    return found
+    plif, blocks = any(map(LEARNT.search, weights)), len([*filter(HIDDEN.match, weights)])
+    neuron = "plif" if plif else recorded.get("neuron", "lif")
+    found = {"model": name, "layer": blocks, "dim": dim, "mlp_ratio": ratio}
+    found |= {"attention": kinds, "neuron": neuron}
+    return found | ({"num_classes": classes_of(weights)} if "head.weight" in weights else {})
+
+
+def classes_of(weights):
+    """How many classes a head has; 0 without one."""
+    return (*weights["head.weight"].shape, 1)[0] if "head.weight" in weights else 0
 
 
 def steps_of(checkpoint, path):
@@ -132,20 +123,19 @@ def steps_of(checkpoint, path):
     named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
     found = [(args[n], f"its args.{n}") for n in ("time_step", "T") if type(args.get(n)) is int]
     found += [(int(named[1]), "its name")] if named else []
-    for steps, origin in found:
-        if not 1 <= steps <= 1024:
-            raise UserError(f"{path}: damaged: T is {steps}, from {origin}")
-        logger.info(f"{path}: T is {steps}, from {origin}")
-        return steps
-    logger.info(f"{path}: does not tell T; the T of the configuration is used")
-    return None
+    if not found:
+        logger.info(f"{path}: does not tell T; the T of the configuration is used")
+        return None
+    steps, origin = found[0]
+    if not 1 <= steps <= 1024:
+        raise UserError(f"{path}: damaged: T is {steps}, from {origin}")
+    logger.info(f"{path}: T is {steps}, from {origin}")
+    return steps
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
-    """(cross_sample_lif, a line that says why) of the key's value, "true", "false" or "auto".
-
-    checkpoint, path: whose record counts for auto; None from scratch. model: one of ms.py has no
-    such neuron.
+    """(cross_sample_lif, a line that says why) of the key's value, "true", "false" or "auto"; for
+    auto the record of the checkpoint counts, and without one (None) it is false.
     """
     if model.startswith("MS"):
         if setting == "true":
@@ -162,9 +152,6 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
     if checkpoint and recorded not in (None, value):
         return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
     return value, LEAK[value]
-
-
-# Models -------------------------------------------------------------------------------------------
 
 
 def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> torch.nn.Module:
@@ -206,11 +193,10 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
     model = build_model(cfg, options, data, cross, num_classes, ranks)
     weights = checkpoint["model"] if checkpoint else None
     if weights and new_head:
-        classes = weights["head.weight"].shape[:1] if "head.weight" in weights else None
-        head = "its head fits and is kept"
-        if classes != (num_classes,):
-            had = "x".join(map(str, classes)) if classes else "no"
-            head = f"has a head of {had} classes, here there are {num_classes}; a new one is made"
+        had, head = classes_of(weights), "its head fits and is kept"
+        if had != num_classes:
+            had = f"a head of {had or 'no'} classes"
+            head = f"has {had}, here there are {num_classes}; a new one is made"
             weights = {**weights, **model.head.state_dict(prefix="head.")}
         logger.info(f"{path}: {head}")
     if weights:
@@ -223,8 +209,7 @@ def check_classes(checkpoint, path, classes, strict=True):
     strict: a line where a head is kept though its classes have other names.
     """
     names = names_in(checkpoint.get("classes"))
-    head = checkpoint["model"].get("head.weight")
-    had = len(names) or (*getattr(head, "shape", ()), 0)[0]
+    had = len(names) or classes_of(checkpoint["model"])
     if strict and had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
     for number, (name, here) in enumerate(zip(names, classes, strict=False)):
@@ -243,15 +228,12 @@ def names_in(classes):
     return [*classes] if fits else []
 
 
-# Testing ------------------------------------------------------------------------------------------
-
-
 def load_tested(settings, options, data, ranks, path=None, known=None, rename=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
 
-    path: of the checkpoint; None: settings say which. known: {key: value} of what the file does
-    not record. rename: {part of a weight's name in the file: what it is here}.
+    path: None: settings say which. known: {key: value} that the file does not record. rename:
+    {part of a weight's name in the file: what it is here}.
     """
     path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     checkpoint = load_checkpoint(path, settings.use_ema)
@@ -294,9 +276,8 @@ def measure(tested: Tested, data, **published) -> Metrics:
     loader = data.test_loader(cfg, dataset, ranks)
     metrics = evaluate(model, loader, ranks, autocast, columns=columns)
     figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
-    data_set = f"{cfg.dataset}, {len(dataset):,} samples"
-    speed = f"{metrics.images_per_second:.0f} a second"
-    logger.info(f"{typed(path)}: {figures} ({'test_path' if own else data_set}, {speed})")
+    of = "test_path" if own else f"{cfg.dataset}, {len(dataset):,} samples"
+    logger.info(f"{typed(path)}: {figures} ({of}, {metrics.images_per_second:.0f} a second)")
     result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
     result |= {"input": shape, **tested.settings, **own, **published}
     ranks.from_main(lambda: write_result(path, result))
@@ -305,7 +286,7 @@ def measure(tested: Tested, data, **published) -> Metrics:
 
 def columns_of(test_path, classes, tested):
     """The model's number of each class of another test set, by name or, where all are numbers, by
-    these. A line says where classes are missing; UserError for one that the model has not.
+    these; a line says where classes are missing. UserError for one that the model has not.
     """
     total = tested.model.num_classes
     names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]

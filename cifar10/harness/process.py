@@ -21,11 +21,10 @@ SAME_SIGNAL = 3  # seconds in which another signal is the first one, which a lau
 
 
 class Ranks:
-    """This process's place among all: `rank` of `world_size`, and its `device`.
+    """This process's place among those that torchrun, torch.distributed.launch or srun started
+    (NCCL on GPUs, Gloo on CPUs): `rank` of `world_size`, and its `device`. `alone`: there is one.
 
-    One process, or one of those that torchrun, torch.distributed.launch or SLURM's srun started
-    (NCCL on GPUs, Gloo on CPUs). A rank that waits for another one longer than `timeout_minutes`
-    ends with an error. `alone`: it is one process, whatever started it.
+    A rank that waits for another one longer than `timeout_minutes` ends with an error.
     """
 
     def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
@@ -78,12 +77,10 @@ class Ranks:
         """What function() returns on rank 0, or its UserError, on every rank. slow: for hours."""
         if self.world_size == 1:
             return function()
-        box = [None]
-        if self.main:
-            try:
-                box = [function()]
-            except UserError as error:
-                box = [error]
+        try:
+            box = [function() if self.main else None]
+        except UserError as error:
+            box = [error]
         torch.distributed.broadcast_object_list(box, group=self.patient if slow else self.quick)
         if isinstance(box[0], UserError):
             raise box[0]
@@ -99,11 +96,9 @@ def variable(name, default, least=0):
 
 
 def slurm_ranks(env):
-    """The variables of torchrun for a task of SLURM's srun; MASTER_ADDR and MASTER_PORT stay where
-    set. {} for others: plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too.
-    """
+    """torchrun's variables for a task of SLURM's srun, those of the master where unset; else {}."""
     if "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
-        return {}
+        return {}  # plain python in a batch script has SLURM_PROCID and SLURM_NTASKS too
     hosts = env.get("SLURM_STEP_NODELIST") or "localhost"
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)[0]  # of a1,b2 or n[01-04,07]
     port = 15000 + int(env.get("SLURM_JOB_ID", 0)) % 10000
@@ -120,8 +115,6 @@ def slurm_ranks(env):
 class StopSignal:
     """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number`
     theirs; one that is ignored, as nohup has it, stays so. A second one ends the process at once.
-
-    A thread reads them: Python's own handlers wait while the main thread is in a call of C.
     """
 
     number = 0
@@ -132,6 +125,7 @@ class StopSignal:
         heard = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
         self.before = handlers, signal.set_wakeup_fd(writer, warn_on_full_buffer=False), writer
+        # Python's own handlers would wait while the main thread is in a call of C.
         threading.Thread(target=self._read, args=(reader,), daemon=True).start()
         return self
 

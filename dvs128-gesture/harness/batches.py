@@ -1,6 +1,4 @@
-"""Batches of a data set: which samples, each rank's share, made by worker processes, and the random
-states of Python, NumPy and PyTorch.
-"""
+"""Batches of a data set, each rank's share, made by worker processes; random states."""
 
 import atexit
 import contextlib
@@ -84,10 +82,9 @@ class BatchLoader(DataLoader):
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
             text = str(error).strip() or type(error).__name__
-            lost = re.match("DataLoader worker|Pin memory thread", text)
-            lost = lost or re.search("shm|shared memory|open files", text)
+            lost = "^(DataLoader worker|Pin memory thread)|shm|shared memory|open files"
             ours = isinstance(error, RuntimeError) or text.startswith("Caught")
-            if not lost and (ours or not self.num_workers):
+            if not re.search(lost, text) and (ours or not self.num_workers):
                 raise
             end_workers()  # what one lacks the others lack too
             raise LostWorker(
@@ -104,9 +101,8 @@ def end_workers():
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
-    """[(indices, seed)], this rank's batches of an epoch, in an order of this seed and epoch alone.
-
-    Samples at the end that do not fill a batch on every rank are dropped.
+    """[(indices, seed)], this rank's batches of an epoch, in an order of seed and epoch alone; what
+    does not fill a batch on every rank is dropped.
     """
     # Hashed, for seed + epoch would give the epochs of seed 43 to seed 42, one later.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
@@ -119,37 +115,30 @@ def train_batches(size, batch_size, seed, epoch, ranks):
 
 
 def test_batches(size, batch_size, ranks):
-    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order. They are
-    whole, but for the last, because under cross_sample_lif logits depend on the batch.
-    """
+    """[(indices, seed)] of this rank: every world_size-th batch of the sequential order."""
+    # Whole ones but for the last: under cross_sample_lif logits depend on the batch.
     starts = range(0, size, batch_size)[ranks.rank :: ranks.world_size]
     return [(range(start, min(start + batch_size, size)), 0) for start in starts]
 
 
-# Parts of a training set: what trains (train_share), and what validates (val_split) -------------
-
-
 def divide(cfg, data, dataset, seed):
-    """(what trains, what validates or None) of a training set, drawn by the seed within each class.
-    The validation samples are those of the smallest places, the same for every train_share; they
-    come as in testing.
+    """(what trains, what validates or None) of a training set, drawn by the seed within each class;
+    what validates is the same for every train_share, and comes as in testing.
     """
     if not cfg.val_split and cfg.train_share == 1:
         return dataset, None
     place, low = places(dataset, seed), cfg.val_split
     trains = (place >= low) & (place <= low + (1 - low) * cfg.train_share)
-    held_out = None
-    if low:
-        held_out = part(data.as_tested(cfg, dataset), (place < low).nonzero()[:, 0].tolist())
-        if not len(held_out):
-            raise UserError(f"val_split is {low}, which is no sample of any class; make it more")
-    return part(dataset, trains.nonzero()[:, 0].tolist()), held_out
+    trains, held_out = (which.nonzero()[:, 0].tolist() for which in (trains, place < low))
+    if low and not held_out:
+        raise UserError(f"val_split is {low}, which is no sample of any class; make it more")
+    held_out = part(data.as_tested(cfg, dataset), held_out) if low else None
+    return part(dataset, trains), held_out
 
 
 def places(dataset, seed):
-    """[samples]: the places of a class's samples, evenly between 0 and 1, in an order of
-    the seed alone. Labels are those in `samples` or `targets`, as torchvision's data sets have
-    them; where there are none, all samples are one class.
+    """[samples]: places between 0 and 1, evenly over each class, in an order of the seed alone;
+    without `samples` or `targets`, as torchvision has them, all are one class.
     """
     labels = [label for _, label in getattr(dataset, "samples", ())]
     labels = torch.tensor(labels or getattr(dataset, "targets", [0] * len(dataset)))
@@ -173,16 +162,11 @@ def part(dataset, indices):
 
 
 def digest_of_files(dataset):
-    """Of the names and labels of a data set's files, in their order; None for one without files.
-    The data may have moved: folders do not count.
-    """
-    found = hashlib.sha256()
-    for path, label in getattr(dataset, "samples", ()):
-        found.update(os.fsencode(f"{os.path.basename(path)}/{label}/"))
-    return found.hexdigest() if hasattr(dataset, "samples") else None
-
-
-# Random states ------------------------------------------------------------------------------------
+    """Of names, without folders, and labels of a data set's files; None for one without files."""
+    if not hasattr(dataset, "samples"):
+        return None
+    names = "".join(f"{os.path.basename(path)}/{label}/" for path, label in dataset.samples)
+    return hashlib.sha256(os.fsencode(names)).hexdigest()
 
 
 def get_rng_state(device, statistics=()):

@@ -43,9 +43,8 @@ CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
 
 
 def fetch(name: str | Path) -> Path:
-    """The file that a checkpoint's name means: a path, a folder of tools/export.py, or a URL or key
-    of ASSETS, downloaded once into torch.hub's cache. A hash in a URL's file name is verified.
-    UserError where it can't be downloaded.
+    """The file that a name means: a path, a folder of tools/export.py, or a URL or key of ASSETS,
+    downloaded once into torch.hub's cache and verified by a hash in its name; else UserError.
     """
     path, url = Path(name), ASSETS.get(str(name), str(name))
     if path.exists() or not url.startswith(("https://", "http://")):
@@ -65,15 +64,12 @@ def fetch(name: str | Path) -> Path:
 
 
 def newest(settings, file, experiment):
-    """The file of that name that was written last in the runs of an experiment, or of all; None
-    without one. A folder's name does not tell: run-2 is the second run of `run`, or the first of
-    `run-2`; it counts where args.yaml is damaged.
-    """
+    """The file of that name written last in the runs of an experiment, or of all; None without."""
     paths = []
     for path in Path(settings.output or HERE / "output").glob(f"*/{file}"):
-        run = path.parent
+        run = path.parent  # run-2 may be the second run of `run`, or the first of `run-2`
         name = read_args(run).get("experiment", re.sub(r"-\d+$", "", run.name))
-        if (run / "args.yaml").exists() and experiment in (None, str(name)):
+        if not is_new(run) and experiment in (None, str(name)):
             paths.append(path)
     return max(paths, key=os.path.getmtime, default=None)
 
@@ -84,18 +80,15 @@ def find_checkpoint(settings) -> Path:
         return fetch(settings.checkpoint)
     if settings.named and (path := settings.file.parent / "best.pth").is_file():
         return path  # -c output/a/args.yaml
-    name = settings.experiment
-    if path := newest(settings, "best.pth", name):
+    if path := newest(settings, "best.pth", settings.experiment):
         return path
-    under = settings.output or HERE / "output"
-    none = f"there is no best.pth{f' of {name}' if name else ''} under {under}"
+    of = f" of {settings.experiment}" if settings.experiment else ""
+    none = f"there is no best.pth{of} under {settings.output or HERE / 'output'}"
     raise UserError(f"no checkpoint: {none}; train first, or name one with --checkpoint")
 
 
 def find_resumed(settings):
-    """The checkpoint of the run to go on with, or None. auto: that of this experiment; where none
-    was named, of the default yml or else the newest.
-    """
+    """The checkpoint to resume, or None. auto: of the named experiment, the yml's or the newest."""
     if settings.resume != "auto":
         return settings.resume and Path(settings.resume)
     experiment = settings.name or settings.file.stem
@@ -106,9 +99,7 @@ def find_resumed(settings):
 
 
 def read_text(path, most=2**24):
-    """The text of a file. OSError for what is none, such as a pipe, which would never end, and for
-    one of more bytes than a run writes.
-    """
+    """The text of a file; OSError for a pipe, which would never end, and for too many bytes."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode) or info.st_size > most:
         raise OSError(f"{path.name} is no file of a run")
@@ -117,19 +108,23 @@ def read_text(path, most=2**24):
 
 def read_args(folder) -> dict:
     """A run's args.yaml; {} where there is none that can be read."""
+    return dict_in(folder / "args.yaml", yaml.safe_load)
+
+
+def dict_in(text, parse) -> dict:
+    """The dict in a text, or in a file; {} where there is none that can be read."""
     try:
-        found = yaml.safe_load(read_text(folder / "args.yaml"))
+        found = parse(read_text(text) if isinstance(text, Path) else text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         found = None
     return found if isinstance(found, dict) else {}
 
 
 def open_run(settings):
-    """(folder of this run, checkpoint to resume or None).
+    """(folder of this run, which is locked, checkpoint to resume or None).
 
-    Only a run that goes on from its own last.pth writes to a folder that holds a run; any other
-    gets a number behind its name. The folder is this process's until it ends; another run there is
-    an error.
+    Only a run that goes on from its own last.pth writes to a folder that holds a run, and where it
+    is in use that is an error; any other gets a number behind its name.
     """
     root, experiment = Path(settings.output or HERE / "output"), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
@@ -139,8 +134,7 @@ def open_run(settings):
     if own or (settings.resume == "auto" and is_new(folder)):
         folder = resume.parent if own else folder
         if not claim(folder):
-            end = "stop it, or set another experiment"
-            raise UserError(f"{folder} is in use by another run; {end}")
+            raise UserError(f"{folder} is in use by another run; stop it, or set experiment")
         return folder, resume
     for folder in map(root.joinpath, numbered(experiment)):
         # Its user may have come and gone between the first look and the claim.
@@ -161,9 +155,7 @@ CLAIMED = []  # files that are open, and so locked, until this process ends
 
 
 def claim(folder):
-    """Lock a run's folder for this process; False if another one has it. The system ends the lock
-    with the process. It is on a file beside the folder, which is made when there is what to write.
-    """
+    """Lock a run's folder, by a file beside it, for this process; False if another one has it."""
     place = Path(os.path.realpath(folder))
     with writing(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -192,11 +184,9 @@ def write_result(path, result):
     figures = {name: result[name] for name in figures if name in result}
     for name in numbered(f"test-{path.stem}"):
         file = path.with_name(f"{name}.json")
-        try:
-            if json.loads(read_text(file)) | figures == json.loads(text):
-                break
-        except (OSError, ValueError, RecursionError, TypeError):
-            break  # none, or none of ours
+        there = dict_in(file, json.loads)
+        if not there or there | figures == json.loads(text):
+            break
     try:
         write_whole(file, f"{text}\n".encode())
     except UserError as error:
@@ -235,16 +225,17 @@ def writing(path):
 
 class RunLog:
     """log.txt, one JSON line an epoch, and TensorBoard's curves over epochs and, in steps/, over
-    steps: TensorBoard drops all points of a folder from one x on. What was written from `epoch`
-    and `step` (over all epochs) on is dropped, since it is done again.
+    all steps. What was written from `epoch` and `step` on is dropped, since it is done again.
     """
 
     def __init__(self, folder, epoch, step):
         self.folder, self.path = folder, folder / "log.txt"
         with writing(folder):
-            text = read_text(self.path) if self.path.exists() else ""
-            lines = [line + "\n" for line in text.splitlines() if epoch_of(line) < epoch]
-            write_whole(self.path, "".join(lines).encode())
+            lines = read_text(self.path).splitlines() if self.path.exists() else []
+            # A line that a crash has cut short has no epoch, and is dropped.
+            epochs = [dict_in(line, json.loads).get("epoch", epoch) for line in lines]
+            kept = [f"{line}\n" for line, at in zip(lines, epochs, strict=True) if at < epoch]
+            write_whole(self.path, "".join(kept).encode())
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
 
@@ -266,9 +257,9 @@ class RunLog:
 
 
 class Curves:
-    """A file of TensorBoard's, for which points of the folder's older files from x = `first` on do
-    not count. PyTorch's SummaryWriter writes in a thread, whose errors are a traceback, and names
-    files by the clock, in a wrong order where that was set back.
+    """A file of TensorBoard's; points of the folder's older files from x = `first` on do not count.
+
+    (PyTorch's SummaryWriter has a thread, whose errors are tracebacks, and names files by a clock.)
     """
 
     def __init__(self, folder, first):
@@ -285,11 +276,3 @@ class Curves:
 
     def add_point(self, name, value, x):
         self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)
-
-
-def epoch_of(line):
-    """Epoch of a line of log.txt; infinity for a line that a crash has cut short, to drop it."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")

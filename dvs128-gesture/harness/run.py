@@ -1,7 +1,4 @@
-"""A run from its first epoch to its last: begin or resume, train, test, log, save, stop.
-
-How an epoch is trained is train.py's, whose Trainer is a Run.
-"""
+"""A run from its first epoch to its last: begin or resume, train, test, log, save, stop."""
 
 import os
 import shlex
@@ -48,10 +45,8 @@ def prepare_data(settings, data) -> int:
 class Run:
     """What the Trainers of all data sets have in common.
 
-    A Trainer has the recipe: prepare() sets criterion, optimizer, num_epochs and, if there is one,
-    scheduler; train_epoch() trains.
-
-    settings: of the command line. data, options: the folder's modules.
+    A Trainer, in train.py, has the recipe: prepare() sets criterion, optimizer, num_epochs and, if
+    there is one, scheduler; train_epoch() trains. data, options: the folder's modules.
     """
 
     samples = "images"  # what a batch is of
@@ -77,9 +72,9 @@ class Run:
         self.accum_iter = getattr(cfg, "accum_iter", 1)  # batches behind a step of the optimizer
         self.micro_batch = cfg.batch_size * ranks.world_size
         self.global_batch = self.micro_batch * self.accum_iter
-        factors = (self.accum_iter, "accum_iter {}"), (ranks.world_size, "{} ranks")
-        batch = [f"batch_size {cfg.batch_size}", *(of.format(n) for n, of in factors if n > 1)]
-        batch = " x ".join(batch)  # what a step is made of
+        batch = f"batch_size {cfg.batch_size}"  # what a step is made of
+        batch += f" x accum_iter {self.accum_iter}" * (self.accum_iter > 1)
+        batch += f" x {ranks.world_size} ranks" * (ranks.world_size > 1)
         self.steps = len(self.train_set) // self.global_batch
         if self.steps == 0:
             size = f"the {len(self.train_set)} training samples"
@@ -100,29 +95,24 @@ class Run:
             self.scheduler.step(self.epoch)
 
     def configure(self, settings, options, checkpoint):
-        """The configuration; see build.recorded_values for what a checkpoint brings back, and
-        Settings.resolve.
-        """
+        """See build.recorded_values, for what a checkpoint brings back, and Settings.resolve."""
         purpose, recorded, before = "train", {}, None
         if checkpoint:
             purpose = "resume" if self.resumed else "finetune"
             recorded = recorded_values(options, checkpoint, self.path, data=self.resumed)
             before = checkpoint.get("given")
-        # A run that goes on keeps its name, whatever its folder is called.
-        name = read_args(self.folder).get("experiment") or settings.name or settings.file.stem
-        cfg = settings.resolve(purpose, recorded, self.path, before, experiment=str(name))
         self.given = {"file": settings.file.name, "yml": settings.yml}  # as checkpoints record it
         if self.resumed and before and before["file"] != self.given["file"]:
             self.given = before
-        return cfg
+        # A run that goes on keeps its name, whatever its folder is called.
+        name = read_args(self.folder).get("experiment") or settings.name or settings.file.stem
+        return settings.resolve(purpose, recorded, self.path, before, experiment=str(name))
 
     def load_data(self, checkpoint):
         """What trains, and what chooses best.pth."""
         cfg, data, ranks = self.cfg, self.data, self.ranks
-        whole = data.build_dataset(cfg, True, ranks)
-        self.part_seed = cfg.seed  # of the parts of the training set, which stay
-        if self.resumed:
-            self.part_seed = number(checkpoint, "part_seed", cfg.seed, self.path, low=0)
+        whole, before = data.build_dataset(cfg, True, ranks), checkpoint if self.resumed else {}
+        self.part_seed = number(before, "part_seed", cfg.seed, self.path, low=0)  # they stay
         self.train_set, self.test_set = divide(cfg, data, whole, self.part_seed)
         self.tested = "validation" if self.test_set else "test"
         self.test_set = self.test_set or data.build_dataset(cfg, False, ranks)
@@ -132,11 +122,11 @@ class Run:
             check_classes(checkpoint, self.path, self.classes, strict=self.resumed)
         if had > (cfg.num_classes or had):
             raise UserError(f"num_classes is {cfg.num_classes}, but the data has {had} classes")
-        sizes = f"{len(self.train_set):,} training and {len(self.test_set):,} {self.tested}"
-        sizes = f"{sizes} {self.samples} of {had} classes"
-        shape = " x ".join(map(str, data.input_shape(cfg)))
+        text = f"data: {cfg.dataset}, {len(self.train_set):,} training and "
+        text += f"{len(self.test_set):,} {self.tested} {self.samples} of {had} classes, "
+        text += " x ".join(map(str, data.input_shape(cfg)))
         parts = "" if self.train_set is whole else f" (of {len(whole):,} to train with)"
-        logger.info(f"data: {cfg.dataset}, {sizes}, {shape}{parts}")
+        logger.info(text + parts)
 
     def wrap_model(self):
         """The model frozen, as a graph, on several ranks, averaged, in mixed precision."""
@@ -167,8 +157,7 @@ class Run:
 
     def describe(self, batch):
         """Say what the run is."""
-        cfg = self.cfg
-        network = f"{cfg.model}, T = {cfg.time_step}, {self.parameters:,} parameters"
+        network = f"{self.cfg.model}, T = {self.cfg.time_step}, {self.parameters:,} parameters"
         logger.info(f"network: {network}, on {self.ranks.device}")
         logger.info(self.semantics)
         epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
@@ -181,8 +170,6 @@ class Run:
         if self.log:
             self.log.add_point(name, value, self.epoch * self.steps + step)
 
-    # State ----------------------------------------------------------------------------------------
-
     def state(self):
         """What a checkpoint holds."""
         return {
@@ -190,15 +177,15 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             **({"scheduler": self.scheduler.state_dict()} if self.scheduler else {}),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,
-            "step": self.meter.steps,
+            "epoch": self.epoch - 1,  # the last one finished
+            "step": self.meter.steps,  # done of the next epoch
             "loss_total": self.meter.total,
             "global_batch": self.global_batch,
             "samples": len(self.train_set),
             "files": self.files,
             "seed": self.seed,
             "part_seed": self.part_seed,
-            "best": self.best,
+            "best": self.best,  # top-1 in %
             "rng": self.ranks.gather(get_rng_state(self.ranks.device, self.statistics())),
             "config": vars(self.cfg),
             "given": self.given,
@@ -246,8 +233,7 @@ class Run:
         elif self.ema:
             logger.info(f"{path}: holds no averaged weights; model_ema starts with its plain ones")
         set_rng_state(checkpoint.get("rng", []), self.ranks, path, self.statistics())
-        where = f"epoch {self.epoch}, step {self.meter.steps}"
-        logger.info(f"resuming {typed(path)} at {where}")
+        logger.info(f"resuming {typed(path)} at epoch {self.epoch}, step {self.meter.steps}")
 
     def statistics(self):
         """This rank's running statistics within an epoch of dist_bn: reduce; else []."""
@@ -255,8 +241,6 @@ class Run:
         within = self.reduce_bn and self.meter.steps
         named = (pair for model in models for pair in model.named_buffers() if within)
         return [buffer for name, buffer in named if "running_" in name]
-
-    # The loop -------------------------------------------------------------------------------------
 
     def fit(self) -> int:
         """Train to the last epoch. Returns the exit code: 0, or 128 + a signal that stopped it."""
@@ -277,7 +261,7 @@ class Run:
         if ranks.from_main(lambda: is_new(self.folder)):
             self.save("last.pth")  # a run that is killed from here on goes on
         self.best = ranks.from_main(self.open_log)
-        few = None
+        few = None  # samples, whose spikes are counted
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             try:
@@ -322,8 +306,8 @@ class Run:
                 self.scheduler.step(self.epoch)
             self.save(*["best.pth"] * is_best, "last.pth")
         if self.best >= 0:
-            best, path = f"best top-1 {self.best:.2f} %", typed(self.folder / "best.pth")
-            logger.info(f"{best}{' in validation' * (self.tested != 'test')}: {path}")
+            best = f"best top-1 {self.best:.2f} %{' in validation' * (self.tested != 'test')}"
+            logger.info(f"{best}: {typed(self.folder / 'best.pth')}")
         return 0
 
     def own_record(self):
@@ -355,10 +339,10 @@ class Run:
 
     def check_weights(self):
         """FloatingPointError for weights that are not finite, or gradients step after step."""
+        step = self.meter.steps
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise FloatingPointError(f"weights are not finite after step {self.meter.steps}")
+            raise FloatingPointError(f"weights are not finite after step {step}")
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            step = self.meter.steps
             raise FloatingPointError(f"gradients are not finite any more at step {step}")
 
     def stopped(self, why):
@@ -384,9 +368,7 @@ def check_rates(cfg, peak):
 
 
 def set_up_torch(cfg, data, rank):
-    """Seeds and algorithms. Recordings of events have the same seed on every rank and deterministic
-    convolutions, as in the release; a batch has a seed of its own.
-    """
+    """Seeds and algorithms; as in the release, those of event data are alike on every rank."""
     events = len(data.input_shape(cfg)) == 4
     random_seed(cfg.seed, 0 if events else rank)
     torch.backends.cudnn.deterministic = events

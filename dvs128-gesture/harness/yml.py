@@ -12,8 +12,8 @@ NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 def read_yml(path):
     """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
 
-    A value is the text as it is written, None for null, or a list of these: what a text stands for
-    is for its Key to say, so that 010 and 1:30 never turn into 8 and 90.
+    A value is text as it is written (so 010 and 1:30 never turn into 8 and 90), None for null, or a
+    list of these.
     """
     file = shown(path.name)
     try:

@@ -1,7 +1,4 @@
-"""Configuration: defaults < checkpoint < a yml that -c names < flags, resolved once.
-
-A folder's options.py is the table of keys. The yml beside the script counts among the defaults.
-"""
+"""Configuration: defaults and the yml beside the script < checkpoint < a yml of -c < flags."""
 
 import argparse
 import difflib
@@ -29,38 +26,25 @@ BACK = {"train": "", "finetune": "network", "test": "network data", "resume": "n
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the yml, and the flag of the same name.
+    """A key of the yml, and the flag of the same name."""
 
-    kind: int, float, bool, str, Path (a string in which ~ and $VARIABLES are expanded), or a list
-        of one of these, as in [float].
-    low, high, choices, pattern: what the value, or each of a list, is checked against.
-    null: whether the value may be null (`none` as a flag), as it may where that is the default.
-    flags, aliases: the release's short forms, and other names for it.
-    length, rising: (fewest, most) values of a list, and whether they must not fall.
-    words: what the value must be, as an error says it, where the above can't tell.
-    back: when a checkpoint brings its value back: "network" in testing, resuming and fine-tuning,
-        "data" in testing and resuming, "run" in resuming alone, "" never.
-    fixed: function of a value, whose result must stay the checkpoint's, or be None: as there.
-    scripts, group: those that use the key, and where it stands in their --help.
-    """
-
-    kind: object
+    kind: object  # int, float, bool, str, Path (with ~ and $VARIABLES), or a list: [float]
     default: object
     help: str
-    low: float = -float("inf")
+    low: float = -float("inf")  # of the value, or of each of a list, as choices and pattern are
     high: float = float("inf")
-    null: bool = False
-    flags: tuple = ()
-    aliases: tuple = ()
+    null: bool = False  # whether it may be null (`none` as a flag), as where that is the default
+    flags: tuple = ()  # the release's short forms
+    aliases: tuple = ()  # other names
     choices: tuple = ()
-    length: tuple = (0, 100)
-    rising: bool = False
+    length: tuple = (0, 100)  # fewest and most values of a list
+    rising: bool = False  # whether they must not fall
     pattern: str = ""
-    words: str = ""
-    back: str = "data"
-    fixed: Callable | None = None
-    scripts: tuple = ("train", "test")
-    group: str = ""
+    words: str = ""  # what the value must be, as an error says it, where the above can't tell
+    back: str = "data"  # when a checkpoint brings it back: a word of BACK, or "": never
+    fixed: Callable | None = None  # its result must be as for the checkpoint's; None: as there
+    scripts: tuple = ("train", "test")  # that use it
+    group: str = ""  # where it stands in their --help
 
     @property
     def is_optional(self):
@@ -72,10 +56,9 @@ class Key:
             return None
         if not isinstance(self.kind, list):
             return self._one(value, self.kind)
-        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
-            value = value[0]  # a flag such as --mean 0.5,0.5,0.5
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
-        items = items if isinstance(items, (list, tuple)) else [items]
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if len(items) == 1 and isinstance(items[0], str):
+            items = items[0].replace(",", " ").split()  # a flag such as --mean 0.5,0.5,0.5
         if not self.length[0] <= len(items) <= self.length[1]:
             raise ValueError(self.wanted())
         values = [self._one(item, self.kind[0]) for item in items]
@@ -84,10 +67,9 @@ class Key:
         return values
 
     def _one(self, value, kind):
-        text = str(value) if isinstance(value, (bool, int, float)) else value
-        if not isinstance(text, str):
+        if not isinstance(value, (bool, int, float, str)):
             raise ValueError(self.wanted())
-        found = None
+        text, found = str(value), None
         if self.choices:
             if "true" in self.choices:  # cross_sample_lif: yes, or True
                 text = str(TRUTH.get(text.lower(), text)).lower()
@@ -115,15 +97,13 @@ class Key:
         names = {int: "whole number", float: "number", str: "word", Path: "path"}
         text = "true or false" if kind is bool else f"a {names[kind]}"
         if many:
-            counts = " to ".join(map(str, sorted({*self.length})))
-            text = f"{counts} {names[kind]}s"
+            text = f"{' to '.join(map(str, sorted({*self.length})))} {names[kind]}s"
         if kind in (int, float):
             text += f" from {self.low} to {self.high}"
         if self.choices:
             of = ", ".join(choice or "''" for choice in self.choices)
             text = f"{text} of {of}" if many else f"one of {of}"
-        text = self.words or text
-        return f"{text}, or none" if self.is_optional else text
+        return (self.words or text) + ", or none" * self.is_optional
 
 
 def same(value):
@@ -153,23 +133,20 @@ class Config(argparse.Namespace):
 
 
 class Settings:
-    """What the yml and the flags say, before it is known what a checkpoint says.
-
-    Attributes: keys {name: Key}; file, the yml; named, whether -c named it; yml {name: value} of it
-    and its bases; said {name: (value, where)} of what goes over a checkpoint; notes, lines to log
-    on names without effect.
-    """
+    """What the yml and the flags say, before it is known what a checkpoint says."""
 
     def __init__(self, keys, file, named):
-        self.keys, self.file, self.named = keys, file, named
-        self.yml, self.said, self.notes = {}, {}, []
+        self.keys, self.file, self.named = keys, file, named  # {name: Key}, the yml, by -c or not
+        self.yml = {}  # {name: value} of it and its bases
+        self.said = {}  # {name: (value, where)} of what goes over a checkpoint
+        self.notes = []  # lines on names without effect
 
     def __getattr__(self, name):
         """A key's value as far as it is known: of what the run needs to find its checkpoint."""
         if name.startswith("_") or name not in self.keys:
             raise AttributeError(name)
         default = self.yml.get(name, self.keys[name].default)
-        return self.said[name][0] if name in self.said else default
+        return self.said.get(name, (default,))[0]
 
     @property
     def name(self):
@@ -177,16 +154,15 @@ class Settings:
         return self.experiment or (self.file.stem if self.named else None)
 
     def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
-        """The configuration; a line names each value that goes over a checkpoint's. UserError for
-        one that can't.
+        """The configuration; a line or UserError for each value that goes over a checkpoint's.
 
-        purpose: a key of BACK. recorded, path: {name: value} of a checkpoint, and where it is from.
-        then: the yml that its run had, {"file": name, "yml": {...}}; what that says again is
-        nothing new. chosen: values that are known otherwise.
+        purpose: a key of BACK. recorded, path: {name: value} of a checkpoint, and its path. then:
+        {"file": name, "yml": {...}} of its run; what that says again is nothing new. chosen: values
+        known otherwise.
         """
         values = {name: key.default for name, key in self.keys.items()} | self.yml
-        kinds = BACK[purpose].split()
-        back = {n: v for n, v in (recorded or {}).items() if self.keys[n].back in kinds}
+        recorded, kinds = recorded or {}, BACK[purpose].split()
+        back = {name: value for name, value in recorded.items() if self.keys[name].back in kinds}
         then = then["yml"] if then and then["file"] == self.file.name else {}
         for name, value in self.yml.items():
             edited = purpose == "resume" and not self.named and then.get(name, value) != value
@@ -212,10 +188,9 @@ class Settings:
 def read_settings(options, argv=None, script=None, description=None) -> Settings:
     """The Settings of a command line; UserError for what is wrong with it or with a yml.
 
-    options: the folder's table: KEYS {name: Key}, NO_EFFECT {name: reason} of names that are
-    accepted and do nothing, DEFAULT_CONFIG, the yml without -c. argv: default sys.argv[1:].
-    script: "train" or "test", whose flags --help shows and others are refused; None: all.
-    description: first line of --help.
+    options: the folder's KEYS {name: Key}, NO_EFFECT {name: reason} of names that are accepted,
+    and DEFAULT_CONFIG, the yml without -c. argv: default sys.argv[1:]. script: "train" or "test",
+    whose flags alone are taken; None: all. description: first line of --help.
     """
     keys, no_effect = options.KEYS, options.NO_EFFECT
     names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
@@ -229,38 +204,34 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         hint = _hint(unknown[0], names, no_effect)
         raise UserError(f"command line: {kind} {shown(unknown[0])}{hint}")
 
-    settings = Settings(keys, file, named)
-    sources = [(entries, False) for entries in read_with_bases(file)]
-    sources.append(([(*flag, "command line") for flag in flags.items()], True))
-    for entries, from_flags in sources:
-        here = {}
-        for spelled, text, where in entries:
-            spelled = spelled.replace("-", "_")
-            name = names.get(spelled)
-            if from_flags and script == "test":
-                name = IN_TEST.get(name, name)
-            if name is None:
-                if spelled not in no_effect:
-                    hint = _hint(spelled, names, no_effect)
-                    raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
-                settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
-                continue
-            if from_flags and script not in (None, *keys[name].scripts) and keys[name].scripts:
-                meant = "; --finetune or --resume is meant" if name == "checkpoint" else ""
-                raise UserError(f"{where}: --{spelled} is not read by {script}.py{meant}")
-            try:
-                value = keys[name].convert(text)
-            except ValueError as wanted:
-                said = f"{where}: {spelled} is {shown(text)}"
-                raise UserError(f"{said}; it must be {wanted}") from None
-            other, before = here.setdefault(name, (spelled, value))
-            if before != value:
-                both = f"{other} and {spelled} are one key"
-                raise UserError(f"{where}: {both}, but their values differ")
-            if not from_flags:
-                settings.yml[name] = value
-            if from_flags or named:
-                settings.said[name] = value, where if from_flags else file.name
+    settings, seen = Settings(keys, file, named), {}
+    entries = [*read_with_bases(file), *((*flag, "command line", None) for flag in flags.items())]
+    for spelled, text, where, source in entries:  # source: the yml, or None for a flag
+        spelled = spelled.replace("-", "_")
+        name = names.get(spelled)
+        if script == "test" and not source:
+            name = IN_TEST.get(name, name)
+        if name is None:
+            if spelled not in no_effect:
+                hint = _hint(spelled, names, no_effect)
+                raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
+            settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
+            continue
+        scripts = keys[name].scripts
+        if scripts and script not in (None, *scripts) and not source:
+            meant = "; --finetune or --resume is meant" if name == "checkpoint" else ""
+            raise UserError(f"{where}: --{spelled} is not read by {script}.py{meant}")
+        try:
+            value = keys[name].convert(text)
+        except ValueError as wanted:
+            raise UserError(f"{where}: {spelled} is {shown(text)}; it must be {wanted}") from None
+        other, before = seen.setdefault((source, name), (spelled, value))
+        if before != value:
+            raise UserError(f"{where}: {other} and {spelled} are one key, but their values differ")
+        if source:
+            settings.yml[name] = value
+        if named or not source:
+            settings.said[name] = value, file.name if source else where
     return settings
 
 
@@ -274,10 +245,10 @@ def find_yml(name):
 
 
 def read_with_bases(file, above=()):
-    """[[(key, text, where), ...], ...] of a yml and of its bases, which come first. `base:
-    other.yml` names one beside the yml that says so; `above` are those that lead here.
+    """[(key, text, where, yml), ...] of a yml and, in front, of its bases, each of which is beside
+    the yml that names it; `above` are those that lead here.
     """
-    entries, sources = read_yml(file), []
+    entries, of_bases = read_yml(file), []
     for key, name, where in entries:
         if key == "base" and name is not None:
             base = file.parent / str(name)
@@ -285,8 +256,8 @@ def read_with_bases(file, above=()):
             if fault or base.resolve() in (file, *above):
                 fault = f"{fault or 'it leads back'} in {shown(str(file.parent))}"
                 raise UserError(f"{where}: base is {shown(name)}: {fault}")
-            sources = read_with_bases(base.resolve(), (file, *above))
-    return [*sources, [entry for entry in entries if entry[0] != "base"]]
+            of_bases = read_with_bases(base.resolve(), (file, *above))
+    return of_bases + [(*entry, file) for entry in entries if entry[0] != "base"]
 
 
 def _hint(name, names, no_effect):
@@ -334,12 +305,11 @@ def _parser(options, script, description):
             groups[key.group].add_argument(
                 *(key.flags if spelled == name else ()),
                 f"--{spelled}",
-                dest=spelled,
                 nargs="+" if many else "?" if kind is bool else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,
                 help=text if helped else argparse.SUPPRESS,
             )
     for name in options.NO_EFFECT:
-        parser.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return parser

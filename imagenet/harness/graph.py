@@ -1,7 +1,7 @@
 """A model as a CUDA graph: the GPU gets all kernels of a pass in one call, not hundreds.
 
-It replays them on the same memory. So an input is copied to where they read it, and what they wrote
-is copied before the next replay. Loss, scaler, optimizer and what ranks exchange stay outside.
+They run on the same memory each time: input and output are copied. Loss, scaler, optimizer and what
+ranks exchange stay outside.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ class Graph(torch.nn.Module):
     """Computes model(x) by a graph of its forward pass and, where gradients are on, one of its
     backward pass. DistributedDataParallel can wrap it: gradients are exchanged after the replay.
 
-    They are captured at the first x. Another shape, such as that of a test's last batch, and the
-    other mode of train() and eval() run kernel by kernel. Parameters and buffers must stay in their
-    memory, as load_state_dict() and optimizers leave them. UserError if it can't be captured.
+    They are captured at the first x; another shape, and the other mode of train() and eval(), run
+    kernel by kernel. Parameters and buffers must stay in their memory, as load_state_dict() and
+    optimizers leave them. UserError if it can't be captured.
     """
 
     def __init__(self, model):
@@ -101,9 +101,8 @@ class Graph(torch.nn.Module):
             self.logits = logits.detach()  # without the nodes, which are of the capture's stream
 
     def compute(self, known):
-        """(logits, leaves of autograd in the memory of the `known` parameters). The parameters' own
-        nodes, which an earlier loss keeps, are of another stream, and that can't be captured.
-        """
+        """(logits, leaves of autograd in the memory of the `known` parameters)."""
+        # The parameters' own nodes, which an earlier loss keeps, are of another stream.
         leaves = {name: parameter.detach().requires_grad_() for name, parameter in known.items()}
         return functional_call(self.model, leaves, (self.x,)), [*leaves.values()]
 

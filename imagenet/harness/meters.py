@@ -45,9 +45,7 @@ def peak_memory_mb(device):
 
 
 class Progress:
-    """Lines on where an epoch of the Trainer `run` stands: after the first and the last step, every
-    log_interval steps and every 30 s.
-    """
+    """Lines on a Trainer's epoch: of its first and last step, each log_interval steps and 30 s."""
 
     def __init__(self, run):
         self.run, self.first = run, run.meter.steps
@@ -68,8 +66,7 @@ class Progress:
         self.said, speed = time.perf_counter(), self.speed(done)
         left = ((run.num_epochs - run.epoch) * run.steps - done) * run.global_batch / speed
         text = f"loss {run.meter.mean:.4f}, lr {lr:.3g}, {speed:.0f} {run.samples}/s"
-        memory = f"{peak_memory_mb(run.ranks.device):,} MB"
-        text = f"{text}, {timedelta(seconds=round(left))} left, {memory}"
+        text += f", {timedelta(seconds=round(left))} left, {peak_memory_mb(run.ranks.device):,} MB"
         logger.info(f"epoch {run.epoch}, step {done}/{run.steps}: {text}")
         return due
 
@@ -105,11 +102,10 @@ def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metric
 
 
 class LossMeter:
-    """Mean loss over ranks and the steps of an epoch.
+    """Mean loss over ranks and the steps of an epoch; `show(loss, step)` gets each, from step 0 on.
 
     A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
-    summed with it, so that all ranks set `stop` at the same step. `show(loss, step)` is called for
-    each step, counted from 0.
+    summed with it, so that all ranks set `stop` at the same step.
     """
 
     def __init__(self, ranks, show=lambda loss, step: None):
@@ -151,7 +147,7 @@ class LossMeter:
 
 
 class TET(torch.nn.Module):
-    """Temporal efficient training, as in Deng et al., ICLR 2022; the published runs did without it:
+    """Temporal efficient training (Deng et al., ICLR 2022), which the published runs did without:
     (1 - weight) x the loss of the mean logits + weight x the mean of the losses of all steps.
 
     criterion: the recipe's, of logits [N, classes] and targets [N] or [N, classes]. weight: 0 to 1.
@@ -182,9 +178,7 @@ def spread(dataset):
 
 @torch.inference_mode()
 def firing_rates(model, batches, autocast) -> dict:
-    """{stage: share of 1 in its spikes} for batches of samples; one more pass in evaluation mode,
-    which changes nothing in the model.
-    """
+    """{stage: share of 1 in its spikes} for batches of samples; the model is in evaluation mode."""
     sums = {}
 
     def count(stage, module, args, spikes):
