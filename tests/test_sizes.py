@@ -86,7 +86,7 @@ def test_endless_yml(tmp_path):
     path.touch()
     os.truncate(path, 2**40)
     assert "x.yml: not a yml: it has 1,0" in refused(
-        load("cifar10"), load("cifar10").yml.read_yml, path
+        load("cifar10"), load("cifar10").config.read_yml, path
     )
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .log import HERE, UserError, logger
-from .yml import NUMBER, read_yml, shown
+import yaml
 
+from .log import HERE, UserError, first_line, logger
+
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = (None, "none", "null", "None", "", ["none"])
 # Flags of train.py that mean another key where test.py gets them, as the release's does.
@@ -258,6 +260,62 @@ def read_with_bases(file, above=()):
                 raise UserError(f"{where}: base is {shown(name)}: {fault}")
             of_bases = read_with_bases(base.resolve(), (file, *above))
     return of_bases + [(*entry, file) for entry in entries if entry[0] != "base"]
+
+
+def read_yml(path):
+    """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
+
+    A value is text as it is written (so 010 and 1:30 never turn into 8 and 90), None for null, or a
+    list of these.
+    """
+    file = shown(path.name)
+    try:
+        if (size := path.stat().st_size) > 2**18:
+            raise ValueError(f"it has {size:,} bytes")
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{file}{place}: not a yml: {problem}") from None
+    if root is None or root.value == "":
+        return []  # nothing but comments
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{file}, line {root.start_mark.line + 1}: not a yml of `key: value` lines")
+    entries, lines = [], {}
+    for key_node, node in root.value:
+        where = f"{file}, line {key_node.start_mark.line + 1}"
+        key = scalar_of(key_node, where, "a key")
+        same = str(key).replace("-", "_")
+        if same in lines:
+            raise UserError(f"{where}: {shown(key)} is in line {lines[same]} already")
+        lines[same] = key_node.start_mark.line + 1
+        many = isinstance(node, yaml.SequenceNode)
+        items = [scalar_of(item, where, shown(key)) for item in (node.value if many else [node])]
+        entries.append((str(key), items if many else items[0], where))
+    return entries
+
+
+def scalar_of(node, where, name):
+    """A node's text, or None for null."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{where}: {name} must be a word, a number or a list of these")
+    plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+    return None if plain_null else node.value
+
+
+def shown(value):
+    """A value, or a name, as an error names it: on one line, and short."""
+    if isinstance(value, list):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, str):
+        plain = NUMBER.fullmatch(value) or re.fullmatch(r"-{0,2}[\w.=-]+", value, re.ASCII)
+        text = value if plain else repr(value) if value.isprintable() else ascii(value)
+    else:
+        text = "null" if value is None else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _hint(name, names, no_effect):
