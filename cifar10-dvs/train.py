@@ -39,10 +39,7 @@ class Trainer(Run):
         self.optimizer, self.scheduler, self.num_epochs = build_optimizer(self.cfg, self.model)
 
     def train_epoch(self) -> float:
-        """Train to the end of this epoch, or to a signal, which sets meter.stop.
-
-        Returns samples per second.
-        """
+        """Train to the end of this epoch, or to a signal (meter.stop); gives samples per second."""
         cfg, ranks, meter, optimizer = self.cfg, self.ranks, self.meter, self.optimizer
         loader = data.train_loader(cfg, self.train_set, self.epoch, meter.steps, ranks, self.seed)
         autocast = make_autocast(cfg, ranks)
@@ -69,9 +66,8 @@ class Trainer(Run):
 
 # Copied from cifar10/train.py
 def build_optimizer(cfg, model):
-    """(timm's optimizer, its schedule per epoch, number of epochs including the cooldown).
-
-    timm gives 1-D parameters no weight decay. UserError for settings that it does not take.
+    """(timm's optimizer, its schedule per epoch, number of epochs including the cooldown); it gives
+    1-D parameters no weight decay. UserError for settings that it does not take.
     """
     # One kernel for all parameters. On a GPU it skips a step whose float16 has overflowed: the
     # scaler need not wait to know.

@@ -75,10 +75,7 @@ class Trainer(Run):
         return total / self.accum_iter
 
     def train_epoch(self) -> float:
-        """Train to the end of this epoch, or to a signal, which sets meter.stop.
-
-        Returns images per second.
-        """
+        """Train to the end of this epoch, or to a signal (meter.stop); gives images per second."""
         cfg, meter, first = self.cfg, self.meter, self.meter.steps
         loader = data.train_loader(cfg, self.train_set, self.epoch, first, self.ranks, self.seed)
         batches, autocast = iter(loader), make_autocast(cfg, self.ranks)

@@ -264,9 +264,7 @@ def read_with_bases(file, above=()):
 
 def read_yml(path):
     """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
-
-    A value is text as it is written (so 010 and 1:30 never turn into 8 and 90), None for null, or a
-    list of these.
+    A value is text as written (010 and 1:30 are not 8 and 90), None for null, or a list of these.
     """
     file = shown(path.name)
     try:

@@ -1,6 +1,5 @@
-"""What every run needs around its model; the same in every data set folder.
-
-A script imports it before torch, since it sets what torch reads from the environment.
+"""What every run needs around its model; the same in every data set folder. It sets what torch
+reads from the environment, so a script imports it first.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""From configuration and checkpoint to a model on this rank's device, and to its accuracy.
-
-`options` and `data` are the folder's modules.
-"""
+"""From configuration and checkpoint to a model on this rank's device, and to its accuracy."""
 
 import math
 import os
@@ -232,8 +229,8 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
     over them, with a line each.
 
-    path: None: settings say which. known: {key: value} that the file does not record. rename:
-    {part of a weight's name in the file: what it is here}.
+    options, data: the folder's modules. path: None: settings say which. known: {key: value} that
+    the file does not record. rename: {part of a weight's name in the file: what it is here}.
     """
     path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     checkpoint = load_checkpoint(path, settings.use_ema)

@@ -103,7 +103,6 @@ def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metric
 
 class LossMeter:
     """Mean loss over ranks and the steps of an epoch; `show(loss, step)` gets each, from step 0 on.
-
     A step's loss is read one step later, so that nothing waits for the GPU. A rank's stop signal is
     summed with it, so that all ranks set `stop` at the same step.
     """

@@ -23,7 +23,6 @@ SAME_SIGNAL = 3  # seconds in which another signal is the first one, which a lau
 class Ranks:
     """This process's place among those that torchrun, torch.distributed.launch or srun started
     (NCCL on GPUs, Gloo on CPUs): `rank` of `world_size`, and its `device`. `alone`: there is one.
-
     A rank that waits for another one longer than `timeout_minutes` ends with an error.
     """
 

@@ -1,5 +1,5 @@
-"""Imports a folder's modules under names of their own, so that several folders work in one process
-and no name such as `data` or `model` is taken from the program that loads them.
+"""Imports a folder's modules under names of their own: several folders work in one process, and no
+name such as `data` or `model` is taken from it.
 """
 
 import importlib
@@ -11,10 +11,9 @@ from pathlib import Path
 
 
 def import_folder(here: Path, *names: str) -> list[types.ModuleType]:
-    """The modules `names` of the folder `here`: `harness.build` as qkformer_cifar10.harness.build.
-
-    What they import on the way is renamed likewise, their classes and functions too, so that pickle
-    and torch.compile find them. So no module of a folder may import another one later.
+    """The modules `names` of the folder `here`: `harness.build` as qkformer_cifar10.harness.build;
+    likewise what they import on the way, which they can't do later, and their classes and
+    functions, so that pickle and torch.compile find them.
     """
     package = "qkformer_" + re.sub(r"\W", "_", here.name)
     while getattr(sys.modules.get(package), "here", here) != here:

@@ -121,10 +121,9 @@ def dict_in(text, parse) -> dict:
 
 
 def open_run(settings):
-    """(folder of this run, which is locked, checkpoint to resume or None).
-
-    Only a run that goes on from its own last.pth writes to a folder that holds a run, and where it
-    is in use that is an error; any other gets a number behind its name.
+    """(folder of this run, which is locked, checkpoint to resume or None). Only a run that goes on
+    from its own last.pth writes to a folder that holds a run, and where that is in use it is an
+    error; any other gets a number behind its name.
     """
     root, experiment = Path(settings.output or HERE / "output"), settings.name or settings.file.stem
     if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
