@@ -12,33 +12,8 @@ SHEAR = 0.3  # radians
 # a float32 linspace in which 1 and 2 come out as 0.9999999 and 1.9999999. So 0 is here seven times
 # instead of five, and 2 twice instead of three times. Written out, since what linspace rounds to
 # depends on the processor.
-SHIFTS = (
-    -5,
-    -4,
-    -4,
-    -4,
-    -3,
-    -3,
-    -3,
-    -2,
-    -2,
-    -1,
-    -1,
-    -1,
-    *7 * (0,),
-    1,
-    1,
-    1,
-    2,
-    2,
-    3,
-    3,
-    3,
-    4,
-    4,
-    4,
-    5,
-)
+TIMES = (1, 3, 3, 2, 3, 7, 3, 2, 3, 3, 1)  # of -5, -4, ..., 5
+SHIFTS = [shift for shift, times in enumerate(TIMES, -5) for _ in range(times)]
 ROTATE = 30.0  # degrees
 CUTOUT = (0.001, 0.11)  # of the frame's area
 

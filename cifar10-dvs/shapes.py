@@ -22,18 +22,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each
 SHAPES = ("square", "bar", "cross")
-MOTIONS = (
-    "right",
-    "down right",
-    "down",
-    "down left",
-    "left",
-    "up left",
-    "up",
-    "up right",
-    "grow",
-    "shrink",
-)
+WAYS = "right, down right, down, down left, left, up left, up, up right"
+MOTIONS = (*WAYS.split(", "), "grow", "shrink")
 
 
 # Copied from dvs128-gesture/shapes.py
@@ -137,12 +127,8 @@ def make(download, samples=10, archive=True, seed=0):
     Returns {(class, number): events}.
     """
     generator, written = np.random.default_rng(seed), {}
-    bar = tqdm(
-        desc="recordings",
-        total=samples * len(CLASSES),
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    total = samples * len(CLASSES)
+    bar = tqdm(desc="recordings", total=total, leave=False, disable=not sys.stderr.isatty())
     for name, motion in zip(CLASSES, MOTIONS, strict=True):
         folder = Path(download) / name
         folder.mkdir(parents=True)

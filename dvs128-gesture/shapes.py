@@ -22,19 +22,8 @@ QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture
 STEPS = 24  # of a motion, 1 ms each
 SHAPES = ("square", "bar", "cross")
-MOTIONS = (
-    "right",
-    "down right",
-    "down",
-    "down left",
-    "left",
-    "up left",
-    "up",
-    "up right",
-    "grow",
-    "shrink",
-    "turn",
-)
+WAYS = "right, down right, down, down left, left, up left, up, up right"
+MOTIONS = (*WAYS.split(", "), "grow", "shrink", "turn")
 
 
 def prepare(data_path):

@@ -19,28 +19,23 @@ MODELS = {name: getattr(file, name) for file in (model, ms) for name in file.__a
 MODEL = {
     "model": NetworkKey(str, "QKFormer_10_384", "of model.py or ms.py", choices=(*MODELS,),
         fixed=same),
-    "time_step": NetworkKey(int, 4, "T, the steps for which an image is shown", 1, 1024,
-        flags=("-T",), aliases=("T",)),
-    "img_size": Key(int, 224, "height and width of the network's input, a multiple of 16", 16, 4096,
-        aliases=("input_size",)),
+    "time_step": NetworkKey(int, 4, "T, the time steps", 1, 1024, flags=("-T",), aliases=("T",)),
+    "img_size": Key(int, 224, "input's side, a multiple of 16", 16, 4096, aliases=("input_size",)),
     "layer": NetworkKey(int, None, "blocks in all, of which stage 3 has all but three; none: the "
         "model's 10", 4, 100, fixed=same),
     "dim": NetworkKey(int, None, "D, the width of stage 3; none: the model's", 8, 8192, fixed=same),
     "num_heads": NetworkKey(int, None, "heads of every attention; none: the model's", 1, 1024),
-    "mlp_ratio": NetworkKey(float, 4, "an MLP's hidden channels over its input's", 0.1, 64,
-        fixed=same),
+    "mlp_ratio": NetworkKey(float, 4, "hidden over input channels of MLPs", 0.1, 64, fixed=same),
     "attention": NetworkKey([str], ["token", "token", "ssa"],
         "attention of each stage: token, channel or ssa", choices=(*model.ATTENTION,),
         length=(3, 3), fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99, null=True),
-    "cross_sample_lif": Key(str, "auto", "true: the last neuron of SSA runs on from one image of "
-        "the batch into the next, as in the release; auto: as the checkpoint was trained, false "
-        "without one", choices=("auto", "true", "false"), back=""),
+    "cross_sample_lif": Key(str, "auto", "true: SSA's last neuron runs on from image to image, as "
+        "in the release; auto: as trained, else false", choices=("auto", "true", "false"), back=""),
     "neuron": NetworkKey(str, "lif", "lif, if (without a leak) or plif (learns its tau)",
         choices=("lif", "if", "plif"), fixed=lambda neuron: neuron == "plif"),
     "tau": NetworkKey(float, 2.0, "membrane time constant in steps; of plif, its start", 1, 1e6),
-    "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif's is half of it",
-        1e-6, 1e6),
+    "v_threshold": NetworkKey(float, 1.0, "potential of a spike; attn_lif: half", 1e-6, 1e6),
     "surrogate": NetworkKey(str, "sigmoid", "whose derivative stands for a spike's",
         choices=(*SURROGATES,), scripts=("train",)),
     "surrogate_alpha": NetworkKey(float, None, "its slope; none: its own, 4 of the sigmoid",
@@ -49,8 +44,8 @@ MODEL = {
         choices=("auto", "torch", "cupy", "spikingjelly")),
     "fused": MachineKey(bool, True, "BatchNorm and neuron in one kernel; false: module by module"),
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
-    "memory": TrainKey(str, "fast", "small: layers compute their convolution again in the backward "
-        "pass, which saves most of the memory", choices=("fast", "small")),
+    "memory": TrainKey(str, "fast", "small: the backward pass computes convolutions again, which "
+        "saves most of the memory", choices=("fast", "small")),
     "compile": MachineKey(bool, False, "the model goes through torch.compile"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
 }
@@ -66,8 +61,7 @@ DATA = {
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
         "best.pth; 0: the test set does", 0, 0.9, fixed=same),
     "train_share": TrainKey(float, 1.0, "share of the rest that trains", 1e-6, 1),
-    "batch_size": TrainKey(int, 32, "training images of a micro-step, per rank", 1, 65536,
-        flags=("-b",)),
+    "batch_size": TrainKey(int, 32, "images of a micro-step, per rank", 1, 65536, flags=("-b",)),
     "val_batch_size": Key(int, 32, "images of a test batch; under cross_sample_lif the result "
         "depends on it", 1, 65536, flags=("-vb",)),
     "workers": MachineKey(int, 10, "processes that load data, per rank", 0, 256, flags=("-j",),
@@ -92,16 +86,14 @@ AUGMENTATION = {
     "mixup_mode": TrainKey(str, "batch", "what one draw is for", choices=("batch", "pair", "elem")),
     "smoothing": TrainKey(float, 0.1, "label smoothing", 0, 0.99),
     "reprob": TrainKey(float, 0.25, "probability of random erasing", 0, 1),
-    "remode": TrainKey(str, "pixel", "content of an erased rectangle",
-        choices=("const", "rand", "pixel")),
+    "remode": TrainKey(str, "pixel", "what erasing leaves", choices=("const", "rand", "pixel")),
     "recount": TrainKey(int, 1, "most rectangles that are erased in an image", 1, 1000),
 }
 
 OPTIMISATION = {
     "epochs": TrainKey(int, 200, "epochs in all", 1, 100_000),
     "start_epoch": TrainKey(int, None, "first epoch; none: the next one", 0, 100_000, back=""),
-    "accum_iter": TrainKey(int, 2, "micro-steps whose gradients make one step of the optimizer",
-        1, 65536),
+    "accum_iter": TrainKey(int, 2, "micro-steps behind one step of the optimizer", 1, 65536),
     "lr": TrainKey(float, None, "peak learning rate; none: it follows from blr", 1e-10, 100),
     "blr": TrainKey(float, 6e-4, "peak learning rate for 256 images a step; lr is blr x images a "
         "step / 256", 1e-10, 100),
@@ -110,8 +102,7 @@ OPTIMISATION = {
     "layer_decay": TrainKey(float, 1.0, "factor of the learning rate before stage 3, to the power "
         "of that stage's blocks + 1", 0, 1),
     "weight_decay": TrainKey(float, 0.05, "weight decay; 1-D parameters have none", 0, 100),
-    "clip_grad": TrainKey(float, None, "largest norm of the gradient; none: it is not clipped",
-        1e-10, 1e10),
+    "clip_grad": TrainKey(float, None, "gradient's largest norm; none: unbounded", 1e-10, 1e10),
     "loss": TrainKey(str, "ce", "ce; tet: one at each step too", choices=("ce", "tet")),
     "tet_weight": TrainKey(float, 1.0, "share of the steps' own losses in loss: tet", 0, 1),
     "model_ema": TrainKey(bool, False, "a moving average of the weights is kept, and tested too"),
@@ -127,21 +118,18 @@ RUN = {
     "timeout_minutes": Key(float, 10, "minutes to wait for another rank", 0.01, 10_000, back=""),
     "deterministic": TrainKey(bool, False, "same bits each time; slower on a GPU"),
     "seed": TrainKey(int, 0, "seed of all random numbers", 0, 2**31),
-    "output": Key(Path, None, "folder of all runs; none: output/ beside the script",
-        aliases=("output_dir",), back=""),
+    "output": Key(Path, None, "folder of runs; none: output/", aliases=("output_dir",), back=""),
     "experiment": Key(str, None, "name of the run's folder; none: the yml's", back=""),
     "prepare": TrainKey(bool, False, "download, check and convert the data, and end", back=""),
     "finetune": TrainKey(Path, None, "checkpoint with weights to start from; a head that fits is "
         "kept", aliases=("initial_checkpoint",)),
-    "freeze": TrainKey(int, 0, "stages, from the first, that do not learn, BatchNorm neither",
-        0, 3, fixed=same),
+    "freeze": TrainKey(int, 0, "first stages that keep their weights", 0, 3, fixed=same),
     "resume": TrainKey(Path, None, "last.pth to go on from; auto: this experiment's", back=""),
     "eval": TrainKey(bool, False, "test what resume or finetune names, as test.py does",
         aliases=("test_only",), back=""),
     "save_minutes": TrainKey(float, 30, "minutes between two times that last.pth is written "
         "within an epoch; 0: only at its end", 0, 10_080),
-    "log_interval": TrainKey(int, 50, "steps between two lines of progress", 1, 1_000_000,
-        aliases=("print_freq",)),
+    "log_interval": TrainKey(int, 50, "steps between lines", 1, 1_000_000, aliases=("print_freq",)),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted"),
