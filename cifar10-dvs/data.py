@@ -83,8 +83,7 @@ def open_frames(cfg, folder, train):
         raise UserError(f"{folder} {wrong}: another data set's frames? give each its own data_path")
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
-    dataset = Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
-    return dataset
+    return Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
 
 
 def own_test_set(cfg):
@@ -111,8 +110,7 @@ def load_frames(path, T, remedy="remove it to have it made again"):
             raise ValueError("it has values that are not counts")
     except Exception as error:  # whatever NumPy, zipfile and zlib make of a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        wrong = f"not the frames of a sample ({reason})"
-        raise UserError(f"{path}: {wrong}; {remedy}") from None
+        raise UserError(f"{path}: not the frames of a sample ({reason}); {remedy}") from None
     return torch.from_numpy(frames.astype(np.float32))
 
 
@@ -209,10 +207,7 @@ class Loader:
 
     def __iter__(self):
         for frames, targets in self.loader:
-            yield (
-                frames.to(self.device, non_blocking=True),
-                targets.to(self.device, non_blocking=True),
-            )
+            yield tuple(x.to(self.device, non_blocking=True) for x in (frames, targets))
 
 
 # Copied from dvs128-gesture/data.py

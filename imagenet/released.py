@@ -75,6 +75,5 @@ def load(path, device="cpu", rename=None):
     """
     settings = read_settings(options, ["--device", device])
     tested, _ = load_released(settings, Ranks(device, alone=True), fetch(path), rename)
-    thousand = tested.model.num_classes == 1000
-    names = tested.classes or (data.class_names() if thousand else None)
+    names = tested.classes or (data.class_names() if tested.model.num_classes == 1000 else None)
     return tested.model.eval(), data.input_transform(tested.cfg), names

@@ -88,8 +88,7 @@ class Trainer(Run):
             lr = optim.learning_rate(cfg, self.lr, self.epoch, micro_step, self.micro_steps)
             optim.set_lr(self.optimizer, lr)
             self.add_point("lr", lr, step)
-            loss = self.train_step(batches, autocast)
-            meter.update(loss, self.stop)
+            meter.update(self.train_step(batches, autocast), self.stop)
             if progress.show(step + 1, lr) and step + 1 < self.steps:
                 self.save_within_epoch()
             if meter.stop:

@@ -13,13 +13,6 @@ HERE = Path(__file__).resolve().parent.parent  # the data set's folder
 logger = logging.getLogger("qkformer")
 
 
-class Plain(logging.Formatter):
-    """One line of text: what a name in it could make a terminal do is escaped."""
-
-    def format(self, record):
-        return escaped(record.getMessage())
-
-
 def escaped(text: str) -> str:
     """Control characters as \\x1b, line breaks as \\n; of a name of a megabyte the start."""
     text = text if len(text) < 9999 else f"{text[:9999]}..."
@@ -44,7 +37,8 @@ def set_up_log(ranks):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
     logging.raiseExceptions = False  # of a standard output that nobody reads any more
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(Plain())
+    # One line of text: what a name in it could make a terminal do is escaped.
+    handler.format = lambda record: escaped(record.getMessage())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
 

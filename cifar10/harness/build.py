@@ -258,8 +258,7 @@ def measure(tested: Tested, data, **published) -> Metrics:
     if not tested.model.num_classes:
         raise UserError(f"{path}: weights without a head, which can't be tested")
     weights, columns = tested.model.state_dict(), None
-    names = "test_path", "severity"
-    if own := {n: v for n in names if (v := getattr(cfg, n, None)) is not None}:
+    if own := {n: v for n in ("test_path", "severity") if (v := getattr(cfg, n, None)) is not None}:
         dataset = data.own_test_set(cfg)
         columns = columns_of(cfg.test_path, dataset.classes, tested)
         said = ", ".join(f"{name} {value}" for name, value in own.items())

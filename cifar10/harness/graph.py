@@ -53,15 +53,7 @@ class Graph(torch.nn.Module):
         if self.captured is None:
             self.try_capture(x)
             self.captured = kind
-        if self.captured != kind:
-            return self.model(x)
-        return Replay.apply(self, x, *self.trained) if self.trained else self.replay(x)
-
-    def replay(self, x):
-        self.x.copy_(x)
-        self.passes[0].replay()
-        self.number += 1
-        return self.logits.clone()
+        return Replay.apply(self, x, *self.trained) if self.captured == kind else self.model(x)
 
     def try_capture(self, x):
         try:
@@ -117,9 +109,11 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, graph, x, *parameters):
-        logits = graph.replay(x)
+        graph.x.copy_(x)
+        graph.passes[0].replay()
+        graph.number += 1
         ctx.graph, ctx.number = graph, graph.number
-        return logits
+        return graph.logits.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
