@@ -137,9 +137,7 @@ def find_images(cfg):
 
 
 def read_corrupted(path, severity):
-    """(images uint8 [N, H, W, 3], labels [N]) of one severity, 1 to 5, or of all. As in CIFAR-10-C
-    they follow each other in the file, and labels.npy is beside it.
-    """
+    """(images uint8 [N, H, W, 3], labels [N]) of a severity, 1 to 5, or all, as in CIFAR-10-C."""
     images, labels = open_array(path), open_array(path.with_name("labels.npy"))
     fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
     fits = fits and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"

@@ -38,9 +38,7 @@ def to_rgb(image):
 
 
 def read_image(path, decode=lambda image, data: to_rgb(image)):
-    """The RGB image in a file, by `decode` of the PIL image and the file's bytes; BadImage if it is
-    not whole. (A JPEG has no checksums: bytes that decode to other pixels can't be seen.)
-    """
+    """The RGB image in a file, by `decode` of PIL's image and the bytes; BadImage if not whole."""
     try:
         info, most = os.stat(path), Image.MAX_IMAGE_PIXELS
         if not stat.S_ISREG(info.st_mode):  # a pipe would never end

@@ -247,9 +247,7 @@ def find_yml(name):
 
 
 def read_with_bases(file, above=()):
-    """[(key, text, where, yml), ...] of a yml and, in front, of its bases, each of which is beside
-    the yml that names it; `above` are those that lead here.
-    """
+    """[(key, text, where, yml), ...] of a yml and, in front, its bases; `above` lead here."""
     entries, of_bases = read_yml(file), []
     for key, name, where in entries:
         if key == "base" and name is not None:

@@ -131,9 +131,7 @@ def steps_of(checkpoint, path):
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
-    """(cross_sample_lif, a line that says why) of the key's value, "true", "false" or "auto"; for
-    auto the record of the checkpoint counts, and without one (None) it is false.
-    """
+    """(cross_sample_lif, a line that says why) of the key's value: "true", "false" or "auto"."""
     if model.startswith("MS"):
         if setting == "true":
             raise UserError(f"cross_sample_lif is true, which has no meaning for {model}")
@@ -202,9 +200,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
 
 
 def check_classes(checkpoint, path, classes, strict=True):
-    """UserError where a checkpoint's classes are not those of the data, by number or by name. Not
-    strict: a line where a head is kept though its classes have other names.
-    """
+    """UserError (not strict: a line) where a checkpoint's classes are not those of the data."""
     names = names_in(checkpoint.get("classes"))
     had = len(names) or classes_of(checkpoint["model"])
     if strict and had and had != len(classes):
@@ -281,9 +277,7 @@ def measure(tested: Tested, data, **published) -> Metrics:
 
 
 def columns_of(test_path, classes, tested):
-    """The model's number of each class of another test set, by name or, where all are numbers, by
-    these; a line says where classes are missing. UserError for one that the model has not.
-    """
+    """The model's number of each class of another test set; UserError for one that it has not."""
     total = tested.model.num_classes
     names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
     if any(map(str.isdigit, names)):  # a 1 is then the class of that name

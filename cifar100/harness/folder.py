@@ -175,9 +175,7 @@ def write_args(folder, values, classes):
 
 
 def write_result(path, result):
-    """test-NAME.json beside the checkpoint NAME.pth; a line where it can't be written. That of
-    another test, of other data or settings, stays: then test-NAME-2.json and so on.
-    """
+    """test-NAME.json beside NAME.pth, or a line; -2 where another test's is there, and so on."""
     text = json.dumps(result, indent=1)
     figures = ("loss", "top1", "top5", "images_per_second", "sha256")
     figures = {name: result[name] for name in figures if name in result}

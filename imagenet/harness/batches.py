@@ -101,9 +101,7 @@ def end_workers():
 
 
 def train_batches(size, batch_size, seed, epoch, ranks):
-    """[(indices, seed)], this rank's batches of an epoch, in an order of seed and epoch alone; what
-    does not fill a batch on every rank is dropped.
-    """
+    """[(indices, seed)]: this rank's whole batches of an epoch, by the seed and the epoch alone."""
     # Hashed, for seed + epoch would give the epochs of seed 43 to seed 42, one later.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -122,9 +120,7 @@ def test_batches(size, batch_size, ranks):
 
 
 def divide(cfg, data, dataset, seed):
-    """(what trains, what validates or None) of a training set, drawn by the seed within each class;
-    what validates is the same for every train_share, and comes as in testing.
-    """
+    """(what trains, what validates or None) of a training set, by the seed, within each class."""
     if not cfg.val_split and cfg.train_share == 1:
         return dataset, None
     place, low = places(dataset, seed), cfg.val_split
@@ -137,9 +133,8 @@ def divide(cfg, data, dataset, seed):
 
 
 def places(dataset, seed):
-    """[samples]: places between 0 and 1, evenly over each class, in an order of the seed alone;
-    without `samples` or `targets`, as torchvision has them, all are one class.
-    """
+    """[samples]: places between 0 and 1, evenly over each class, in an order of the seed alone."""
+    # As torchvision's data sets have them; without labels all are one class.
     labels = [label for _, label in getattr(dataset, "samples", ())]
     labels = torch.tensor(labels or getattr(dataset, "targets", [0] * len(dataset)))
     generator, found = torch.Generator().manual_seed(seed), torch.empty(len(labels))
