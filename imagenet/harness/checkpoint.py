@@ -230,6 +230,7 @@ def number(checkpoint, name, default, path, low=-1):
 
 def load_optimizer(optimizer, scaler, checkpoint, path, opt):
     """Load the states of optimizer and scaler; UserError for damaged ones, and of another `opt`."""
+    # Settings of the groups that stay as they are here.
     ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused maximize amsgrad "
     ours = f"{ours} capturable nesterov differentiable decoupled_weight_decay".split()
     own = [{k: group[k] for k in ours if k in group} for group in optimizer.param_groups]

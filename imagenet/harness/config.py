@@ -284,10 +284,10 @@ def read_yml(path):
     for key_node, node in root.value:
         where = f"{file}, line {key_node.start_mark.line + 1}"
         key = scalar_of(key_node, where, "a key")
-        same = str(key).replace("-", "_")
-        if same in lines:
-            raise UserError(f"{where}: {shown(key)} is in line {lines[same]} already")
-        lines[same] = key_node.start_mark.line + 1
+        spelled = str(key).replace("-", "_")
+        if spelled in lines:
+            raise UserError(f"{where}: {shown(key)} is in line {lines[spelled]} already")
+        lines[spelled] = key_node.start_mark.line + 1
         many = isinstance(node, yaml.SequenceNode)
         items = [scalar_of(item, where, shown(key)) for item in (node.value if many else [node])]
         entries.append((str(key), items if many else items[0], where))
