@@ -165,16 +165,10 @@ class Collate:
         self.cfg, self.train, self.mixup = cfg, train, None
         self.num_classes = cfg.num_classes or classes
         if train and mixes(cfg) and not 0 < cfg.mixup_off_epoch <= epoch:
-            self.mixup = Mixup(
-                mixup_alpha=cfg.mixup,
-                cutmix_alpha=cfg.cutmix,
-                cutmix_minmax=cfg.cutmix_minmax,
-                prob=cfg.mixup_prob,
-                switch_prob=cfg.mixup_switch_prob,
-                mode=cfg.mixup_mode,
-                label_smoothing=cfg.smoothing,
-                num_classes=self.num_classes,
-            )
+            alphas = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax
+            draws = cfg.mixup_prob, cfg.mixup_switch_prob, cfg.mixup_mode
+            soft = {"label_smoothing": cfg.smoothing, "num_classes": self.num_classes}
+            self.mixup = Mixup(*alphas, *draws, **soft)
 
     def __call__(self, samples):
         frames = torch.stack([frames for frames, _ in samples])
@@ -212,10 +206,8 @@ class Loader:
 
 # Copied from dvs128-gesture/data.py
 def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
-    """The batches of an epoch from step `first_step` on.
-
-    Workers are started again each epoch, since a running one would not learn that mixup is off.
-    """
+    """The batches of an epoch from step `first_step` on."""
+    # Workers are new in each epoch: running ones would not learn that mixup is off.
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     collate = Collate(cfg, True, len(dataset.classes), epoch)
     return Loader(cfg, dataset, collate, batches[first_step:], ranks)

@@ -204,23 +204,14 @@ def collate_whole(items):
 
 def make_mixup(cfg, classes):
     """timm's Mixup; it makes the targets soft."""
-    return Mixup(
-        mixup_alpha=cfg.mixup,
-        cutmix_alpha=cfg.cutmix,
-        cutmix_minmax=cfg.cutmix_minmax,
-        prob=cfg.mixup_prob,
-        switch_prob=cfg.mixup_switch_prob,
-        mode=cfg.mixup_mode,
-        label_smoothing=cfg.smoothing,
-        num_classes=cfg.num_classes or classes,
-    )
+    alphas = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax
+    draws = cfg.mixup_prob, cfg.mixup_switch_prob, cfg.mixup_mode
+    soft = {"label_smoothing": cfg.smoothing, "num_classes": cfg.num_classes or classes}
+    return Mixup(*alphas, *draws, **soft)
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
-    """The micro-steps of an epoch from the optimizer's `first_step` on.
-
-    Those at the end that make no whole step are left out.
-    """
+    """The micro-steps of an epoch's whole steps, from the optimizer's `first_step` on."""
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     whole = len(batches) - len(batches) % cfg.accum_iter
     batches = batches[first_step * cfg.accum_iter : whole]
