@@ -71,8 +71,7 @@ def build_optimizer(cfg, model):
     """(timm's optimizer, its schedule per epoch, number of epochs including the cooldown); it gives
     1-D parameters no weight decay. UserError for settings that it does not take.
     """
-    # One kernel for all parameters. On a GPU it skips a step whose float16 has overflowed: the
-    # scaler need not wait to know.
+    # Fused, it skips a step where float16 overflowed; else the scaler waits for the GPU each time.
     fused = {"fused": True} if cfg.opt == "adamw" else {}
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)

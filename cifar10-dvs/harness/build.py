@@ -34,7 +34,6 @@ FAMILIES = (  # data sets, model, a weight that no family above has; the first t
     ("CIFAR", "MSQKFormer", "patch_embed1.embed1.embed_conv.weight"),
     ("CIFAR", "QKFormer", "patch_embed1.proj1_conv.weight"),
 )
-LEARNT = re.compile(r"lif\d?\.w$")  # of neurons
 HIDDEN = re.compile(r"stage(\d)\.(\d+)\.mlp\.\w+1_conv\.weight")
 LEAK = {
     False: "cross_sample_lif: false, the paper's network (logits do not depend on the batch)",
@@ -101,8 +100,8 @@ def read_shapes(options, weights, path, recorded):
     kinds = recorded.get("attention", kinds)
     names = recorded.get("model"), family, f"{family}_10_{dim}"  # the first: a variant of your own
     name = next((n for n in names if n in options.MODELS), f"{family}_10_384")
-    plif, blocks = any(map(LEARNT.search, weights)), len([*filter(HIDDEN.match, weights)])
-    neuron = "plif" if plif else recorded.get("neuron", "lif")
+    learnt, blocks = re.compile(r"lif\d?\.w$"), len([*filter(HIDDEN.match, weights)])
+    neuron = "plif" if any(map(learnt.search, weights)) else recorded.get("neuron", "lif")
     found = {"model": name, "layer": blocks, "dim": dim, "mlp_ratio": ratio}
     found |= {"attention": kinds, "neuron": neuron}
     return found | ({"num_classes": classes_of(weights)} if "head.weight" in weights else {})
@@ -223,10 +222,9 @@ def names_in(classes):
 
 def load_tested(settings, options, data, ranks, path=None, known=None, rename=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
-    over them, with a line each.
-
-    options, data: the folder's modules. path: None: settings say which. known: {key: value} that
-    the file does not record. rename: {part of a weight's name in the file: what it is here}.
+    over them, with a line each. options, data: the folder's modules. path: None: settings say
+    which. known: {key: value} of what it does not record. rename: {part of a weight's name in the
+    file: what it is here}.
     """
     path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     checkpoint = load_checkpoint(path, settings.use_ema)

@@ -183,8 +183,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
-    # One of several ranks skips Python's own end: a thread of Gloo may still hold a tensor, and to
-    # free it then aborts the process.
+    # Not by Python's own end: a thread of Gloo may hold a tensor, and to free it then would abort.
     atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(code)

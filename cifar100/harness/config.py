@@ -203,8 +203,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
     file = find_yml(flags.pop("config")) if named else HERE / options.DEFAULT_CONFIG
     if unknown:
         kind = "unknown flag" if unknown[0].startswith("-") else "no flag stands before"
-        hint = _hint(unknown[0], names, no_effect)
-        raise UserError(f"command line: {kind} {shown(unknown[0])}{hint}")
+        raise UserError(f"command line: {kind} {_with_hint(unknown[0], names, no_effect)}")
 
     settings, seen = Settings(keys, file, named), {}
     entries = [*read_with_bases(file), *((*flag, "command line", None) for flag in flags.items())]
@@ -215,8 +214,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             name = IN_TEST.get(name, name)
         if name is None:
             if spelled not in no_effect:
-                hint = _hint(spelled, names, no_effect)
-                raise UserError(f"{where}: unknown key {shown(spelled)}{hint}")
+                raise UserError(f"{where}: unknown key {_with_hint(spelled, names, no_effect)}")
             settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
             continue
         scripts = keys[name].scripts
@@ -314,11 +312,11 @@ def shown(value):
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _hint(name, names, no_effect):
-    """What may be meant by an unknown name, or nothing."""
-    name = name.lstrip("-").split("=")[0].replace("-", "_").lower()
-    close = difflib.get_close_matches(name, [*names, *no_effect], 1, cutoff=0.7)
-    return f"; is {names.get(close[0], close[0])} meant?" if close else ""
+def _with_hint(name, names, no_effect):
+    """An unknown name, and what may be meant by it."""
+    plain = name.lstrip("-").split("=")[0].replace("-", "_").lower()
+    close = difflib.get_close_matches(plain, [*names, *no_effect], 1, cutoff=0.7)
+    return shown(name) + (f"; is {names.get(close[0], close[0])} meant?" if close else "")
 
 
 def _underscored(word):

@@ -123,8 +123,7 @@ class Replay(torch.autograd.Function):
             raise RuntimeError("a graph's backward pass must come before its next forward pass")
         graph.grad.copy_(grad)
         graph.passes[1].replay()
-        # Autograd would make the graph's own tensors the parameters' gradients, and with accum_iter
-        # the next replay would overwrite what is being summed.
+        # Copies, for with accum_iter the next replay would overwrite the gradients that are summed.
         copies = [torch.empty_like(grad) for grad in graph.grads]
         torch._foreach_copy_(copies, graph.grads)  # in a few kernels, not one each
         return None, None, *copies
