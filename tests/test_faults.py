@@ -234,7 +234,7 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
 
     monkeypatch.setattr(cifar10.compiler, "host_library", broken)
     cifar10.compiler.host_error.cache_clear()
-    cifar10.compiler.runs_fused.cache_clear()
+    cifar10.compiler.available.cache_clear()
     caplog.set_level(logging.INFO)
     try:
         model = cifar10.model.QKFormer(
@@ -254,7 +254,7 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
         assert cifar10.compiler.available("cpu", torch.float32, "auto", 2)
     finally:
         cifar10.compiler.host_error.cache_clear()
-        cifar10.compiler.runs_fused.cache_clear()
+        cifar10.compiler.available.cache_clear()
 
 
 # Ranks

@@ -241,8 +241,8 @@ def test_what_to_install_is_in_the_log(monkeypatch, capsys):
     cifar10.log.set_up_log(cifar10.process.Ranks("cpu"))
     reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
     monkeypatch.setattr(cifar10.compiler, "cupy_error", lambda: reason)
-    asked_anew = cifar10.compiler.runs_fused.__wrapped__
-    monkeypatch.setattr(cifar10.compiler, "runs_fused", asked_anew)
+    asked_anew = cifar10.compiler.available.__wrapped__
+    monkeypatch.setattr(cifar10.compiler, "available", asked_anew)
     for _ in range(2):
         assert not cifar10.compiler.available("cuda", torch.float32, "auto")
     assert capsys.readouterr().out == f"layers run module by module on cuda: {reason}\n"

@@ -279,7 +279,7 @@ def test_what_runs_plain(monkeypatch):
     lines = set()
     for module in (kernels, cifar10.fusible):
         monkeypatch.setattr(module, "say", lines.add)
-    kernels.runs_fused.cache_clear()  # so that it is said again
+    kernels.available.cache_clear()  # so that it is said again
     x = whole_numbers(torch.float32)
 
     def fuses(change=lambda conv, bn, node: None, x=x, **options):
@@ -316,7 +316,7 @@ def test_what_runs_plain(monkeypatch):
 
 def forget(kernels):
     """What is known of the compiler."""
-    for function in (kernels.host_library, kernels.host_error, kernels.runs_fused):
+    for function in (kernels.host_library, kernels.host_error, kernels.available):
         function.cache_clear()
 
 

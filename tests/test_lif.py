@@ -137,7 +137,7 @@ def test_spikingjelly_tools():
 
 
 def test_log_line(caplog):
-    lif._resolve.cache_clear()
+    lif.resolve_backend.cache_clear()
     lif.say.cache_clear()
     with caplog.at_level(logging.INFO, logger="qkformer"):
         for backend in ("torch", "auto", "torch"):

@@ -1,6 +1,5 @@
 """Multi-step spiking neurons, each with interchangeable backends; plain.py has the formulas."""
 
-import functools
 from functools import partial
 
 import torch
@@ -8,7 +7,7 @@ from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
 
 from . import compiler, ops, plain
-from .compiler import CTYPES, cupy_error, say
+from .compiler import CTYPES, cached, cupy_error, say
 from .plain import membrane_type, rate_of, torch_lif
 from .spikes import mark, once, wants_bytes
 
@@ -195,14 +194,9 @@ NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
 neuron_maker = partial(plain.neuron_maker, kinds=NEURONS)
 
 
-@torch.compiler.assume_constant_result
+@cached
 def resolve_backend(backend, device_type, dtype):
     """The implementation that `backend` means for tensors of this device and type."""
-    return _resolve(backend, device_type, dtype)
-
-
-@functools.cache
-def _resolve(backend, device_type, dtype):
     if backend == "auto":
         if device_type != "cuda" or dtype == torch.float64:
             return "torch"

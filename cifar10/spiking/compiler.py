@@ -53,7 +53,17 @@ HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 COMPILER_SECONDS = 120  # it takes one or two
 
 
-@functools.cache
+def cached(function):
+    """functools.cache, but torch.compile calls the function too and keeps the result, where it
+    would warn and trace what is within.
+    """
+    known = functools.cache(function)
+    call = functools.wraps(function)(lambda *args: known(*args))
+    call.cache_clear = known.cache_clear
+    return torch.compiler.assume_constant_result(call)
+
+
+@cached
 def say(line):
     logger.info(line)  # once for each line
 
@@ -184,16 +194,11 @@ def cuda_error(build):
     return None
 
 
-@torch.compiler.assume_constant_result
+@cached
 def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
     All kernels that they launch on a CPU are there then.
     """
-    return runs_fused(device_type, dtype, backend, T, neuron)
-
-
-@functools.cache
-def runs_fused(device_type, dtype, backend, T, neuron):
     if backend not in ("auto", "cupy"):
         return False
     if device_type == "cuda" and dtype in CTYPES:

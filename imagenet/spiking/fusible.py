@@ -34,11 +34,6 @@ def say_plain(layer, reason):
         say(f"{layer} and layers like it run module by module: {reason}")
 
 
-@torch.compiler.assume_constant_result
-def say_once(line):
-    say(line)
-
-
 class Layer(NamedTuple):
     """What layers that read the same x have in common.
 
@@ -77,7 +72,7 @@ def can_fuse(x, convs, bns, lifs):
         return None
     layer = (layer_of.__wrapped__ if torch.compiler.is_compiling() else layer_of)(common)
     if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
-        say_once("layers with SyncBatchNorm run module by module in training")
+        say("layers with SyncBatchNorm run module by module in training")
         return None
     if not layer.training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
         return None
