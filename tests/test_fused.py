@@ -34,7 +34,7 @@ def reference(y, T, gamma, beta, node, grad):
 
 def by_kernels(y, T, gamma, beta, node, grad):
     """The same by the kernels."""
-    flat, shape = fused.rows_of_channels(y).flatten(0, 1), (T, *y.shape[1:])
+    flat, shape = fused.rows(y), (T, *y.shape[1:])
     norm = normed(flat, gamma, beta, T // len(y))
     neuron = fused.constants_of(*node.constants())[:3]
     spikes, small = fused.fire(flat, shape, norm, None, *neuron, True)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from . import events, ops, plain
 from .compiler import is_called_as_operator
 from .fusible import Layer, autocast_type, can_fuse, changed
+from .ops import channels_last, rows
 from .spikes import largest, masked, once, save, set_mark, wants_bytes
 
 aten = torch.ops.aten
@@ -77,11 +78,11 @@ def linear(x, layer, lif):
     may = lif.keywords["fused"] and lif.keywords["events"] and type(layer) is torch.nn.Linear
     if layer.training or torch.is_grad_enabled() or not may or changed(layer) is not None:
         return layer(x)
-    rows, weight = x[:, :, None, None], layer.weight[:, :, None, None]
+    maps, weight = x[:, :, None, None], layer.weight[:, :, None, None]
     by_events = x.numel() and ops.observed() is None
-    if not by_events or not takes_events(rows, weight, autocast_type(x), False):
+    if not by_events or not takes_events(maps, weight, autocast_type(x), False):
         return layer(x)
-    y = events.convolve(channels_last(rows), weight, (1, 1), (0, 0)).flatten(1)
+    y = events.convolve(channels_last(maps), weight, (1, 1), (0, 0)).flatten(1)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -159,10 +160,6 @@ def join(tensors):
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def takes_product(x, layer):
     """Whether the convolution is a product of matrices, which the host launches in less time."""
     return layer.pointwise and x.is_cuda
@@ -207,11 +204,6 @@ def steps(y, x_shape):
     if y.dim() == 4:
         return y.view(-1, B, C, H, W)
     return y.view(-1, B, H, W, C).permute(0, 1, 4, 2, 3)
-
-
-def rows(x):
-    """[T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last."""
-    return channels_last(x.flatten(0, -4))
 
 
 def pixels(x):

@@ -94,12 +94,13 @@ def rate_of(x, w):
 
 
 class TorchLIF(torch.autograd.Function):
-    """(x, PLIF's rate or None, tau, v_threshold, alpha, kind, a key of SURROGATES) -> spikes of x's
-    shape and type.
+    """(x, PLIF's rate or None, (tau, v_threshold, alpha, kind, a key of SURROGATES)) -> spikes of
+    x's shape and type.
     """
 
     @staticmethod
-    def forward(ctx, x, rate, tau, v_threshold, alpha, kind, surrogate):
+    def forward(ctx, x, rate, constants):
+        tau, v_threshold, _, kind, _ = constants
         h = torch.empty_like(x, dtype=membrane_type(x))
         v = torch.zeros_like(h[0])
         # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
@@ -113,7 +114,7 @@ class TorchLIF(torch.autograd.Function):
                 torch.sub(x[t], v, out=h[t]).mul_(rate).add_(v)
             v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
         ctx.save_for_backward(h, *((x, rate) if kind == "plif" else ()))
-        ctx.constants, ctx.dtype = (tau, v_threshold, alpha, kind, surrogate), x.dtype
+        ctx.constants, ctx.dtype = constants, x.dtype
         return (h >= v_threshold).to(x.dtype)
 
     @staticmethod
@@ -125,19 +126,21 @@ class TorchLIF(torch.autograd.Function):
         for t in range(len(h) - 2, -1, -1):  # step t+1 saw v[t] = h[t], unless step t fired
             grad_v = grad_h[t + 1] * kept
             grad_h[t].add_(grad_v.masked_fill_(h[t] >= v_threshold, 0.0))
-        if kind != "plif":
-            grad_x = grad_h if kind == "if" else grad_h.div_(tau)
-            return grad_x.to(ctx.dtype), None, None, None, None, None, None
-        x, rate = charges
-        v = h.masked_fill(h >= v_threshold, 0.0).roll(1, 0)  # v[t-1]
-        v[0] = 0.0
-        grad_rate = v.neg_().add_(x).mul_(grad_h).sum(dtype=torch.float64).to(rate.dtype)
-        return grad_h.mul_(rate).to(ctx.dtype), grad_rate, None, None, None, None, None
+        grad_rate = None
+        if kind == "plif":
+            x, rate = charges
+            v = h.masked_fill(h >= v_threshold, 0.0).roll(1, 0)  # v[t-1]
+            v[0] = 0.0
+            grad_rate = v.neg_().add_(x).mul_(grad_h).sum(dtype=torch.float64).to(rate.dtype)
+            grad_h.mul_(rate)
+        elif kind == "lif":
+            grad_h.div_(tau)
+        return grad_h.to(ctx.dtype), grad_rate, None
 
 
 def torch_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
     """Spikes of x, [T, ...]."""
-    return TorchLIF.apply(x, rate_of(x, w), tau, v_threshold, alpha, kind, surrogate)
+    return TorchLIF.apply(x, rate_of(x, w), (tau, v_threshold, alpha, kind, surrogate))
 
 
 def checked_alpha(tau, v_threshold, alpha, surrogate):

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import surrogate as functions
 from . import compiler, ops, plain
 from .compiler import CTYPES, cached, cupy_error, say
 from .plain import membrane_type, rate_of, torch_lif
-from .spikes import mark, once, wants_bytes
+from .spikes import mark, once, set_mark, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
 CLASSES = {
@@ -142,20 +142,21 @@ class MultiStep:
         return compiler.available("cpu", x.dtype, self.backend, len(x), neuron)
 
     def multi_step_forward(self, x_seq):
-        if self.is_usual():
-            if ops.traced():
-                return traced_lif(x_seq, *self.constants())
-            small = None
-            if self.runs_fused(x_seq):
-                spikes, small = fused_neuron(x_seq, self)
-            else:
-                backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
-                spikes = IMPLEMENTATIONS[backend](x_seq, *self.constants())
-            return mark(spikes, 1, small) if self.fused else spikes
-        if type(self.v) is not float or self.v not in (0.0, self.v_reset):
-            raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
-        spikes, self.v_seq = spikingjelly_lif(x_seq, *self.constants(), node=self)
-        return spikes
+        if not self.is_usual():
+            if type(self.v) is not float or self.v not in (0.0, self.v_reset):
+                raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
+            spikes, self.v_seq = spikingjelly_lif(x_seq, self)
+            return spikes
+        if ops.traced():
+            return traced_lif(x_seq, *self.constants())
+        if self.runs_fused(x_seq):
+            return fused_neuron(x_seq, self)
+        backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
+        if backend == "spikingjelly":
+            spikes, _ = spikingjelly_lif(x_seq, self)
+        else:
+            spikes = (torch_lif if backend == "torch" else cupy_lif)(x_seq, *self.constants())
+        return mark(spikes) if self.fused else spikes
 
 
 class MultiStepLIF(MultiStep, neuron.LIFNode):
@@ -235,25 +236,19 @@ def traced_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="si
 # spikingjelly: the baseline -----------------------------------------------------------------------
 
 
-def spikingjelly_lif(
-    x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid", node=None
-):
-    """Spikes of the usual neuron; with a `node`, (spikes, membranes or None) by its attributes."""
-    if node is None:
-        function = CLASSES.get(surrogate, partial(OwnSurrogate, surrogate))(alpha=alpha)
-        options = (0.0, function, True, False)
+def spikingjelly_lif(x, node):
+    """(spikes, membranes or None) by the node's attributes, whatever they are."""
+    v = torch.full(x.shape[1:], node.v_reset or 0.0, dtype=membrane_type(x), device=x.device)
+    options = node.v_threshold, node.v_reset, node.surrogate_function, node.detach_reset
+    options += (node.store_v_seq,)
+    if node.kind == "if":
+        spikes, _, v_seq = functional.if_multi_step(x, v, *options)
+    elif node.kind == "lif":
+        spikes, _, v_seq = functional.lif_multi_step(x, v, node.tau, node.decay_input, *options)
     else:
-        options = (node.v_reset, node.surrogate_function, node.detach_reset, node.store_v_seq)
-    decay_input = getattr(node, "decay_input", True)
-    v = torch.full(x.shape[1:], options[0] or 0.0, dtype=membrane_type(x), device=x.device)
-    if kind == "if":
-        spikes, _, v_seq = functional.if_multi_step(x, v, v_threshold, *options)
-    elif kind == "lif":
-        spikes, _, v_seq = functional.lif_multi_step(x, v, tau, decay_input, v_threshold, *options)
-    else:
-        w = w.to(v.dtype)
-        spikes, _, v_seq = functional.plif_multi_step(x, v, w, decay_input, v_threshold, *options)
-    return spikes.to(x.dtype) if node is None else (spikes.to(x.dtype), v_seq)
+        w = node.w.to(v.dtype)
+        spikes, _, v_seq = functional.plif_multi_step(x, v, w, node.decay_input, *options)
+    return spikes.to(x.dtype), v_seq
 
 
 # cupy: a thread for each neuron, of any number of steps -------------------------------------------
@@ -282,14 +277,11 @@ class Neuron(torch.autograd.Function):
         return grad, grad_rate, None
 
 
-IMPLEMENTATIONS = {"torch": torch_lif, "spikingjelly": spikingjelly_lif, "cupy": cupy_lif}
-
-
 # fused: one pass over memory on a CPU, without a layer around it ----------------------------------
 
 
 def fused_neuron(x, lif):
-    """(spikes, the same as bytes or empty) of x [T, B, C, H, W], which the backward pass needs."""
+    """Spikes of x [T, B, C, H, W], marked as such."""
     T, x = len(x), x[:1] if x.stride(0) == 0 else x
     rates, constants = ops.rates_of(lif, x, x.shape[2]), ops.constants_of(*lif.constants())
     return FusedNeuron.apply(x, rates, T, constants, wants_bytes())
@@ -297,23 +289,24 @@ def fused_neuron(x, lif):
 
 class FusedNeuron(torch.autograd.Function):
     """(x of T steps or one that stands for all, PLIF's rates or None, T, constants, whether the
-    spikes are wanted as bytes too) -> spikes of T steps, the same as bytes or empty.
+    spikes are wanted as bytes too) -> spikes of T steps.
     """
 
     @staticmethod
     def forward(ctx, x, rates, T, constants, bytes_too):
         ctx.save_for_backward(x, rates)
-        ctx.constants, y = constants, ops.rows_of_channels(x).flatten(0, 1)
-        args = ((T, *x.shape[1:]), identity(y), rates, *constants[:3], bytes_too)
-        spikes, small = ops.fire(y, *args)
-        ctx.mark_non_differentiable(small)
-        return spikes, small
+        ctx.constants, y = constants, ops.rows(x)
+        shape, norm = (T, *x.shape[1:]), identity(y)
+        spikes, small = ops.fire(y, shape, norm, rates, *constants[:3], bytes_too)
+        if bytes_too:
+            set_mark(spikes, 1, small)
+        return spikes
 
     @staticmethod
     @once
-    def backward(ctx, grad_spikes, *_):
+    def backward(ctx, grad_spikes):
         x, rates = ctx.saved_tensors
-        y = ops.rows_of_channels(x).flatten(0, 1)
+        y = ops.rows(x)
         grad = torch.empty_like(y)
         partial = ops.fire_backward(grad_spikes, y, grad, identity(y), rates, *ctx.constants)
         grad_rates = None if rates is None else partial[:, 2].sum(0)

@@ -53,25 +53,29 @@ def rates_of(lif, x, channels):
     return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
-def rows_of_channels(x):
-    """x with its channels innermost in memory, as the kernels read it; copied only if it is not."""
-    _, B, C, H, W = x.shape
-    if x.stride() == (B * H * W * C, H * W * C, 1, W * C, C):
-        return x
-    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows(x):
+    """[T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last; copied only if need be."""
+    return channels_last(x.flatten(0, -4))
+
+
+def strides_of(shape):
+    """Of [T, B, C, H, W] with channels innermost."""
+    _, B, C, H, W = shape
+    return B * H * W * C, H * W * C, 1, W * C, C
 
 
 def empty(shape, like, dtype=None):
     """Memory for [T, B, C, H, W], channels innermost; not a view, so that spikes can be marked."""
-    _, B, C, H, W = shape
-    strides = B * H * W * C, H * W * C, 1, W * C, C
-    return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
+    return like.new_empty_strided(shape, strides_of(shape), dtype=dtype)
 
 
-def rows_and_step(y, T):
-    """Rows of a step of y, which has T steps; the distance in memory between steps."""
-    size = y.numel() // T
-    return size // y.shape[1], size
+def rows_and_channels(y):
+    """(rows, channels)"""
+    return y.numel() // y.shape[1], y.shape[1]
 
 
 # Who looks on -------------------------------------------------------------------------------------
@@ -121,10 +125,9 @@ def fire(
     T, B, C, H, W = shape
     spikes, rows = empty(shape, y), B * H * W
     small = empty(shape, y, torch.uint8) if bytes_too else y.new_empty(0, dtype=torch.uint8)
-    step = rows * C if y.numel() == T * rows * C else 0
-    memory = (y, spikes, small if bytes_too else None)
-    args = (norm, rates, rate, v_threshold)
-    launch("fire", y, rows, C, step, *memory, *args, T=T, neuron=neuron)
+    step = rows * C if y.numel() == spikes.numel() else 0
+    args = (y, spikes, small if bytes_too else None, norm, rates, rate, v_threshold)
+    launch("fire", y, rows, C, step, *args, T=T, neuron=neuron)
     return spikes, small
 
 
@@ -134,9 +137,9 @@ def fire_(
     v_threshold: float
 ) -> None:  # fmt: skip
     """As `fire`, but the spikes overwrite y, which has all T steps."""
-    rows, step = rows_and_step(y, T)
-    args = (step, y, y, None, norm, rates, rate, v_threshold)
-    launch("fire", y, rows, y.shape[1], *args, T=T, neuron=neuron)
+    rows, C = rows_and_channels(y)
+    args = (y, y, None, norm, rates, rate, v_threshold)
+    launch("fire", y, rows // T, C, rows // T * C, *args, T=T, neuron=neuron)
 
 
 @operator("grad")
@@ -149,13 +152,14 @@ def fire_backward(
     Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
     y - mean; with `rates` [parts, 3, C], the last for their gradient.
     """
-    T, grad_spikes = grad_spikes.shape[0], rows_of_channels(grad_spikes)
-    C, static = y.shape[1], y.numel() < grad_spikes.numel()
-    rows, step = rows_and_step(y, 1 if static else T)
-    partial = norm.new_empty(parts(y, rows, C, T), 2 if rates is None else 3, C)
-    sizes = (rows, C, partial.shape[0], 0 if static else step)
-    args = (norm, rates, rate, v_threshold, alpha, partial)
-    launch("fire_backward", y, *sizes, y, grad_spikes, grad, *args, T=T, neuron=neuron)
+    T, C = len(grad_spikes), y.shape[1]
+    if grad_spikes.stride() != strides_of(grad_spikes.shape):
+        grad_spikes = rows(grad_spikes)
+    count = grad_spikes.numel() // (T * C)
+    partial = norm.new_empty(parts(y, count, C, T), 2 if rates is None else 3, C)
+    step = count * C if y.numel() == grad_spikes.numel() else 0
+    args = (y, grad_spikes, grad, norm, rates, rate, v_threshold, alpha, partial)
+    launch("fire_backward", y, count, C, len(partial), step, *args, T=T, neuron=neuron)
     return partial
 
 
@@ -171,11 +175,10 @@ def time_major(x):
 
 def like_steps(x):
     """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
-    strides = math.prod(x.shape[1:]), *x.stride()[1:]
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return x.new_empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
 
 
-def sizes_of(x):
+def sizes_in_time(x):
     """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
     size = math.prod(x.shape[1:])
     channels = math.gcd(size, 1024)
@@ -191,7 +194,7 @@ def integrate(
     spikes = like_steps(x)
     if x.numel():
         args = (x, spikes, own, rate, v_threshold)
-        launch("integrate", x, *sizes_of(x), *args, T=CHUNK, neuron=neuron)
+        launch("integrate", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
     return spikes
 
 
@@ -205,12 +208,10 @@ def integrate_backward(
     grad, upstream = like_steps(x), grad_spikes
     if upstream.stride() != grad.stride():
         upstream = like_steps(x).copy_(grad_spikes)
-    slopes = torch.empty(
-        0 if own is None else math.prod(x.shape[1:]), dtype=real(x), device=x.device
-    )
+    slopes = x.new_empty(0 if own is None else math.prod(x.shape[1:]), dtype=real(x))
     if x.numel():
         args = (x, upstream, grad, own, rate, v_threshold, alpha, None if own is None else slopes)
-        launch("integrate_backward", x, *sizes_of(x), *args, T=CHUNK, neuron=neuron)
+        launch("integrate_backward", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
     return grad, slopes
 
 
@@ -224,10 +225,9 @@ def real(y):
 @operator()
 def statistics(y: Tensor) -> Tensor:
     """The sums that batch_norm needs of y's rows, in parts."""
-    C = y.shape[1]
-    rows = y.numel() // C
+    rows, C = rows_and_channels(y)
     partial = y.new_empty(parts(y, rows, C), 2, C, dtype=real(y))
-    launch("statistics", y, rows, C, partial.shape[0], y, partial)
+    launch("statistics", y, rows, C, len(partial), y, partial)
     return partial
 
 
@@ -241,8 +241,8 @@ def batch_norm(
     which counts `repeats` times. Its running statistics, if there are any, move on; the bias is the
     convolution's, which y lacks.
     """
-    count, _, C = partial.shape
-    sizes = (gamma.shape[0], C, start, count, y.numel() // C, repeats, eps, momentum)
+    rows, C = rows_and_channels(y)
+    sizes = (gamma.shape[0], C, start, len(partial), rows, repeats, eps, momentum)
     launch("batch_norm", y, *sizes, y, partial, gamma, beta, bias, norm, mean, var, batches)
 
 
@@ -272,8 +272,7 @@ def batch_norm_backward(partial: Tensor, norm: Tensor, rows: int) -> Tensor:
 @operator()
 def gradient_sums(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     """As fire_backward returns, for a BatchNorm without a neuron behind it."""
-    C = y.shape[1]
-    rows = y.numel() // C
+    rows, C = rows_and_channels(y)
     partial = norm.new_empty(parts(y, rows, C), 2, C)
     launch("gradient_sums", y, rows, C, len(partial), y, grad, norm, partial)
     return partial
@@ -283,7 +282,7 @@ def gradient_sums(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
 def normalise(y: Tensor, norm: Tensor) -> Tensor:
     """scale * y + shift."""
     out = torch.empty_like(y)
-    launch("normalise", y, y.numel() // y.shape[1], y.shape[1], y, out, norm)
+    launch("normalise", y, *rows_and_channels(y), y, out, norm)
     return out
 
 
@@ -292,8 +291,7 @@ def normalise_backward(grad: Tensor, y: Tensor, out: Tensor, sums: Tensor) -> No
     """Writes the gradient of BatchNorm's input y into out, which may be grad, the gradient of its
     output.
     """
-    rows, C = y.numel() // y.shape[1], y.shape[1]
-    launch("normalise_backward", y, rows, C, y, grad, out, sums)
+    launch("normalise_backward", y, *rows_and_channels(y), y, grad, out, sums)
 
 
 # Max-pooling --------------------------------------------------------------------------------------
@@ -310,8 +308,8 @@ def pool(y: Tensor, norm: Tensor, with_taps: bool) -> tuple[Tensor, Tensor]:
     N, C, H, W = y.shape
     pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
     taps = torch.empty_like(pooled if with_taps else y[:0], dtype=torch.uint8)
-    memory = (norm, pooled, taps if with_taps else None)
-    launch("pool", y, pooled.numel() // C, C, H, W, y, *memory)
+    args = (y, norm, pooled, taps if with_taps else None)
+    launch("pool", y, *rows_and_channels(pooled), H, W, *args)
     return pooled, taps
 
 
@@ -319,6 +317,5 @@ def pool(y: Tensor, norm: Tensor, with_taps: bool) -> tuple[Tensor, Tensor]:
 def pool_backward(grad: Tensor, taps: Tensor, y: Tensor, sums: Tensor) -> Tensor:
     """The gradient of y where a max-pool comes before BatchNorm; `grad` is of pooled values."""
     grad_y = torch.empty_like(y)
-    rows, C = y.numel() // y.shape[1], y.shape[1]
-    launch("pool_backward", y, rows, C, *y.shape[2:], y, grad, taps, grad_y, sums)
+    launch("pool_backward", y, *rows_and_channels(y), *y.shape[2:], y, grad, taps, grad_y, sums)
     return grad_y
