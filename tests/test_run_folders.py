@@ -3,6 +3,8 @@
 import json
 import os
 
+import pytest
+
 from conftest import log_of
 from forks import opened
 from on_digits import cifar10
@@ -62,9 +64,10 @@ def test_links_are_replaced(few, tmp_path, stop_when):
     is_same(run, few)
 
 
-def test_log_with_a_torn_line(tmp_path):
+@pytest.mark.parametrize("torn", ['{"epoch": 4, "lr', '{"epoch": "1"}', '{"epoch": [0]}', "[]"])
+def test_log_with_a_torn_line(torn, tmp_path):
     lines = [json.dumps({"epoch": epoch}) for epoch in range(4)]
-    (tmp_path / "log.txt").write_text("\n".join([*lines, '{"epoch": 4, "lr']))
+    (tmp_path / "log.txt").write_text("\n".join([*lines, torn]))
     log = cifar10.folder.RunLog(tmp_path, 3, 0)
     assert log.path.read_text().splitlines() == lines[:3]
 

@@ -230,8 +230,8 @@ class RunLog:
         with writing(folder):
             lines = read_text(self.path).splitlines() if self.path.exists() else []
             # A line that a crash has cut short has no epoch, and is dropped.
-            epochs = [dict_in(line, json.loads).get("epoch", epoch) for line in lines]
-            kept = [f"{line}\n" for line, at in zip(lines, epochs, strict=True) if at < epoch]
+            before = [dict_in(line, json.loads).get("epoch") in range(epoch) for line in lines]
+            kept = [f"{line}\n" for line, keep in zip(lines, before, strict=True) if keep]
             write_whole(self.path, "".join(kept).encode())
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
