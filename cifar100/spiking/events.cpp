@@ -54,14 +54,21 @@ static Found look(const In* x) {
     return {some[0] | word(some[1]) << 32, ones[0] | word(ones[1]) << 32};
 }
 
+// The same of `size` inputs, of which the first 64 count.
+template <class In>
+static Found look(const In* x, long size) {
+    if (size >= 64) return look(x);
+    In rest[64] = {};
+    memcpy(rest, x, size * sizeof(In));
+    return look(rest);
+}
+
 // Writes the bits of a row of numbers. Returns how many are not 0, and how many are 1.
 template <class In>
 static std::pair<long, long> find_row(const In* x, long size, word* bits) {
     long count = 0, ones = 0;
     for (long i = 0; i < size; i += 64) {
-        In rest[64] = {};
-        if (size - i < 64) memcpy(rest, x + i, (size - i) * sizeof(In));
-        const Found found = look(size - i < 64 ? rest : x + i);
+        const Found found = look(x + i, size - i);
         bits[i / 64] = found.some;
         count += __builtin_popcountll(found.some);
         ones += __builtin_popcountll(found.ones);
@@ -85,13 +92,9 @@ static long find(long rows, long size, const In* x, word* bits) {
 // Calls act(n) for the places of x that are not 0.
 template <class Act>
 static void each(const real* x, long size, const Act& act) {
-    for (long i = 0; i < size; i += 64) {
-        real rest[64] = {};
-        const bool whole = size - i >= 64;
-        if (!whole) memcpy(rest, x + i, (size - i) * sizeof(real));
-        for (word some = look(whole ? x + i : rest).some; some; some &= some - 1)
+    for (long i = 0; i < size; i += 64)
+        for (word some = look(x + i, size - i).some; some; some &= some - 1)
             act(i + __builtin_ctzll(some));
-    }
 }
 
 static void transpose(word* square) {  // of 64 x 64 bits
@@ -117,8 +120,6 @@ static word cut(const word* row, long size, long begin, long count) {
 
 // Sums -------------------------------------------------------------------------------------------
 
-// Writes `first` plus the places of the bits, and up to 8 bytes of no meaning behind; returns how many
-// there are. No branch depends on the bits: it would be guessed wrong as often as not.
 static const struct Places {  // of the bits of each byte
     word of[256];
     Places() : of() {
@@ -128,6 +129,8 @@ static const struct Places {  // of the bits of each byte
     }
 } places;
 
+// Writes `first` plus the places of the bits, and up to 8 bytes of no meaning behind; returns how
+// many there are. No branch depends on the bits: it would be guessed wrong as often as not.
 static int write_places(word bits, int first, byte* out) {
     const byte* start = out;
     for (int k = 0; k < 64; k += 8, bits >>= 8) {
@@ -172,8 +175,8 @@ struct Events {
 };
 
 // Adds to each of `rows` outputs the rows of `tile` that its slots' events name: of `taps` slots,
-// each for `size` numbers of the tile; one below 0 has no events. The next output's are `every` slots
-// on. A row of the tile has V vectors, one of outputs `width` numbers.
+// each for `size` numbers of the tile; one below 0 has no events. The next output's are `every`
+// slots on. A row of the tile has V vectors, one of outputs `width` numbers.
 template <int V>
 static void add_rows(int rows, const Events& events, const int* slots, int every, int taps,
                      const real* tile, long size, real* out, long stride, int width, bool first) {
@@ -286,10 +289,8 @@ struct Sites {
     template <class In>
     void add(Events& events, const In* x) const {
         for (long i = 0; i < words; ++i) {
-            In rest[64] = {};
             const In* from = x + 64 * i;
-            if (piece - 64 * i < 64) from = (In*)memcpy(rest, from, (piece - 64 * i) * sizeof(In));
-            const Found found = look(from);
+            const Found found = look(from, piece - 64 * i);
             if (i % of_group == 0) events.open_slot();
             events.add(64 * (i % of_group), found.some, found.some == found.ones,
                        [from](int bit) { return from[bit]; });
@@ -500,7 +501,7 @@ static void multiply(const Matrices& m, const real* a, const real* b, real* out)
 
 extern "C" {
 void multiply(const Matrices* m, const real* a, const real* b, real* out) {
-    return multiply(*m, a, b, out);
+    multiply(*m, a, b, out);
 }
 
 long find(long rows, long size, const void* x, bool bytes, word* bits) {
