@@ -211,7 +211,7 @@ class Machine(contextlib.ExitStack):
                     yield module, name, lambda: self.launch
                 elif name == "cupy_error":
                     yield module, name, lambda: None
-                elif name in ("is_called_as_operator", "is_fake"):
+                elif name in ("is_called_as_operator", "is_fake", "takes"):
                     yield module, name, lambda *args: False
                 elif hasattr(value, "cache_clear"):
                     new = fresh.setdefault(value, functools.cache(value.__wrapped__))

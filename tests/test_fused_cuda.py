@@ -159,11 +159,15 @@ def cuda_on_host(monkeypatch, tmp_path):
         kernels_at.append((name, build))
         return len(kernels_at) - 1
 
+    sizes = [ctypes.c_uint] * 7
+    pointer = ctypes.c_void_p
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, pointer, *sizes, pointer, pointer, pointer)
     def driver(address, *how):  # cuLaunchKernel
-        name, build = kernels_at[address.value or 0]
+        name, build = kernels_at[address or 0]
         launched.append((name, build.lanes))
-        grid, block = ([size.value for size in sizes] for sizes in (how[:2], how[3:5]))
-        getattr(libraries[build], f"run_{name}")(Dim(*grid), Dim(*block), how[8])
+        run = getattr(libraries[build], f"run_{name}")
+        run(Dim(*how[:2]), Dim(*how[3:5]), pointer(how[8]))
         return 0
 
     def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):

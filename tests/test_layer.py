@@ -1,6 +1,8 @@
 """The fused layers against the plain ones: alone, on the CPU and on a GPU."""
 
 import copy
+import gc
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -419,3 +421,85 @@ def test_a_narrow_strided_layer(size):
         error = (ours - want).norm() / want.norm()
         assert error < 2e-2  # a spike that flips takes gradients with it
     assert (found[0][0][..., 1::2, :] == 0).all() and (found[0][0][..., 1::2] == 0).all()
+
+
+EDITS = {
+    "weight": lambda conv, bn, node: setattr(
+        conv, "weight", nn.Parameter(conv.weight.detach() + 1)
+    ),
+    "no bias": lambda conv, bn, node: setattr(conv, "bias", None),
+    "gamma": lambda conv, bn, node: setattr(bn, "weight", nn.Parameter(bn.weight.detach().clone())),
+    "running mean": lambda conv, bn, node: setattr(bn, "running_mean", bn.running_mean.clone()),
+    "batches": lambda conv, bn, node: setattr(
+        bn, "num_batches_tracked", bn.num_batches_tracked.clone()
+    ),
+    "no running mean": lambda conv, bn, node: setattr(bn, "running_mean", None),
+    "eps": lambda conv, bn, node: setattr(bn, "eps", 0.5),
+    "momentum": lambda conv, bn, node: setattr(bn, "momentum", None),
+    "evaluation": lambda conv, bn, node: bn.eval(),
+    "stride": lambda conv, bn, node: setattr(conv, "stride", (2, 2)),
+    "padding": lambda conv, bn, node: setattr(conv, "padding", (1, 1)),
+    "groups": lambda conv, bn, node: setattr(conv, "groups", 2),
+    "padding mode": lambda conv, bn, node: setattr(conv, "padding_mode", "circular"),
+    "another class": lambda conv, bn, node: setattr(
+        conv, "__class__", type("Own", (nn.Conv2d,), {})
+    ),
+    "its forward": lambda conv, bn, node: setattr(conv, "forward", conv.forward),
+    "hook": lambda conv, bn, node: bn.register_forward_hook(lambda *_: None),
+    "hook before": lambda conv, bn, node: node.register_forward_pre_hook(lambda *_: None),
+    "hook behind": lambda conv, bn, node: conv.register_full_backward_hook(lambda *_: None),
+    "tau": lambda conv, bn, node: setattr(node, "tau", 3.0),
+    "threshold": lambda conv, bn, node: setattr(node, "v_threshold", 0.25),
+    "reset": lambda conv, bn, node: setattr(node, "v_reset", None),
+    "membrane": lambda conv, bn, node: setattr(node, "v", 1.0),
+    "membrane, many": lambda conv, bn, node: setattr(node, "v", torch.zeros(3)),
+    "not detached": lambda conv, bn, node: setattr(node, "detach_reset", False),
+    "decay": lambda conv, bn, node: setattr(node, "decay_input", False),
+    "kept": lambda conv, bn, node: setattr(node, "store_v_seq", True),
+    "alpha": lambda conv, bn, node: setattr(node.surrogate_function, "alpha", 2.0),
+    "surrogate": lambda conv, bn, node: setattr(node, "surrogate_function", surrogate.ATan()),
+    "own surrogate": lambda conv, bn, node: setattr(
+        node.surrogate_function, "__class__", type("Own", (surrogate.Sigmoid,), {})
+    ),
+    "no spikes": lambda conv, bn, node: setattr(node.surrogate_function, "spiking", False),
+    "memory": lambda conv, bn, node: setattr(node, "memory", "small"),
+    "events": lambda conv, bn, node: setattr(node, "events", False),
+    "not fused": lambda conv, bn, node: setattr(node, "fused", False),
+    "backend": lambda conv, bn, node: setattr(node, "backend", "torch"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_are_seen(edit):
+    """What is remembered of modules is what looking at them again finds, after any edit."""
+    layers = [[[module] for module in make_layer("1x1", torch.float32)[0]] for _ in range(2)]
+    for modules in layers:
+        before = cifar10.fusible.remember(*modules)
+        assert before is not None and cifar10.fusible.remember(*modules) is before
+    edited = layers[0]
+    EDITS[edit](*(module for (module,) in edited))
+    got, want = cifar10.fusible.remember(*edited), cifar10.fusible.look(*edited)
+    assert (got is None) == (want is None) and got is not before
+    if want is not None:
+        assert got[0] == want[0]
+        for one, other in zip(got[1][0], want[1][0], strict=True):
+            assert one is other
+    exchanged = [layers[1][0], *edited[1:]]  # another convolution's neuron
+    assert cifar10.fusible.remember(*exchanged) is not before
+
+
+def test_a_patched_class_is_seen(monkeypatch):
+    modules = [[module] for module in make_layer("1x1", torch.float32)[0]]
+    assert cifar10.fusible.remember(*modules) is not None
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
+    assert cifar10.fusible.remember(*modules) is None
+
+
+def test_what_is_remembered_keeps_no_model():
+    model = models.QKFormer(T=1, embed_dims=32, num_heads=2, depths=3)
+    model(torch.rand(2, 3, 8, 8))
+    held = weakref.ref(model.stage1[0].mlp.mlp1_conv), weakref.ref(model.stage3[0].ssa.q_conv)
+    assert held[0]() in cifar10.fusible.found_of
+    del model
+    gc.collect()
+    assert [found() for found in held] == [None, None]

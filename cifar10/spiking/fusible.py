@@ -1,7 +1,7 @@
 """Which layers the fused path of layer.py can stand for: all that it knows exactly, no others."""
 
-import functools
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ METHODS = {
     MultiStepIF: ("forward", "multi_step_forward"),
     MultiStepPLIF: ("forward", "multi_step_forward"),
 }
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
 
 reasons = {}  # {why layers run module by module: the first of them}
@@ -59,33 +60,108 @@ def can_fuse(x, convs, bns, lifs):
     The tensors: (weight, bias, gamma, beta, running mean and variance, number of batches).
     """
     device_type = x.device.type
-    if device_type not in ("cpu", "cuda") or not all(getattr(lif, "fused", True) for lif in lifs):
+    if device_type not in ("cpu", "cuda") or x.dim() != 5 or not x.numel():
         return None
-    for reason in (observed(), *map(changed, (*convs, *bns, *lifs))):
-        if reason is not None:
+    if len(x) > compiler.MAX_T:
+        return None
+    if (reason := observed()) is not None:
+        if all(getattr(lif, "fused", True) for lif in lifs):
             say_plain(describe(convs[0]), reason)
-            return None
-    if x.dim() != 5 or not x.numel() or len(x) > compiler.MAX_T:
         return None
-    common, *others = map(settings, convs, bns, lifs)
-    if common is None or any(theirs != common for theirs in others):
+    found = (look if torch.compiler.is_compiling() else remember)(convs, bns, lifs)
+    if found is None:
         return None
-    layer = (layer_of.__wrapped__ if torch.compiler.is_compiling() else layer_of)(common)
-    if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
-        say("layers with SyncBatchNorm run module by module in training")
-        return None
+    layer, tensors = found
     if not layer.training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
         return None
-    dtype, tensors = autocast_type(x), []
+    dtype = autocast_type(x)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    for conv, bn in zip(convs, bns, strict=True):
-        rows = conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    for _, *rows, _ in tensors:
         for row in rows:  # kernels read them in the type they compute in
             if row is not None and not (row.dtype == real and row.is_contiguous()):
                 return None
-        tensors.append((conv.weight, *rows, bn.num_batches_tracked))
     args = layer.backend, len(x), layer.neuron.neuron
     return (layer, dtype, tensors) if compiler.available(device_type, dtype, *args) else None
+
+
+def look(convs, bns, lifs):
+    """(Layer, tensors of each layer) if the modules may be joined and run fused, or None."""
+    if not all(getattr(lif, "fused", True) for lif in lifs):
+        return None
+    for reason in map(changed, (*convs, *bns, *lifs)):
+        if reason is not None:
+            say_plain(describe(convs[0]), reason)
+            return None
+    common, *others = map(settings, convs, bns, lifs)
+    if common is None or any(theirs != common for theirs in others):
+        return None
+    layer = layer_of(common)
+    if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
+        say("layers with SyncBatchNorm run module by module in training")
+        return None
+    tensors = []
+    for conv, bn in zip(convs, bns, strict=True):
+        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        tensors.append((conv.weight, conv.bias, bn.weight, bn.bias, *running))
+    return layer, tensors
+
+
+found_of = WeakKeyDictionary()  # {first module: Found}
+
+
+def remember(convs, bns, lifs):
+    """`look`, which asks again only where something in the modules is another than it was."""
+    modules = (*convs, *bns, *lifs)
+    if (known := found_of.get(convs[0])) is not None and known.holds(modules):
+        return known.found
+    found = look(convs, bns, lifs)
+    if found is not None and not any(map(holds_arrays, modules)):
+        found_of[convs[0]] = Found(found, modules)
+    return found
+
+
+class Found:
+    """What `look` has found, and all that it read of the modules."""
+
+    def __init__(self, found, modules):
+        self.found, self.others = found, modules[1:]  # nothing may keep the first alive
+        self.parts = [part for module in self.others for part in module.modules()]
+        self.kinds = [*map(type, (modules[0], *self.parts))]
+        kinds = {*map(type, modules)}
+        self.methods = [(kind, name) for kind in kinds for name in METHODS[kind]]
+        self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        own = [vars(part) for module in modules for part in module.modules()]
+        own += [module._modules for module in modules]
+        own += [node._memories for node in modules if isinstance(node, MultiStep)]
+        self.own = [(values, [*values.values()]) for values in own]
+        tensors = [part for module in modules for part in (module._parameters, module._buffers)]
+        self.tensors = [(own, [*map(id, own.values())]) for own in tensors]
+
+    def holds(self, modules):
+        """Whether all is as it was."""
+        if modules[1:] != self.others or any(self.hooks):
+            return False
+        if [*map(type, (modules[0], *self.parts))] != self.kinds:
+            return False
+        for kind, name in self.methods:
+            if getattr(kind, name) is not KNOWN[kind][name]:
+                return False
+        for own, ids in self.tensors:
+            if [*map(id, own.values())] != ids:
+                return False
+        try:
+            for own, values in self.own:
+                if [*own.values()] != values:
+                    return False
+        except (RuntimeError, ValueError):  # an array in the place of a number
+            return False
+        return True
+
+
+def holds_arrays(module):
+    """Whether attributes, such as a threshold, are tensors, arrays or lists, which may change."""
+    values = (value for each in module.modules() for value in vars(each).values())
+    return any(hasattr(value, "__setitem__") and not isinstance(value, dict) for value in values)
 
 
 def changed(module):
@@ -98,7 +174,7 @@ def changed(module):
             return f"its {kind.__name__} has a forward of its own"
     if module._forward_pre_hooks:
         return f"its {kind.__name__} has hooks that run before it"
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(getattr(module, name) for name in HOOKS):
         return ""  # such as a monitor's; no line each time
     if isinstance(module, MultiStep) and not module.is_usual():
         return f"its {kind.__name__} has attributes that no kernel knows"
@@ -127,7 +203,6 @@ def settings(conv, bn, lif):
     return tokens, *shape, conv.bias is None, bn.training, float(bn.eps), neuron, *way
 
 
-@functools.lru_cache(1024)
 def layer_of(settings):
     """The Layer of what `settings` returns: numbers and words, which stay what they are."""
     tokens, kernel, stride, padding, _, training, eps, neuron, backend, memory, events = settings

@@ -50,7 +50,7 @@ HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: 
 # Comparisons that may trap do not vectorise.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
 HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
-COMPILER_SECONDS = 120  # it takes one or two
+COMPILER_SECONDS = 300  # it takes one or two, and with PyTorch's headers twenty
 
 
 def cached(function):
@@ -104,12 +104,16 @@ def host_library(build):
 
 def build_library(source, *options):
     """C++ as a shared library. Raises OSError or ValueError where that can't be built."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
-        files = ["-shared", "-fPIC", "-x", "c++", "-", "-o", path, "-lm"]
-        run_alone([*compiler, *options, *files], source, COMPILER_SECONDS)
+        compile_to(path, source, *options, "-lm")
         return ctypes.CDLL(path)
+
+
+def compile_to(path, source, *options):
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    files = ["-shared", "-fPIC", "-x", "c++", "-", "-o", path]
+    run_alone([*compiler, *files, *options], source, COMPILER_SECONDS)
 
 
 def run_alone(command, text, seconds):
@@ -306,12 +310,18 @@ def launch_cuda(name, y, args, T, neuron):
 @functools.cache
 def cuda_kernel(name, dtype, T, neuron, rows, channels, count, large, device):
     """The Kernel of such a launch."""
+    found = kernel_at(name, dtype, T, neuron, rows, channels, large, device)
+    return Kernel(*found, count, device)
+
+
+def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
+    """(address, grid, block) of a kernel; see launch."""
     if name in OF_COLUMNS:  # the first argument are the channels
         lanes, block, grid = 1, COLUMNS, (-(-rows // COLUMNS[0]), 1)
     else:
         lanes, block, grid = tiling(dtype.itemsize, rows, channels, T)
     build = Build(dtype, T, neuron, lanes, "long long" if large else "int")
-    return Kernel(address_of(name, build, device), grid, block, count, device)
+    return address_of(name, build, device), grid, block
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import events, ops, plain
+from . import events, native, ops, plain
 from .compiler import is_called_as_operator
 from .fusible import Layer, autocast_type, can_fuse, changed
 from .ops import channels_last, rows
@@ -106,7 +106,7 @@ class Options(NamedTuple):
     events: bool
     product: bool
     dtype: torch.dtype
-    momenta: list
+    momenta: tuple
 
 
 def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
@@ -124,23 +124,34 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
         rates = join([ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs])
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     product, bytes_too = not by_events and takes_product(x, layer), fires and wants_bytes()
-    momenta = [float(bn.momentum) for bn in bns]
+    momenta = tuple([float(bn.momentum) for bn in bns])
     options = Options(T, layer, pool, fires, bytes_too, by_events, product, dtype, momenta)
-    if layer.training:
+    if native.takes(x):
+        saved = save(x) if layer.training and torch.is_grad_enabled() else None
+        out, *small = native.layer(x, saved, rates, options, tensors)
+        if small:
+            set_mark(out, 1, small[0])
+    elif layer.training:
         out = ConvBNLIF.apply(x, rates, options, *chain(*tensors))
-        return out if fires else steps(out, x.shape).expand(T, -1, -1, -1, -1)
-    y = convolve(x, kernel_of(weight_of(tensors), options), options)[0]
+    else:
+        out = in_evaluation(x, rates, options, tensors)
+    return out if fires else steps(out, x.shape).expand(T, -1, -1, -1, -1)
+
+
+def in_evaluation(x, rates, options, tensors):
+    """As ConvBNLIF, by the running statistics."""
+    y, layer = convolve(x, kernel_of(weight_of(tensors), options), options)[0], options.layer
     norm, start = y.new_empty(5, y.shape[1], dtype=ops.real(y)), 0
     for weight, bias, gamma, beta, mean, var, _ in tensors:
         ops.running_norm(norm, start, mean, var, bias, gamma, beta, layer.eps)
         start += weight.shape[0]
-    y = ops.pool(y, norm, False)[0] if pool else y
-    if not fires:
-        return steps(ops.normalise(y, norm), x.shape).expand(T, -1, -1, -1, -1)
-    if x.shape[0] < T:
-        shape = (T, *sizes(y, x.shape))
+    y = ops.pool(y, norm, False)[0] if options.pool else y
+    if not options.fires:
+        return ops.normalise(y, norm)
+    if x.shape[0] < options.T:
+        shape = (options.T, *sizes(y, x.shape))
         return ops.fire(y, shape, norm, rates, *layer.neuron[:3], False)[0]
-    ops.fire_(y, T, norm, rates, *layer.neuron[:3])  # over y, which no gradient needs
+    ops.fire_(y, options.T, norm, rates, *layer.neuron[:3])  # over y, which no gradient needs
     return steps(y, x.shape)
 
 
@@ -169,9 +180,9 @@ def takes_events(x, weight, dtype, training):
     """Whether the convolution of x is a sum of events: in training where x is spikes, or frames
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
-    # A mode that looks at operations, such as a graph's, would not see these.
-    same = x.dtype == weight.dtype == dtype and not is_called_as_operator()
-    if not same or not events.available(x.device.type, x.dtype):
+    if not x.dtype == weight.dtype == dtype or not events.available(x.device.type, dtype):
+        return False
+    if is_called_as_operator():  # a mode that looks at operations would not see these
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
     return not training or largest(x) is not None or frames

@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
 
-from . import compiler, ops, plain
+from . import compiler, native, ops, plain
 from .compiler import CTYPES, cached, cupy_error, say
 from .plain import membrane_type, rate_of, torch_lif
 from .spikes import mark, once, set_mark, wants_bytes
@@ -256,6 +256,8 @@ def spikingjelly_lif(x, node):
 
 def cupy_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
     constants = ops.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
+    if x.numel() and native.takes(x):
+        return native.neuron(x, rate_of(x, w), constants)
     return Neuron.apply(x, rate_of(x, w), constants)
 
 

@@ -9,7 +9,7 @@ gradients are right.
 
 import torch
 
-from . import events, ops, plain
+from . import events, native, ops, plain
 from .compiler import is_called_as_operator
 
 
@@ -81,7 +81,14 @@ def matmul(a, b, lif):
     if saves and (known == (None, None) or (None in known and not by_events)):
         return a @ b
     operator = events.product if by_events else torch.matmul
-    return Product.apply(operator, a, b) if saves else operator(a, b)
+    return saved_product(operator, a, b) if saves else operator(a, b)
+
+
+def saved_product(operator, a, b):
+    """operator(a, b), of which the backward pass reads what `save` makes of a and b."""
+    if native.takes(a):
+        return native.product(operator, a, b, save(a), save(b))
+    return Product.apply(operator, a, b)
 
 
 def takes_events(a, b, lif):
@@ -99,7 +106,7 @@ def masked(x, mask):
     if known == (None, None):
         return plain.masked(x, mask)
     x = x.movedim(2, 4).unflatten(4, (mask.shape[2], -1))  # so that gradients have channels last
-    out = Product.apply(torch.mul, x, mask.movedim((2, 3), (4, 5)))
+    out = saved_product(torch.mul, x, mask.movedim((2, 3), (4, 5)))
     return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
 
 
