@@ -107,7 +107,7 @@ def test_shares(capsys):
     assert sum(item.minutes for item in gpu.PLAN) == pytest.approx(gpu.MINUTES)
     assert gpu.PLAN[-1].stage == "tests" and {item.stage for item in gpu.PLAN} == {*gpu.STAGES}
     gpu.main(["--dry", "--minutes", "18"])
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["tests", "4.4", "18.0"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["tests", "3.8", "18.0"]
 
 
 def test_tables_of_what_is_there(tmp_path, monkeypatch):

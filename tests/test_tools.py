@@ -1,6 +1,9 @@
 """tools/memory.py: what is counted is what autograd keeps, and grows as the paper says;
-tools/segment.py: the masks are what was drawn.
+tools/segment.py: the masks are what was drawn; tools/host.py: layers in one call spare time.
 """
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from PIL import Image
 
 import memory
 import segment
+from conftest import ROOT
+from test_layer import compiled
 
 
 def test_memory(tmp_path, capsys):
@@ -41,3 +46,16 @@ def test_segment(tmp_path, capsys, monkeypatch):
     one, other = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0, 1, 1, 2, 1])
     mean, ious = segment.mean_iou(one, other)
     assert [*ious, mean] == pytest.approx([50, 100 / 3, 100, 0, (150 + 100 / 3) / 4])
+
+
+@compiled
+def test_host():
+    command = [sys.executable, ROOT / "tools" / "host.py", "--rounds", "25"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()[1:]]
+    ratios = {(kind, path): float(ratio[:-1]) for kind, path, *_, ratio in found}
+    assert len(ratios) == 6
+    for kind in ("step", "inference"):
+        assert ratios[kind, "fast"] < ratios[kind, "python"] < 1.1
+        assert ratios[kind, "fast"] < 0.75, "0.53 and 0.55 where nothing else runs"

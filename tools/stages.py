@@ -26,7 +26,8 @@ GOLDEN = {
     "imagenet-384": ("imagenet", "QKFormer_10_384"),
     "dvs128-gesture": ("dvs128-gesture", "QKFormer"),
 }
-TESTS = ("lif", "neurons", "fused", "layer", "fused_models", "gpu_steps", "graph", "pixels")
+TESTS = ("native", "lif", "neurons", "fused", "layer", "fused_models", "gpu_steps", "graph")
+TESTS += ("pixels",)
 SMALL = {"embed_dims": 48, "num_heads": 1}
 STEPS = 8  # by graphs; the scaler skips some at first
 KERNELS = 25  # of a step, by their time
@@ -50,12 +51,16 @@ class Run:
         logger.addHandler(handler)
 
     def candidate(self, name, T, path, lively=False):
-        """bench.py's Candidate of 32 images of 224 x 224; with `lively` its neurons fire."""
+        """bench.py's Candidate of 32 images of 224 x 224; with `lively` its neurons fire. The path
+        "python" is the fast one without layer.cpp.
+        """
         torch.manual_seed(0)
         bench.set_up(name)
         batch, size = (2, 32) if self.small else (32, 224)
         x = models.make_input(name, batch, T, size, self.device)
         modules = models.load(models.folder_of(name))
+        if path == "python":
+            modules.native.takes, path = (lambda x: False), "fast"
         model = bench.build(name, path, T, modules, **(SMALL if self.small else {}))
         if lively:
             conftest.Golden.fill(model).float()
