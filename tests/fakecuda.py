@@ -185,8 +185,7 @@ class Machine(contextlib.ExitStack):
     def launch(self, address, *how):
         """In the place of CUDA's cuLaunchKernel."""
         name, module = self.kernels[address.value or 0]
-        sizes = [size.value for size in how[:6]]
-        grid, block, places, args = sizes[:3], sizes[3:], how[8]._obj, []
+        grid, block, places, args = how[:3], how[3:6], how[8], []
         for place, (kind, _, pointer) in zip(places, parameters_of(module, name), strict=True):
             ctype = ctypes.c_longlong if pointer else getattr(ctypes, CTYPES[kind])
             value = ctype.from_address(place).value

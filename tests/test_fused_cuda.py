@@ -131,7 +131,6 @@ def cuda_on_host(monkeypatch, tmp_path):
         kinds = [
             part.rpartition(" ")[0].replace("__restrict__", "") for part in parameters.split(",")
         ]
-        kinds = ["float" if kind.strip() == "real_t" else kind for kind in kinds]
         values = ", ".join(f"*({kind}*)places[{i}]" for i, kind in enumerate(kinds))
         wrappers += f'extern "C" void run_{name}(Index grid, Index block, void** places) {{'
         wrappers += f" team(grid, block, [=] {{ {name}({values}); }}); }}\n"
@@ -177,7 +176,7 @@ def cuda_on_host(monkeypatch, tmp_path):
         return kernels.tiling(y.element_size(), rows, channels, T)[2][1]
 
     kernels.tiling.cache_clear()
-    kernels.cuda_kernel.cache_clear()
+    kernels.kernel_at.cache_clear()
     small = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16)}
     for name, value in {**small, "address_of": address_of, "driver": lambda: driver}.items():
         monkeypatch.setattr(kernels, name, value)
@@ -188,7 +187,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     monkeypatch.setattr(fused, "parts", parts)
     yield launched
     kernels.tiling.cache_clear()
-    kernels.cuda_kernel.cache_clear()
+    kernels.kernel_at.cache_clear()
 
 
 @pytest.mark.long

@@ -423,6 +423,26 @@ def test_a_narrow_strided_layer(size):
     assert (found[0][0][..., 1::2, :] == 0).all() and (found[0][0][..., 1::2] == 0).all()
 
 
+@pytest.mark.parametrize("channels", [1, 12, 36])
+def test_a_batchnorm_of_other_channels(channels):
+    """PyTorch's own error, as where the modules are called."""
+    conv, bn, node = nn.Conv2d(12, 24, 1), nn.BatchNorm2d(channels), lif.MultiStepLIF()
+    for train in (True, False):
+        bn.train(train)
+        with torch.set_grad_enabled(train), pytest.raises(RuntimeError, match=f"not {channels}"):
+            layer.conv_bn_lif(torch.rand(4, 2, 12, 6, 6), conv, bn, node)
+
+
+def test_a_weight_of_another_size():
+    """The convolution is that of the weight; kernel_size says nothing."""
+    (conv, bn, node), _ = make_layer("1x1", torch.float32)
+    conv.weight, x = nn.Parameter(torch.randn(24, 12, 3, 3)), torch.randn(4, 2, 12, 6, 6)
+    spikes = layer.conv_bn_lif(x, conv, bn, node)
+    node.fused = False
+    want = layer.conv_bn_lif(x, conv, bn, node)
+    assert spikes.shape == want.shape and (spikes != want).float().mean() < 1e-3
+
+
 EDITS = {
     "weight": lambda conv, bn, node: setattr(
         conv, "weight", nn.Parameter(conv.weight.detach() + 1)

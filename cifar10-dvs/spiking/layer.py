@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from . import events, native, ops, plain
 from .compiler import is_called_as_operator
 from .fusible import Layer, autocast_type, can_fuse, changed
 from .ops import channels_last, rows
-from .spikes import largest, masked, once, save, set_mark, wants_bytes
+from .spikes import largest, masked, save, set_mark, wants_bytes
 
 aten = torch.ops.aten
 MM_TO_FLOAT32 = hasattr(aten.mm, "dtype")  # PyTorch 2.8 has it; a CPU sums in float32 anyway
@@ -259,7 +260,7 @@ class ConvBNLIF(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, grad):
         x, bits, y, weight, kernel, rates, norm = ctx.saved_tensors
         options, layer, shape = ctx.options, ctx.options.layer, ctx.shape

@@ -15,11 +15,9 @@ import os
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import tempfile
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -289,33 +287,37 @@ def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
     if y.is_cuda:
         launch_cuda(name, y, args, T, neuron)
     else:
-        real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
-        args = [
-            ctypes.c_longlong(arg)
-            if isinstance(arg, int)
-            else real(arg)
-            if isinstance(arg, float)
-            else ctypes.c_void_p(0 if arg is None else arg.data_ptr())
-            for arg in args
-        ]
-        getattr(host_library(Build(y.dtype, T, neuron)), name)(*args)
+        getattr(host_library(Build(y.dtype, T, neuron)), name)(*in_c(y, args))
+
+
+def in_c(y, args):
+    real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
+    return [
+        ctypes.c_longlong(arg)
+        if isinstance(arg, int)
+        else real(arg)
+        if isinstance(arg, float)
+        else ctypes.c_void_p(0 if arg is None else arg.data_ptr())
+        for arg in args
+    ]
 
 
 def launch_cuda(name, y, args, T, neuron):
     device, large = y.get_device(), y.numel() * T >= 2**30
-    kernel = cuda_kernel(name, y.dtype, T, neuron, *args[:2], len(args), large, device)
-    kernel.launch(args, torch._C._cuda_getCurrentRawStream(device))
+    address, grid, block = kernel_at(name, y.dtype, T, neuron, *args[:2], large, device)
+    values = in_c(y, args)  # a kernel reads as many bytes of each as its parameter has
+    places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    sizes = *grid, 1, *block, 1, 0
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+    with torch.cuda.device(device):
+        code = driver()(ctypes.c_void_p(address), *sizes, stream, places, None)
+    if code:
+        raise RuntimeError(f"CUDA refuses to launch a kernel (error {code})")
 
 
 @functools.cache
-def cuda_kernel(name, dtype, T, neuron, rows, channels, count, large, device):
-    """The Kernel of such a launch."""
-    found = kernel_at(name, dtype, T, neuron, rows, channels, large, device)
-    return Kernel(*found, count, device)
-
-
 def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
-    """(address, grid, block) of a kernel; see launch."""
+    """(address, grid, block) of a CUDA kernel; see launch."""
     if name in OF_COLUMNS:  # the first argument are the channels
         lanes, block, grid = 1, COLUMNS, (-(-rows // COLUMNS[0]), 1)
     else:
@@ -334,36 +336,3 @@ def address_of(name, build, device):
 def driver():
     """CUDA's cuLaunchKernel. CuPy's own call of it takes longer than a small kernel runs."""
     return ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
-
-
-class Kernel:
-    """A kernel with its grid, and memory for its arguments, eight bytes each. Of these a kernel
-    reads as many as its parameter has.
-    """
-
-    def __init__(self, address, grid, block, count, device):
-        self.values, self.device, self.lock = (ctypes.c_longlong * count)(), device, Lock()
-        start, self.stream, self.pack = ctypes.addressof(self.values), ctypes.c_void_p(), None
-        places = (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
-        # As objects of ctypes, which take a third of the time that numbers do.
-        sizes = map(ctypes.c_uint, (*grid, 1, *block, 1, 0))
-        rest = self.stream, ctypes.byref(places), ctypes.c_void_p()
-        self.how = (ctypes.c_void_p(address), *sizes, *rest)
-
-    def launch(self, args, stream):
-        if self.device != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                return self.launch(args, stream)
-        values = [
-            0 if arg is None else arg if isinstance(arg, (int, float)) else arg.data_ptr()
-            for arg in args
-        ]
-        if self.pack is None:
-            kinds = ("f4x" if isinstance(arg, float) else "q" for arg in args)
-            self.pack = struct.Struct("<" + "".join(kinds)).pack_into
-        with self.lock:  # the driver has read the arguments when it returns
-            self.pack(self.values, 0, *values)
-            self.stream.value = stream
-            code = driver()(*self.how)
-        if code:
-            raise RuntimeError(f"CUDA refuses to launch a kernel (error {code})")

@@ -60,17 +60,16 @@ class Plan(ctypes.Structure):
 
 
 @functools.cache
-def plan_of(options, x_shape, weights, has_bias, device):
+def plan_of(options, x_shape, weights, device):
     """The Plan of layers that read such an x, with its address.
 
     options: see layer.Options. weights: shapes.
     """
     layer, (steps, B, _, *size) = options.layer, x_shape
-    channels, kernel = [shape[0] for shape in weights], weights[0][2:]
-    C = sum(channels)
-    if len(kernel) == 2:
-        spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
-        size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spaces]
+    channels = [shape[0] for shape in weights]
+    C, kernel = sum(channels), (1, 1) if layer.tokens else weights[0][2:]
+    spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
+    size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spaces]
     rows = steps * B * math.prod(size)
     if layer.training and rows * options.T == steps:
         raise ValueError(f"a single value per channel, in {[steps * B, C, *size]}, has no variance")
@@ -89,8 +88,8 @@ def plan_of(options, x_shape, weights, has_bias, device):
     plan = Plan(layer.neuron, kernels)
     plan.channels = (ctypes.c_longlong * len(channels))(*channels)
     plan.momenta = (ctypes.c_double * len(channels))(*options.momenta)
-    plan.layers, plan.has_bias, plan.columns = len(channels), has_bias, compiler.COLUMNS[0]
-    for name in ("training", "small", "eps", "stride", "padding"):
+    plan.layers, plan.columns = len(channels), compiler.COLUMNS[0]
+    for name in ("has_bias", "training", "small", "eps", "stride", "padding"):
         setattr(plan, name, getattr(layer, name))
     for name in ("product", "pool", "fires", "T"):
         setattr(plan, name, getattr(options, name))
@@ -149,7 +148,7 @@ def layer(x, saved, rates, options, tensors):
     spikes as bytes, where x is `saved` for the backward pass.
     """
     device, weights = x.get_device(), tuple([own[0].shape for own in tensors])
-    _, plan = plan_of(options, x.shape, weights, tensors[0][1] is not None, device)
+    _, plan = plan_of(options, x.shape, weights, device)
     flat = [tensor for own in tensors for tensor in own if tensor is not None]
     args = flat, options.dtype, plan, stream_of(device)
     return operators().layer.default(x, saved, rates, *args)

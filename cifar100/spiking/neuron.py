@@ -5,11 +5,12 @@ from functools import partial
 import torch
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
+from torch.autograd.function import once_differentiable
 
 from . import compiler, native, ops, plain
 from .compiler import CTYPES, cached, cupy_error, say
 from .plain import membrane_type, rate_of, torch_lif
-from .spikes import mark, once, set_mark, wants_bytes
+from .spikes import mark, set_mark, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
 CLASSES = {
@@ -271,7 +272,7 @@ class Neuron(torch.autograd.Function):
         return ops.integrate(x, rate, *constants[:3])
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, grad_spikes):
         x, rate = ctx.saved_tensors
         grad, slopes = ops.integrate_backward(grad_spikes, x, rate, *ctx.constants)
@@ -305,7 +306,7 @@ class FusedNeuron(torch.autograd.Function):
         return spikes
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, grad_spikes):
         x, rates = ctx.saved_tensors
         y = ops.rows(x)

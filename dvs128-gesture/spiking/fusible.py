@@ -36,15 +36,19 @@ def say_plain(layer, reason):
 
 
 class Layer(NamedTuple):
-    """What layers that read the same x have in common.
+    """What layers that read the same x, and are joined, have in common.
 
-    pointwise: whether their kernels are one pixel, taken at each. small: whether the convolution is
-    computed again in the backward pass. events: whether it may be one of events.py.
+    tokens: whether the convolution is a Conv1d. pointwise: whether its kernel is one pixel, taken
+    at each. small: whether it is computed again in the backward pass. events: whether it may be one
+    of events.py.
     """
 
+    tokens: bool
+    kernel: tuple
     stride: tuple
     padding: tuple
     pointwise: bool
+    has_bias: bool
     training: bool
     eps: float
     neuron: Constants
@@ -76,9 +80,12 @@ def can_fuse(x, convs, bns, lifs):
         return None
     dtype = autocast_type(x)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    for _, *rows, _ in tensors:
-        for row in rows:  # kernels read them in the type they compute in
-            if row is not None and not (row.dtype == real and row.is_contiguous()):
+    for weight, *rows, _ in tensors:
+        channels = weight.shape[:1]
+        for row in rows:  # kernels read them as they are; where one does not fit PyTorch says so
+            if row is None:
+                continue
+            if row.dtype != real or row.shape != channels or not row.is_contiguous():
                 return None
     args = layer.backend, len(x), layer.neuron.neuron
     return (layer, dtype, tensors) if compiler.available(device_type, dtype, *args) else None
@@ -92,10 +99,9 @@ def look(convs, bns, lifs):
         if reason is not None:
             say_plain(describe(convs[0]), reason)
             return None
-    common, *others = map(settings, convs, bns, lifs)
-    if common is None or any(theirs != common for theirs in others):
+    layer, *others = map(layer_of, convs, bns, lifs)
+    if layer is None or any(other != layer for other in others):
         return None
-    layer = layer_of(common)
     if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
         say("layers with SyncBatchNorm run module by module in training")
         return None
@@ -186,8 +192,8 @@ def describe(conv):
     return f"{type(conv).__name__}({', '.join(map(str, sizes))})"
 
 
-def settings(conv, bn, lif):
-    """What layers joined into one must have in common; None for a layer that can't run fused."""
+def layer_of(conv, bn, lif):
+    """The Layer of modules that `changed` lets pass; None if they can't run fused."""
     if bn.momentum is None or bn.running_mean is None or bn.weight is None:
         return None
     if conv.dilation not in ((1,), (1, 1)) or conv.groups != 1 or conv.padding_mode != "zeros":
@@ -197,20 +203,24 @@ def settings(conv, bn, lif):
         return None
     if tokens and shape != ((1,), (1,), (0,)):
         return None
-    tau = float(lif.tau) if lif.kind == "lif" else 0.0  # PLIF's differ, and are tensors
-    neuron = tau, float(lif.v_threshold), float(lif.alpha), lif.kind, None, lif.surrogate
-    way = lif.backend, lif.memory, lif.events
-    return tokens, *shape, conv.bias is None, bn.training, float(bn.eps), neuron, *way
-
-
-def layer_of(settings):
-    """The Layer of what `settings` returns: numbers and words, which stay what they are."""
-    tokens, kernel, stride, padding, _, training, eps, neuron, backend, memory, events = settings
-    if tokens:
-        kernel, stride, padding = (1, 1), (1, 1), (0, 0)
-    pointwise = (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0)
-    neuron, small = constants_of(*neuron), memory == "small"
-    return Layer(stride, padding, pointwise, training, eps, neuron, backend, small, events)
+    pixel = (1, 1), (1, 1), (0, 0)
+    kernel, stride, padding = pixel if tokens else shape
+    tau = lif.tau if lif.kind == "lif" else 0.0  # PLIF's differ, and are tensors
+    neuron = constants_of(tau, lif.v_threshold, lif.alpha, lif.kind, None, lif.surrogate)
+    return Layer(
+        tokens=tokens,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        pointwise=(kernel, stride, padding) == pixel,
+        has_bias=conv.bias is not None,
+        training=bn.training,
+        eps=float(bn.eps),
+        neuron=neuron,
+        backend=lif.backend,
+        small=lif.memory == "small",
+        events=lif.events,
+    )
 
 
 def autocast_type(x):

@@ -8,6 +8,7 @@ gradients are right.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import events, native, ops, plain
 from .compiler import is_called_as_operator
@@ -110,12 +111,6 @@ def masked(x, mask):
     return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
 
 
-def once(backward):
-    """once_differentiable, in less time where no graph of the backward pass is wanted."""
-    marked = torch.autograd.function.once_differentiable(backward)
-    return lambda *args: (marked if torch.is_grad_enabled() else backward)(*args)
-
-
 class Product(torch.autograd.Function):
     """(torch.matmul, events.product or torch.mul, a, b) -> their product."""
 
@@ -126,7 +121,7 @@ class Product(torch.autograd.Function):
         return operator(a, b)
 
     @staticmethod
-    @once
+    @once_differentiable
     def backward(ctx, grad):
         # Contiguous, as the batches of a product are read: it would copy them else.
         layout = torch.contiguous_format if ctx.operator is not torch.mul else torch.preserve_format
