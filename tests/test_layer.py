@@ -433,6 +433,47 @@ def test_a_batchnorm_of_other_channels(channels):
             layer.conv_bn_lif(torch.rand(4, 2, 12, 6, 6), conv, bn, node)
 
 
+@pytest.mark.parametrize("channels", [8, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_of_other_channels(kind, channels):
+    """PyTorch's own error, where convolutions are sums of events too."""
+    modules, pool = make_layer(kind, torch.float32)
+    x = (torch.rand(4, 2, channels, 6, 6) > 0.5).float()
+    for train in (True, False):
+        modules.train(train)
+        with (
+            torch.set_grad_enabled(train),
+            pytest.raises(RuntimeError, match=f"{channels} channels"),
+        ):
+            layer.conv_bn_lif(x, *modules, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_an_input_smaller_than_the_kernel(pool):
+    conv, bn, node = nn.Conv2d(12, 24, 3), nn.BatchNorm2d(24), lif.MultiStepLIF()
+    for train in (True, False):
+        bn.train(train)
+        with (
+            torch.set_grad_enabled(train),
+            pytest.raises((RuntimeError, ValueError), match="ernel"),
+        ):
+            layer.conv_bn_lif(torch.ones(4, 2, 12, 2, 8), conv, bn, node, pool=pool)
+
+
+def test_products_of_other_sizes():
+    head, maker = nn.Linear(12, 5).eval(), cifar10.neuron.neuron_maker()
+    a, b = torch.ones(2, 1, 3, 4, 8), torch.ones(2, 1, 3, 6, 5)
+    with torch.no_grad():
+        for function, *args in (
+            (layer.linear, torch.ones(3, 16), head, maker),
+            (layer.linear, torch.ones(3, 8), head, maker),
+            (cifar10.spikes.matmul, a, b, lif.MultiStepLIF()),
+            (cifar10.spikes.matmul, a[..., :4], b, lif.MultiStepLIF()),
+        ):
+            with pytest.raises(RuntimeError, match=r"cannot be multiplied|Expected size"):
+                function(*args)
+
+
 def test_a_weight_of_another_size():
     """The convolution is that of the weight; kernel_size says nothing."""
     (conv, bn, node), _ = make_layer("1x1", torch.float32)

@@ -102,6 +102,8 @@ def geometry(x_shape, weight, stride, padding):
         (size + 2 * pad - k) // step + 1
         for size, pad, k, step in zip((H, W), padding, kernel, stride, strict=True)
     ]
+    if min(out) < 1:
+        raise ValueError(f"a kernel of {list(kernel)} does not fit in an input of {[H, W]}")
     sizes = (N, H, W, C, *out, channels)
     return (ctypes.c_long * 13)(*sizes, *kernel, *stride, *padding), sizes
 

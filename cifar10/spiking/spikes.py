@@ -96,6 +96,7 @@ def takes_events(a, b, lif):
     """Whether a product of the neuron's spikes is one of events.py."""
     may = getattr(lif, "fused", False) and getattr(lif, "events", False) and a.dtype == b.dtype
     may = may and a.dim() == b.dim() == 5 and a.shape[:3] == b.shape[:3]
+    may = may and a.shape[4] == b.shape[3]
     # Asked first: torch.compile would trace what events.available does.
     may = may and not is_called_as_operator() and events.available(a.device.type, a.dtype)
     return may and not torch.is_autocast_enabled("cpu") and ops.observed() is None

@@ -121,8 +121,8 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
         x = x[:1]
     rates = None
     if fires and lifs[0].kind == "plif":
-        pairs = zip(bns, lifs, strict=True)
-        rates = join([ops.rates_of(lif, x, bn.num_features) for bn, lif in pairs])
+        pairs = zip(lifs, tensors, strict=True)
+        rates = join([ops.rates_of(lif, x, weight.shape[0]) for lif, (weight, *_) in pairs])
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     product, bytes_too = not by_events and takes_product(x, layer), fires and wants_bytes()
     momenta = tuple([float(bn.momentum) for bn in bns])
@@ -182,6 +182,8 @@ def takes_events(x, weight, dtype, training):
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
     if not x.dtype == weight.dtype == dtype or not events.available(x.device.type, dtype):
+        return False
+    if x.shape[-3] != weight.shape[1]:  # PyTorch's convolution says what is wrong
         return False
     if is_called_as_operator():  # a mode that looks at operations would not see these
         return False
