@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -115,9 +116,10 @@ def error():
         if not path.exists():
             say("compiling layers for the GPU, once: about 20 s")
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")  # other ranks do the same
-            compile_to(part, SOURCE, *OPTIONS, f"-DNAMESPACE={NAME}")
-            part.replace(path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
+                part = Path(folder, path.name)
+                compile_to(part, SOURCE, *OPTIONS, f"-DNAMESPACE={NAME}")
+                part.replace(path)
         torch.ops.load_library(path)
     except (OSError, ValueError, RuntimeError) as failure:  # RuntimeError: there is no home
         return first_line(failure)

@@ -52,6 +52,8 @@ def find(x, dtype):
 
 def convolve(x, weight, stride, padding):
     """[N, C, H, W] -> [N, C', H', W'], both in channels_last."""
+    if x.dtype not in (weight.dtype, torch.uint8):
+        raise ValueError(f"the input is {x.dtype}, but the weight {weight.dtype}")
     weight = weight.contiguous(memory_format=torch.channels_last)
     shape, (N, *_, height, width, channels) = geometry(x.shape, weight, stride, padding)
     y = weight.new_empty(N, height, width, channels)
