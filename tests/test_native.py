@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from conftest import Golden, load
 from fakecuda import CTYPES, parameters_of
@@ -153,6 +154,27 @@ def test_layers_of_other_widths(stand_in, monkeypatch):
         gradients = [parameter.grad for parameter in layers.parameters()]
         found.append([*spikes, x.grad, *gradients, *layers.buffers()])
     assert all(map(torch.equal, *found)) and stand_in[0] == stand_in[1]
+
+
+@compiled
+def test_checkpoint(stand_in, monkeypatch):
+    """Layers that run again for the backward pass do so within that of another."""
+    found = []
+    for takes in (False, True):
+        monkeypatch.setattr(native, "takes", lambda x, takes=takes: takes)
+        torch.manual_seed(0)
+        modules = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)]
+        lif = cifar10.neuron.MultiStepPLIF(events=False)
+        x = torch.randn(2, 2, 3, 6, 5, requires_grad=True)
+
+        def block(x, modules=modules, lif=lif):
+            spikes = layer.conv_bn_lif(x, *modules, lif)
+            return lif(cifar10.spikes.matmul(spikes, spikes.transpose(-2, -1), lif))
+
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+        parameters = (p for each in (*modules, lif) for p in each.parameters())
+        found.append([x.grad, *(parameter.grad for parameter in parameters)])
+    assert all(map(torch.equal, *found))
 
 
 @compiled

@@ -288,8 +288,8 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
+        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
         at::AutoDispatchBelowADInplaceOrView below;
-        const auto saved = ctx->get_saved_variables();
         const auto at = ctx->saved_data["at"].toIntVector();
         const Pass pass = pass_of(at[0], at::ScalarType(at[1]), at[2]);
         const Plan& plan = pass.plan;
@@ -397,8 +397,8 @@ struct Neuron : torch::autograd::Function<Neuron> {
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
+        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
         at::AutoDispatchBelowADInplaceOrView below;
-        const auto saved = ctx->get_saved_variables();
         const auto at = ctx->saved_data["at"].toIntVector();
         const Tensor x = saved[0], own = saved[1], grad = like_steps(x);
         const Pass pass = pass_of(at[0], x.scalar_type(), at[1]);
@@ -429,8 +429,8 @@ struct Product : torch::autograd::Function<Product> {
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
+        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
         at::AutoDispatchBelowADInplaceOrView below;
-        const auto saved = ctx->get_saved_variables();
         const Tensor& grad = grads[0];
         if (!ctx->saved_data["matmul"].toBool()) {
             const Tensor a = saved[0].to(grad.scalar_type()), b = saved[1].to(grad.scalar_type());
