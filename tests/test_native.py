@@ -177,6 +177,31 @@ def test_checkpoint(stand_in, monkeypatch):
     assert all(map(torch.equal, *found))
 
 
+ALONE = {  # layers: shape of x, kernel, stride, padding, max-pool
+    "one channel": ((2, 3, 1, 2, 3), 7, 4, 3, False),
+    "one sample, padded": ((1, 1, 3, 5, 7), 1, 1, 1, False),
+    "pointwise, strided": ((3, 2, 5, 8, 9), 1, 2, 0, True),
+}
+
+
+@compiled
+@pytest.mark.parametrize("fires", [True, False])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_layer_alone(stand_in, monkeypatch, name, fires):
+    """In shapes whose strides leave it open whether channels are innermost."""
+    (T, B, C, H, W), *sizes, pool = ALONE[name]
+    found, function = [], layer.conv_bn_lif if fires else layer.conv_bn
+    for takes in (False, True):
+        monkeypatch.setattr(native, "takes", lambda x, takes=takes: takes)
+        torch.manual_seed(0)
+        modules = [torch.nn.Conv2d(C, 6, *sizes), torch.nn.BatchNorm2d(6)]
+        x = torch.randn(T, B, H, W, C).permute(0, 1, 4, 2, 3).requires_grad_()
+        out = function(x, *modules, cifar10.neuron.MultiStepLIF(events=False), pool)
+        out.backward(torch.randn(out.shape))
+        found.append([out, x.grad, *(p.grad for each in modules for p in each.parameters())])
+    assert all(map(torch.equal, *found)) and stand_in[0] == stand_in[1]
+
+
 @compiled
 def test_no_second_derivative(stand_in, monkeypatch):
     monkeypatch.setattr(native, "takes", lambda x: True)

@@ -144,17 +144,17 @@ Tensor weight_of(const std::vector<Parts>& layers) {
 }
 
 Tensor kernel_of(T_ weight, const Pass& pass) {
-    const Tensor kernel = weight.to(pass.dtype);
-    if (pass.plan.product) return kernel.flatten(1);
-    return (kernel.dim() == 4 ? kernel : kernel.unsqueeze(3)).contiguous(LAST);
+    if (pass.plan.product) return weight.to(pass.dtype).flatten(1);
+    return weight.dim() == 4 ? weight : weight.unsqueeze(3);
 }
 
 Tensor convolve(T_ x, T_ kernel, const Pass& pass) {
     const Plan& plan = pass.plan;
     const Tensor input = x.to(pass.dtype);
     if (plan.product) return at::mm(pixels(input), kernel.t());
-    return at::convolution(rows(input), kernel, {}, plan.stride, plan.padding, {1, 1}, false,
-                           {0, 0}, 1).contiguous(LAST);
+    const Tensor cast = kernel.to(pass.dtype, false, false, LAST);
+    return at::convolution(rows(input), cast, {}, plan.stride, plan.padding, {1, 1}, false, {0, 0},
+                           1).contiguous(LAST);
 }
 
 // {maxima of the BatchNorm's output, or minima of its input where that turns them round; where they
@@ -219,9 +219,10 @@ Tensor sum_over_rows(T_ a, T_ b) {
 }
 
 // {gradient of x [T*B, C, H, W], if wanted, of the kernel}
-std::array<Tensor, 2> convolution_backward(T_ grad, T_ x, T_ kernel, const Plan& plan,
+std::array<Tensor, 2> convolution_backward(T_ grad, T_ x, T_ weight, const Plan& plan,
                                            bool wanted) {
     const int64_t *stride = plan.stride, *padding = plan.padding;
+    const Tensor kernel = weight.to(grad.scalar_type()).contiguous(LAST);
     if (kernel.size(2) != 1 || kernel.size(3) != 1 || padding[0] || padding[1]) {
         auto [grad_x, grad_kernel, _] = at::convolution_backward(
             grad, x, kernel, {}, plan.stride, plan.padding, {1, 1}, false, {0, 0}, 1,
@@ -334,7 +335,10 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             auto found = convolution_backward(grad_y, rows(x), kernel, plan, wanted);
             grad_x = found[0], grad_weight = found[1];
         }
-        if (wanted) grad_x = Steps(grad_x, x.sizes(), x.size(0)).of(grad_x).to(at::ScalarType(at[3]));
+        if (wanted) {
+            grad_x = dense(grad_x, plan);  // not every convolution leaves channels innermost
+            grad_x = Steps(grad_x, x.sizes(), x.size(0)).of(grad_x).to(at::ScalarType(at[3]));
+        }
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());
         if (grad_weight.strides() != weight.strides())
