@@ -202,6 +202,26 @@ def test_a_layer_alone(stand_in, monkeypatch, name, fires):
     assert all(map(torch.equal, *found)) and stand_in[0] == stand_in[1]
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@compiled
+def test_no_gradient_from_behind(stand_in, monkeypatch):
+    monkeypatch.setattr(native, "takes", lambda x: True)
+    modules = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), cifar10.neuron.MultiStepLIF()]
+    x = torch.randn(2, 2, 3, 6, 5, requires_grad=True)
+    for function in (layer.conv_bn_lif, layer.conv_bn):
+        NoGradient.apply(function(x, *modules)).sum().backward()
+        assert x.grad is None and modules[0].weight.grad is None
+
+
 @compiled
 def test_no_second_derivative(stand_in, monkeypatch):
     monkeypatch.setattr(native, "takes", lambda x: True)

@@ -294,6 +294,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const auto at = ctx->saved_data["at"].toIntVector();
         const Pass pass = pass_of(at[0], at::ScalarType(at[1]), at[2]);
         const Plan& plan = pass.plan;
+        if (!grads[0].defined()) return variable_list(6 + plan.layers * (6 + plan.has_bias));
         const Tensor x = saved[0].to(pass.dtype), weight = saved[2];
         const Tensor kernel = saved[3].defined() ? saved[3] : kernel_of(weight, pass);
         const Tensor rates = saved[4], norm = saved[5];
