@@ -223,6 +223,19 @@ def test_no_gradient_from_behind(stand_in, monkeypatch):
 
 
 @compiled
+def test_pool_behind_a_pointwise_layer(stand_in, monkeypatch):
+    """Its convolution is no product of matrices: the pool needs rows and columns of pixels."""
+    torch.manual_seed(0)
+    modules = [torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8)]
+    x, found = torch.randn(2, 2, 3, 6, 5), []
+    for takes, fused in ((False, True), (True, True), (False, False)):
+        monkeypatch.setattr(native, "takes", lambda x, takes=takes: takes)
+        lif = cifar10.neuron.MultiStepLIF(fused=fused, events=False)
+        found.append(layer.conv_bn_lif(x, *modules, lif, pool=True))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@compiled
 def test_no_second_derivative(stand_in, monkeypatch):
     monkeypatch.setattr(native, "takes", lambda x: True)
     x = torch.rand(2, 3, 8, 8, requires_grad=True)

@@ -124,7 +124,8 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
         pairs = zip(lifs, tensors, strict=True)
         rates = join([ops.rates_of(lif, x, weight.shape[0]) for lif, (weight, *_) in pairs])
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
-    product, bytes_too = not by_events and takes_product(x, layer), fires and wants_bytes()
+    product = not by_events and not pool and takes_product(x, layer)
+    bytes_too = fires and wants_bytes()
     momenta = tuple([float(bn.momentum) for bn in bns])
     options = Options(T, layer, pool, fires, bytes_too, by_events, product, dtype, momenta)
     if native.takes(x):
