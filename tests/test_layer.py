@@ -556,6 +556,16 @@ def test_a_patched_class_is_seen(monkeypatch):
     assert cifar10.fusible.remember(*modules) is None
 
 
+def test_what_is_remembered_keeps_no_shared_module():
+    conv, bn, node = make_layer("1x1", torch.float32)[0]
+    x, others = torch.rand(2, 2, conv.in_channels, 4, 4), (copy.deepcopy(bn), node)
+    held = weakref.ref(conv)
+    layer.conv_bn_lif_each(x, (conv, bn, node), (conv, *others))
+    del conv
+    gc.collect()
+    assert held() is None
+
+
 def test_what_is_remembered_keeps_no_model():
     model = models.QKFormer(T=1, embed_dims=32, num_heads=2, depths=3)
     model(torch.rand(2, 3, 8, 8))

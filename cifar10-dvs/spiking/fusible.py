@@ -121,7 +121,8 @@ def remember(convs, bns, lifs):
     if (known := found_of.get(convs[0])) is not None and known.holds(modules):
         return known.found
     found = look(convs, bns, lifs)
-    if found is not None and not any(map(holds_arrays, modules)):
+    shared = convs[0] in modules[1:]  # Found would keep it alive
+    if found is not None and not shared and not any(map(holds_arrays, modules)):
         found_of[convs[0]] = Found(found, modules)
     return found
 
