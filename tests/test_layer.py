@@ -549,6 +549,23 @@ def test_edits_are_seen(edit):
     assert cifar10.fusible.remember(*exchanged) is not before
 
 
+@pytest.mark.parametrize(
+    "edit", [{"track_running_stats": False}, {"num_batches_tracked": None}, {"bias": None}], ids=str
+)
+def test_an_unusual_batch_norm(edit):
+    """Its running statistics move, or stay, as they do where modules are called."""
+    found, x = [], torch.randn(2, 3, 8, 5, 5)
+    for fused in (False, True):
+        torch.manual_seed(0)
+        conv, bn = nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)
+        for name, value in edit.items():
+            setattr(bn, name, value)
+        spikes = layer.conv_bn_lif(x, conv, bn, lif.MultiStepLIF(fused=fused))
+        found.append([spikes, bn.running_mean, bn.running_var])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_patched_class_is_seen(monkeypatch):
     modules = [[module] for module in make_layer("1x1", torch.float32)[0]]
     assert cifar10.fusible.remember(*modules) is not None

@@ -195,7 +195,8 @@ def describe(conv):
 
 def layer_of(conv, bn, lif):
     """The Layer of modules that `changed` lets pass; None if they can't run fused."""
-    if bn.momentum is None or bn.running_mean is None or bn.weight is None:
+    needed = bn.momentum, bn.running_mean, bn.num_batches_tracked, bn.weight, bn.bias
+    if any(each is None for each in needed) or not bn.track_running_stats:
         return None
     if conv.dilation not in ((1,), (1, 1)) or conv.groups != 1 or conv.padding_mode != "zeros":
         return None
