@@ -254,6 +254,17 @@ def test_a_refused_launch(stand_in, monkeypatch):
         QKFormer(T=2, embed_dims=32, num_heads=2, depths=3)(torch.rand(2, 3, 8, 8))
 
 
+@compiled
+def test_plans_are_not_kept_for_ever(stand_in, monkeypatch):
+    monkeypatch.setattr(native, "takes", lambda x: True)
+    modules = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), cifar10.neuron.MultiStepLIF()]
+    x, most = torch.randn(2, 2, 3, 6, 5), native.plan_of.cache_parameters()["maxsize"]
+    for i in range(3):
+        modules[2].surrogate_function.alpha = 4.0 + i
+        layer.conv_bn_lif(x, *modules)
+    assert native.plan_of.cache_info().currsize == 3 and most and 2**10 < most < 2**16
+
+
 def test_library(monkeypatch, tmp_path):
     """It is built once for all; where it can't be, a line says why."""
     lines, build = [], native.error.__wrapped__

@@ -34,6 +34,10 @@ NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "normalise"
 NAMES += ("gradient_sums", "batch_norm_backward", "pool_backward", "normalise_backward")
 NAMES += ("integrate", "integrate_backward")
 
+# Plans that are kept: a schedule of alpha or of a momentum makes new ones in each step, of some
+# kilobytes. A backward pass, which has the address alone, comes long before so many others.
+PLANS = 2**14
+
 
 class Kernel(ctypes.Structure):
     _fields_ = [("address", ctypes.c_void_p), ("grid", ctypes.c_uint * 2)]
@@ -60,7 +64,7 @@ class Plan(ctypes.Structure):
             kernel.address, kernel.grid[:], kernel.block[:] = kernel_at(name, *args)
 
 
-@functools.cache
+@functools.lru_cache(PLANS)
 def plan_of(options, x_shape, weights, device):
     """The Plan of layers that read such an x, with its address.
 
@@ -97,7 +101,7 @@ def plan_of(options, x_shape, weights, device):
     return plan, ctypes.addressof(plan)
 
 
-@functools.cache
+@functools.lru_cache(PLANS)
 def plan_of_neuron(constants, dtype, steps, size, device):
     """The Plan of `size` neurons, its address, and how many of them make a row for the kernels."""
     channels = math.gcd(size, 1024)
