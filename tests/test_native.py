@@ -255,6 +255,17 @@ def test_a_refused_launch(stand_in, monkeypatch):
 
 
 @compiled
+def test_a_neuron_of_a_slice(stand_in, monkeypatch):
+    """A GPU loads several neighbours at once: rows begin at multiples of what it may load."""
+    for takes in (False, True):
+        monkeypatch.setattr(native, "takes", lambda x, takes=takes: takes)
+        own = torch.randn(4, 3, 10)[:, 1:].requires_grad_()
+        cifar10.neuron.MultiStepLIF()(own).sum().backward()
+    for launches in stand_in:
+        assert launches and {sizes for *_, sizes in launches} == {(10, 2)}
+
+
+@compiled
 def test_plans_are_not_kept_for_ever(stand_in, monkeypatch):
     monkeypatch.setattr(native, "takes", lambda x: True)
     modules = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), cifar10.neuron.MultiStepLIF()]

@@ -18,7 +18,7 @@ import torch
 
 from . import compiler
 from .compiler import compile_to, first_line, is_called_as_operator, kernel_at, say
-from .ops import CHUNK
+from .ops import CHUNK, channels_in_time
 
 SOURCE = Path(__file__).with_name("layer.cpp").read_text()
 ROOT = Path(torch.__file__).parent
@@ -102,13 +102,12 @@ def plan_of(options, x_shape, weights, device):
 
 
 @functools.lru_cache(PLANS)
-def plan_of_neuron(constants, dtype, steps, size, device):
-    """The Plan of `size` neurons, its address, and how many of them make a row for the kernels."""
-    channels = math.gcd(size, 1024)
+def plan_of_neuron(constants, dtype, steps, size, channels, device):
+    """The Plan of `size` neurons, with its address. channels: of them in a row for the kernels."""
     large = steps * size * CHUNK >= 2**30
     args = dtype, CHUNK, constants.neuron, size // channels, channels, large, device
     plan = Plan(constants, dict.fromkeys(("integrate", "integrate_backward"), args))
-    return plan, ctypes.addressof(plan), channels
+    return plan, ctypes.addressof(plan)
 
 
 @functools.cache
@@ -162,8 +161,9 @@ def layer(x, saved, rates, options, tensors):
 
 def neuron(x, rate, constants):
     """Neuron.apply(x, rate, constants)"""
-    device, steps = x.get_device(), len(x)
-    _, plan, channels = plan_of_neuron(constants, x.dtype, steps, x.numel() // steps, device)
+    device, steps, channels = x.get_device(), len(x), channels_in_time(x)
+    size = x.numel() // steps
+    _, plan = plan_of_neuron(constants, x.dtype, steps, size, channels, device)
     return operators().neuron.default(x, rate, channels, plan, stream_of(device))
 
 

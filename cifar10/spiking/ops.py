@@ -180,9 +180,15 @@ def like_steps(x):
 
 def sizes_in_time(x):
     """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
-    size = math.prod(x.shape[1:])
-    channels = math.gcd(size, 1024)
+    size, channels = math.prod(x.shape[1:]), channels_in_time(x)
     return size // channels, channels, x.shape[0], x.stride(0)
+
+
+def channels_in_time(x):
+    """The length of rows for `integrate`, all of which begin at multiples of it in memory: a GPU
+    loads several channels at once, from such places alone.
+    """
+    return math.gcd(math.prod(x.shape[1:]), x.stride(0), x.storage_offset(), 1024)
 
 
 @operator()
