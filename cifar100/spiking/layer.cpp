@@ -12,7 +12,7 @@
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-typedef const Tensor& T_;
+using In = const Tensor&;
 
 const auto LAST = at::MemoryFormat::ChannelsLast;
 
@@ -41,7 +41,7 @@ struct Plan {
 
 // Eight bytes, of which a kernel reads as many as its parameter has.
 int64_t slot(int64_t value) { return value; }
-int64_t slot(T_ x) { return x.defined() ? int64_t(x.const_data_ptr()) : 0; }
+int64_t slot(In x) { return x.defined() ? int64_t(x.const_data_ptr()) : 0; }
 int64_t slot(double value) {
     const float single = value;
     int64_t bits = 0;
@@ -88,67 +88,53 @@ Pass pass_of(int64_t plan, at::ScalarType dtype, int64_t stream) {
 
 // Layouts ----------------------------------------------------------------------------------------
 
-Tensor empty(at::IntArrayRef shape, T_ like, at::ScalarType dtype) {
+Tensor empty(at::IntArrayRef shape, In like, at::ScalarType dtype) {
     return at::empty(shape, like.options().dtype(dtype));
 }
 
 // [T, B, C, H, W] -> [T*B, C, H, W] in channels_last
-Tensor rows(T_ x) { return x.flatten(0, 1).contiguous(LAST); }
+Tensor rows(In x) { return x.flatten(0, 1).contiguous(LAST); }
 
 // [T, B, C, H, W] -> [T*B*H*W, C]
-Tensor pixels(T_ x) { return x.permute({0, 1, 3, 4, 2}).reshape({-1, x.size(2)}); }
+Tensor pixels(In x) { return x.permute({0, 1, 3, 4, 2}).reshape({-1, x.size(2)}); }
 
 // [T, B, C, H, W] with channels innermost, for a y as `convolve` returns it or its maxima
 struct Steps {
     int64_t T, B, C, H, W;
 
-    Steps(T_ y, at::IntArrayRef x, int64_t steps) : T(steps), B(x[1]), C(y.size(1)) {
+    Steps(In y, at::IntArrayRef x, int64_t steps) : T(steps), B(x[1]), C(y.size(1)) {
         H = y.dim() == 4 ? y.size(2) : x[3], W = y.dim() == 4 ? y.size(3) : x[4];
     }
     std::array<int64_t, 5> shape() const { return {T, B, C, H, W}; }
     std::array<int64_t, 5> strides() const { return {B * H * W * C, H * W * C, 1, W * C, C}; }
-    Tensor of(T_ y) const { return y.as_strided(shape(), strides()); }
-    Tensor empty(T_ y, at::ScalarType dtype) const {
+    Tensor of(In y) const { return y.as_strided(shape(), strides()); }
+    Tensor empty(In y, at::ScalarType dtype) const {
         return at::empty_strided(shape(), strides(), y.options().dtype(dtype));
     }
 };
 
-Tensor dense(T_ y, const Plan& plan) { return plan.product ? y.contiguous() : y.contiguous(LAST); }
+Tensor dense(In y, const Plan& plan) { return plan.product ? y.contiguous() : y.contiguous(LAST); }
 
 // The forward pass -------------------------------------------------------------------------------
 
-// The tensors of layer i, see can_fuse; those that it lacks are not defined.
-struct Parts {
-    Tensor weight, bias, gamma, beta, mean, var, batches;
-};
+// Of each layer, see can_fuse; a layer without a bias has its weight in that place.
+enum { WEIGHT, BIAS, GAMMA, BETA, MEAN, VAR, BATCHES, TENSORS };
 
-std::vector<Parts> parts_of(at::TensorList tensors, const Plan& plan) {
-    std::vector<Parts> found;
-    const Tensor* next = tensors.data();
-    for (int64_t i = 0; i < plan.layers; ++i) {
-        Parts own;
-        own.weight = *next++;
-        if (plan.has_bias) own.bias = *next++;
-        own.gamma = *next++, own.beta = *next++, own.mean = *next++, own.var = *next++;
-        own.batches = *next++;
-        found.push_back(own);
-    }
-    return found;
-}
+Tensor bias_of(const Tensor* own, const Plan& plan) { return plan.has_bias ? own[BIAS] : Tensor(); }
 
-Tensor weight_of(const std::vector<Parts>& layers) {
-    if (layers.size() == 1) return layers[0].weight;
+Tensor weight_of(at::TensorList tensors, const Plan& plan) {
+    if (plan.layers == 1) return tensors[WEIGHT];
     std::vector<Tensor> weights;
-    for (auto& own : layers) weights.push_back(own.weight);
+    for (int64_t i = 0; i < plan.layers; ++i) weights.push_back(tensors[i * TENSORS + WEIGHT]);
     return at::cat(weights);
 }
 
-Tensor kernel_of(T_ weight, const Pass& pass) {
+Tensor kernel_of(In weight, const Pass& pass) {
     if (pass.plan.product) return weight.to(pass.dtype).flatten(1);
     return weight.dim() == 4 ? weight : weight.unsqueeze(3);
 }
 
-Tensor convolve(T_ x, T_ kernel, const Pass& pass) {
+Tensor convolve(In x, In kernel, const Pass& pass) {
     const Plan& plan = pass.plan;
     const Tensor input = x.to(pass.dtype);
     if (plan.product) return at::mm(pixels(input), kernel.t());
@@ -159,7 +145,7 @@ Tensor convolve(T_ x, T_ kernel, const Pass& pass) {
 
 // {maxima of the BatchNorm's output, or minima of its input where that turns them round; where they
 // are from, if asked}
-std::array<Tensor, 2> max_pool(T_ y, T_ norm, bool with_taps, const Pass& pass) {
+std::array<Tensor, 2> max_pool(In y, In norm, bool with_taps, const Pass& pass) {
     const int64_t C = y.size(1), H = y.size(2), W = y.size(3);
     Tensor pooled = at::empty({y.size(0), C, (H + 1) / 2, (W + 1) / 2},
                               y.options().memory_format(LAST));
@@ -169,23 +155,22 @@ std::array<Tensor, 2> max_pool(T_ y, T_ norm, bool with_taps, const Pass& pass) 
 }
 
 // Spikes of y into memory of `spikes`, and of `bytes` if that is defined
-void fire(T_ y, T_ spikes, T_ bytes, T_ norm, T_ rates, const Pass& pass) {
+void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
     const int64_t C = y.size(1), count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
     pass.run(FIRE, count, C, step, y, spikes, bytes, norm, rates, plan.rate, plan.threshold);
 }
 
-Tensor in_evaluation(T_ x, T_ rates, at::TensorList tensors, const Pass& pass) {
+Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
     const Plan& plan = pass.plan;
-    const auto layers = parts_of(tensors, plan);
-    Tensor y = convolve(x, kernel_of(weight_of(layers), pass), pass);
+    Tensor y = convolve(x, kernel_of(weight_of(tensors, plan), pass), pass);
     const int64_t C = y.size(1);
     const Tensor norm = empty({5, C}, y, at::kFloat);
     for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
-        const Parts& own = layers[i];
-        pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own.mean, own.var,
-                         own.bias, own.gamma, own.beta, norm);
+        const Tensor* own = &tensors[i * TENSORS];
+        pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
+                     bias_of(own, plan), own[GAMMA], own[BETA], norm);
     }
     if (plan.pool) y = max_pool(y, norm, false, pass)[0];
     if (!plan.fires) {
@@ -211,7 +196,7 @@ void no_second_derivative() {
 }
 
 // a.t() @ b, see sum_over_rows
-Tensor sum_over_rows(T_ a, T_ b) {
+Tensor sum_over_rows(In a, In b) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
     if (a.is_cuda() && a.scalar_type() != at::kFloat) return at::mm(a.t(), b, at::kFloat);
 #endif
@@ -219,7 +204,7 @@ Tensor sum_over_rows(T_ a, T_ b) {
 }
 
 // {gradient of x [T*B, C, H, W], if wanted, of the kernel}
-std::array<Tensor, 2> convolution_backward(T_ grad, T_ x, T_ weight, const Plan& plan,
+std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan& plan,
                                            bool wanted) {
     const int64_t *stride = plan.stride, *padding = plan.padding;
     const Tensor kernel = weight.to(grad.scalar_type()).contiguous(LAST);
@@ -229,10 +214,10 @@ std::array<Tensor, 2> convolution_backward(T_ grad, T_ x, T_ weight, const Plan&
             {wanted, true, false});
         return {grad_x, grad_kernel};
     }
-    const auto seen = [&](T_ all) {
+    const auto seen = [&](In all) {
         return all.slice(2, 0, {}, stride[0]).slice(3, 0, {}, stride[1]);
     };
-    const auto flat = [](T_ y) { return y.permute({0, 2, 3, 1}).reshape({-1, y.size(1)}); };
+    const auto flat = [](In y) { return y.permute({0, 2, 3, 1}).reshape({-1, y.size(1)}); };
     const Tensor grads = flat(grad), grad_kernel = sum_over_rows(grads, flat(seen(x)));
     Tensor grad_x;
     if (wanted) {
@@ -245,24 +230,23 @@ std::array<Tensor, 2> convolution_backward(T_ grad, T_ x, T_ weight, const Plan&
 
 struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
     // {spikes, and as bytes where x is saved}, or BatchNorm's output; see ConvBNLIF in layer.py.
-    static variable_list forward(AutogradContext* ctx, T_ x, const std::optional<Tensor>& saved,
+    static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& saved,
                                  const std::optional<Tensor>& rates, at::TensorList tensors,
                                  at::ScalarType dtype, int64_t plan_at, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan_at, dtype, stream);
         const Plan& plan = pass.plan;
-        const auto layers = parts_of(tensors, plan);
-        const Tensor weight = weight_of(layers), kernel = kernel_of(weight, pass);
+        const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight, pass);
         const Tensor y = convolve(x, kernel, pass);
         const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
         const Tensor partial = empty({parts, 2, C}, y, at::kFloat);
         const Tensor norm = empty({5, C}, y, at::kFloat), none;
         pass.run(STATISTICS, count, C, parts, y, partial);
         for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
-            const Parts& own = layers[i];
-            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count,
-                             plan.T / x.size(0), plan.eps, plan.momenta[i], y, partial, own.gamma,
-                             own.beta, own.bias, norm, own.mean, own.var, own.batches);
+            const Tensor* own = &tensors[i * TENSORS];
+            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, plan.T / x.size(0),
+                         plan.eps, plan.momenta[i], y, partial, own[GAMMA], own[BETA],
+                         bias_of(own, plan), norm, own[MEAN], own[VAR], own[BATCHES]);
         }
         const Tensor pooled = plan.pool ? max_pool(y, norm, false, pass)[0] : y;
         variable_list out;
@@ -294,7 +278,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const auto at = ctx->saved_data["at"].toIntVector();
         const Pass pass = pass_of(at[0], at::ScalarType(at[1]), at[2]);
         const Plan& plan = pass.plan;
-        if (!grads[0].defined()) return variable_list(6 + plan.layers * (6 + plan.has_bias));
+        if (!grads[0].defined()) return variable_list(6 + plan.layers * TENSORS);
         const Tensor x = saved[0].to(pass.dtype), weight = saved[2];
         const Tensor kernel = saved[3].defined() ? saved[3] : kernel_of(weight, pass);
         const Tensor rates = saved[4], norm = saved[5];
@@ -314,7 +298,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             const int64_t each = spikes.numel() / (plan.T * C);
             const int64_t step = pooled.numel() == spikes.numel() ? each * C : 0;
             pass.run(index, each, C, parts, step, pooled, spikes, grad, norm, rates, plan.rate,
-                         plan.threshold, plan.alpha, partial);
+                     plan.threshold, plan.alpha, partial);
         } else {
             grad = dense(grad, plan);
             pass.run(index, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
@@ -347,12 +331,12 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const auto each_sum = sums.unbind();
         variable_list found = {grad_x, {}, rates.defined() ? each_sum[2] : Tensor()};
         for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
-            const auto own = [&](T_ all) {
+            const auto own = [&](In all) {
                 return plan.layers == 1 ? all : all.narrow(0, start, plan.channels[i]);
             };
             found.push_back(own(grad_weight));
             // BatchNorm subtracts the bias again: its gradient is 0.
-            if (plan.has_bias) found.push_back(own(each_sum[6]));
+            found.push_back(plan.has_bias ? own(each_sum[6]) : Tensor());
             found.push_back(own(each_sum[1]));
             found.push_back(own(each_sum[0]));
             found.insert(found.end(), 3, {});
@@ -362,7 +346,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
     }
 };
 
-std::vector<Tensor> layer(T_ x, const std::optional<Tensor>& saved,
+std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
                           const std::optional<Tensor>& rates, at::TensorList tensors,
                           at::ScalarType dtype, int64_t plan, int64_t stream) {
     // Types are those of autocast already.
@@ -376,18 +360,18 @@ std::vector<Tensor> layer(T_ x, const std::optional<Tensor>& saved,
 // A neuron, and a product ------------------------------------------------------------------------
 
 // x with each x[t] dense, and memory of the same order, dense over T too; see ops.py
-Tensor time_major(T_ x) {
+Tensor time_major(In x) {
     return x.select(0, 0).is_non_overlapping_and_dense() ? x : x.contiguous();
 }
 
-Tensor like_steps(T_ x) {
+Tensor like_steps(In x) {
     auto strides = x.strides().vec();
     strides[0] = x.numel() / x.size(0);
     return at::empty_strided(x.sizes(), strides, x.options());
 }
 
 struct Neuron : torch::autograd::Function<Neuron> {
-    static Tensor forward(AutogradContext* ctx, T_ x_, const std::optional<Tensor>& rate,
+    static Tensor forward(AutogradContext* ctx, In x_, const std::optional<Tensor>& rate,
                           int64_t channels, int64_t plan_at, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan_at, x_.scalar_type(), stream);
@@ -419,13 +403,13 @@ struct Neuron : torch::autograd::Function<Neuron> {
     }
 };
 
-Tensor neuron(T_ x, const std::optional<Tensor>& rate, int64_t channels, int64_t plan,
+Tensor neuron(In x, const std::optional<Tensor>& rate, int64_t channels, int64_t plan,
               int64_t stream) {
     return Neuron::apply(x, rate, channels, plan, stream);
 }
 
 struct Product : torch::autograd::Function<Product> {
-    static Tensor forward(AutogradContext* ctx, T_ a, T_ b, T_ saved_a, T_ saved_b, bool matmul) {
+    static Tensor forward(AutogradContext* ctx, In a, In b, In saved_a, In saved_b, bool matmul) {
         at::AutoDispatchBelowADInplaceOrView below;
         ctx->save_for_backward({saved_a, saved_b});
         ctx->saved_data["matmul"] = matmul;
@@ -442,14 +426,14 @@ struct Product : torch::autograd::Function<Product> {
             return {at::sum_to(grad * b, a.sizes()), at::sum_to(grad * a, b.sizes()), {}, {}, {}};
         }
         // Contiguous, as the batches of a product are read: it would copy them else.
-        const auto cast = [&](T_ x) { return x.to(grad.scalar_type()).contiguous(); };
+        const auto cast = [&](In x) { return x.to(grad.scalar_type()).contiguous(); };
         const Tensor a = cast(saved[0]), b = cast(saved[1]);
         return {at::sum_to(at::matmul(grad, b.transpose(-2, -1)), a.sizes()),
                 at::sum_to(at::matmul(a.transpose(-2, -1), grad), b.sizes()), {}, {}, {}};
     }
 };
 
-Tensor product(T_ a, T_ b, T_ saved_a, T_ saved_b, bool matmul) {
+Tensor product(In a, In b, In saved_a, In saved_b, bool matmul) {
     return Product::apply(a, b, saved_a, saved_b, matmul);
 }
 

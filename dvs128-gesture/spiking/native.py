@@ -154,7 +154,7 @@ def layer(x, saved, rates, options, tensors):
     """
     device, weights = x.get_device(), tuple([own[0].shape for own in tensors])
     _, plan = plan_of(options, x.shape, weights, device)
-    flat = [tensor for own in tensors for tensor in own if tensor is not None]
+    flat = [own[0] if tensor is None else tensor for own in tensors for tensor in own]
     args = flat, options.dtype, plan, stream_of(device)
     return operators().layer.default(x, saved, rates, *args)
 
