@@ -182,11 +182,11 @@ def takes_events(x, weight, dtype, training):
     """Whether the convolution of x is a sum of events: in training where x is spikes, or frames
     that differ from step to step. In evaluation always: its sums do not depend on the batch.
     """
-    if not x.dtype == weight.dtype == dtype or not events.available(x.device.type, dtype):
+    # A mode that looks at operations, such as a graph's, would not see these.
+    same = x.dtype == weight.dtype == dtype and not is_called_as_operator()
+    if not same or not events.available(x.device.type, x.dtype):
         return False
     if x.shape[-3] != weight.shape[1]:  # PyTorch's convolution says what is wrong
-        return False
-    if is_called_as_operator():  # a mode that looks at operations would not see these
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
     return not training or largest(x) is not None or frames
