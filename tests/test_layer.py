@@ -433,6 +433,14 @@ def test_a_batchnorm_of_other_channels(channels):
             layer.conv_bn_lif(torch.rand(4, 2, 12, 6, 6), conv, bn, node)
 
 
+def test_a_batchnorm_on_another_device():
+    """As one that was put in after the model had been moved."""
+    (conv, bn, node), _ = make_layer("1x1", torch.float32)
+    for train in (True, False):
+        with torch.set_grad_enabled(train), pytest.raises((RuntimeError, NotImplementedError)):
+            layer.conv_bn_lif(torch.rand(4, 2, 12, 6, 6), conv, bn.train(train).to("meta"), node)
+
+
 @pytest.mark.parametrize("channels", [8, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_input_of_other_channels(kind, channels):

@@ -63,7 +63,7 @@ def can_fuse(x, convs, bns, lifs):
 
     The tensors: (weight, bias, gamma, beta, running mean and variance, number of batches).
     """
-    device_type = x.device.type
+    device, device_type = x.device, x.device.type
     if device_type not in ("cpu", "cuda") or x.dim() != 5 or not x.numel():
         return None
     if len(x) > compiler.MAX_T:
@@ -85,7 +85,8 @@ def can_fuse(x, convs, bns, lifs):
         for row in rows:  # kernels read them as they are; where one does not fit PyTorch says so
             if row is None:
                 continue
-            if row.dtype != real or row.shape != channels or not row.is_contiguous():
+            fits = row.dtype == real and row.shape == channels and row.device == device
+            if not fits or not row.is_contiguous():
                 return None
     args = layer.backend, len(x), layer.neuron.neuron
     return (layer, dtype, tensors) if compiler.available(device_type, dtype, *args) else None
