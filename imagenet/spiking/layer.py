@@ -3,8 +3,9 @@
 `conv_bn_lif` calls the modules one after another or, where it can, takes the fused path, one
 function of autograd. That works in channels_last, shows a static image once instead of T times, and
 normalises, integrates and fires in one pass over memory (ops.py). On a CPU convolutions of spikes
-add up rows of the weight (events.py). For the backward pass it saves the layer's input, spikes as
-bits or bytes (spikes.py), and, unless the neuron's `memory` is small, the convolution's output.
+add up rows of the weight (events.py); on a GPU a layer is one call (native.py). For the backward
+pass it saves the layer's input, spikes as bits or bytes (spikes.py), and, unless the neuron's
+`memory` is small, the convolution's output.
 
 Both paths compute the same function, to rounding. The fused path does not call the modules, so it
 is taken only where each module has exactly the type and the methods that it knows (fusible.py).
