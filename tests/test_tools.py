@@ -57,5 +57,5 @@ def test_host():
     ratios = {(kind, path): float(ratio[:-1]) for kind, path, *_, ratio in found}
     assert len(ratios) == 6
     for kind in ("step", "inference"):
-        assert ratios[kind, "fast"] < ratios[kind, "python"] < 1.1
-        assert ratios[kind, "fast"] < 0.75, "0.53 and 0.55 where nothing else runs"
+        assert ratios[kind, "fast"] < ratios[kind, "python"]
+        assert ratios[kind, "fast"] < 0.8, "0.51 and 0.53 where nothing else runs"
