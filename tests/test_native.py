@@ -157,8 +157,9 @@ def test_layers_of_other_widths(stand_in, monkeypatch):
 
 
 @compiled
-def test_checkpoint(stand_in, monkeypatch):
-    """Layers that run again for the backward pass do so within that of another."""
+@pytest.mark.parametrize("last", ["layer", "product", "neuron"])
+def test_checkpoint(stand_in, monkeypatch, last):
+    """Layers run again within the backward pass of the last one."""
     found = []
     for takes in (False, True):
         monkeypatch.setattr(native, "takes", lambda x, takes=takes: takes)
@@ -169,7 +170,10 @@ def test_checkpoint(stand_in, monkeypatch):
 
         def block(x, modules=modules, lif=lif):
             spikes = layer.conv_bn_lif(x, *modules, lif)
-            return lif(cifar10.spikes.matmul(spikes, spikes.transpose(-2, -1), lif))
+            if last == "layer":
+                return spikes
+            out = cifar10.spikes.matmul(spikes, spikes.transpose(-2, -1), lif)
+            return out if last == "product" else lif(out)
 
         checkpoint(block, x, use_reentrant=False).sum().backward()
         parameters = (p for each in (*modules, lif) for p in each.parameters())

@@ -2,8 +2,8 @@
 
 layer.cpp, in the words of PyTorch's C++, does the same as layer.py, neuron.py and spikes.py, by the
 same kernels. The compiler takes some twenty seconds for it, once: the library is kept among
-PyTorch's extensions, in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Where it can't be built,
-Python calls each kernel.
+PyTorch's extensions, in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions; their own loader,
+torch.utils.cpp_extension, would need ninja. Where it can't be built, Python calls each kernel.
 """
 
 import ctypes
