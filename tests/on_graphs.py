@@ -1,5 +1,6 @@
 """CUDA graphs on a CPU, as far as what is around them goes: a capture keeps PyTorch's operators with
-their tensors and numbers, a replay runs just these on the same memory.
+their tensors and numbers, a replay runs just these on the same memory. Models run plain: our kernels
+are no operators.
 """
 
 import contextlib
@@ -34,8 +35,6 @@ def places(found):
 
 class Tape(TorchDispatchMode):
     """The operators that are called within it; RuntimeError for one that can't be captured."""
-
-    counts_kernels = True  # layers may go on running fused
 
     def __init__(self, forbidden=FORBIDDEN):
         super().__init__()

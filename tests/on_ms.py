@@ -8,7 +8,7 @@ from conftest import load
 
 cifar10, cifar100, imagenet = load("cifar10"), load("cifar100"), load("imagenet")
 compiled = pytest.mark.skipif(
-    not cifar10.compiler.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+    not cifar10.native.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 SMALL = {
     "cifar10": ({"embed_dims": 48, "num_heads": 2}, (2, 3, 16, 12)),

@@ -11,7 +11,7 @@ from conftest import copy_folder, load
 
 cifar10 = load("cifar10")
 compiled = pytest.mark.skipif(
-    not cifar10.compiler.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+    not cifar10.native.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 
 TORCH = "from torch import nn\n"
@@ -219,7 +219,7 @@ def test_edit(tmp_path, monkeypatch, name):
         modules.compiler, "host_library", cifar10.compiler.host_library
     )  # compiled already
     lines = []
-    for module in (modules.compiler, modules.fusible):
+    for module in (modules.native, modules.fusible):
         monkeypatch.setattr(module, "say", lines.append)
     results = []
     for on in (True, False):

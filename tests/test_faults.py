@@ -234,7 +234,7 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
 
     monkeypatch.setattr(cifar10.compiler, "host_library", broken)
     cifar10.compiler.host_error.cache_clear()
-    cifar10.compiler.available.cache_clear()
+    cifar10.native.available.cache_clear()
     caplog.set_level(logging.INFO)
     try:
         model = cifar10.model.QKFormer(
@@ -248,13 +248,13 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
             )
             assert torch.equal(found, model(x)) or torch.allclose(found, model(x), atol=1e-5)
         assert (
-            not cifar10.compiler.available("cpu", torch.float32, "auto", 3)
+            not cifar10.native.available("cpu", torch.float32, "auto", 3)
             and "registers" in caplog.text
         )
-        assert cifar10.compiler.available("cpu", torch.float32, "auto", 2)
+        assert cifar10.native.available("cpu", torch.float32, "auto", 2)
     finally:
         cifar10.compiler.host_error.cache_clear()
-        cifar10.compiler.available.cache_clear()
+        cifar10.native.available.cache_clear()
 
 
 # Ranks

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+import by_hand as fused
 from conftest import load
 
 cifar10 = load("cifar10")
-lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
+lif, kernels, native = cifar10.neuron, cifar10.compiler, cifar10.native
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(
-    not kernels.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+    not native.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 CL = torch.channels_last
 
@@ -232,36 +233,6 @@ def check_running_statistics(dtype, momentum):
         want.eval()
         torch.testing.assert_close(z, want(y[:, part] + own[:, None, None]).detach())
         start += C
-
-
-@pytest.mark.long
-@compiled
-def test_operators_are_registered_right():
-    def check(function, *args):
-        torch.library.opcheck(function.of_torch, args)
-
-    y, row, norm = torch.randn(8, 5, 3, 8).movedim(-1, 1), torch.rand(8), torch.rand(5, 8)
-    neuron, parametric = (None, "MULTIPLY sigmoid", 0.5, 1.0), (row, "PARAMETRIC atan", 1.0, 1.0)
-    sums, grad = torch.rand(7, 8), torch.randn(4, 2, 5, 3, 8).movedim(-1, 2)
-    for small in (True, False):
-        check(fused.fire, y, [4, 2, 8, 5, 3], norm, *neuron, small)
-        check(fused.fire, y[:2], [4, 2, 8, 5, 3], norm, *parametric, small)
-    check(fused.fire_, y.clone(), 4, norm, *neuron)
-    for rates in (neuron, parametric):
-        check(fused.fire_backward, grad, y, torch.empty_like(y), norm, *rates, 4.0)
-    for tensor in (y, y.bfloat16()):
-        check(fused.statistics, tensor)
-    args = (y, fused.statistics(y), norm.clone(), 0, 1, 1e-5, 0.1, row, row.clone())
-    check(fused.batch_norm, *args, None, row.clone(), row.clone(), torch.tensor(0))
-    check(fused.batch_norm, *args, row.clone(), None, None, None)
-    check(fused.running_norm, norm.clone(), 0, row, row, None, row, row, 1e-5)
-    check(fused.batch_norm_backward, torch.rand(7, 2, 8), norm, 60)
-    check(fused.gradient_sums, y.clone(), y, norm)
-    check(fused.normalise, y, norm)
-    check(fused.normalise_backward, y.clone(), y, torch.empty_like(y), sums)
-    for with_taps in (True, False):
-        check(fused.pool, y, norm, with_taps)
-    check(fused.pool_backward, *fused.pool(y, norm, True), y, sums)
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import sys
 import pytest
 import torch
 
+import by_hand as fused
 from conftest import ROOT, Golden, load
 from test_fused import SIZES, check_kernels, check_pooling, check_running_statistics, compiled
 
 cifar10 = load("cifar10")
-lif, fused, kernels = cifar10.neuron, cifar10.ops, cifar10.compiler
+lif, kernels = cifar10.neuron, cifar10.compiler
 NEURONS = {
     "MULTIPLY sigmoid": torch.float16,  # the published one
     "DIVIDE atan": torch.float32,
@@ -121,8 +122,8 @@ OPTIONS, RIGHT, WRONG = (
 
 @pytest.fixture
 def cuda_on_host(monkeypatch, tmp_path):
-    """kernels.launch runs the source's CUDA side, one thread for each of CUDA's. Returns the list
-    of launches: names and lanes.
+    """Launches run the source's CUDA side, one thread for each of CUDA's. Returns the list of them:
+    names and lanes.
     """
     (tmp_path / "cuda_bf16.h").touch()
     (tmp_path / "cuda_fp16.h").write_text("typedef _Float16 __half;")
@@ -169,25 +170,21 @@ def cuda_on_host(monkeypatch, tmp_path):
         run(Dim(*how[:2]), Dim(*how[3:5]), pointer(how[8]))
         return 0
 
-    def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
-        kernels.launch_cuda(name, y, args, T, neuron)
+    def forget():
+        kernels.tiling.cache_clear()
+        kernels.kernel_at.cache_clear()
+        fused.forget()
 
-    def parts(y, rows, channels, T=1):
-        return kernels.tiling(y.element_size(), rows, channels, T)[2][1]
-
-    kernels.tiling.cache_clear()
-    kernels.kernel_at.cache_clear()
-    small = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16)}
-    for name, value in {**small, "address_of": address_of, "driver": lambda: driver}.items():
+    forget()
+    place = ctypes.cast(driver, ctypes.c_void_p).value
+    changes = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16), "driver": lambda: place}
+    changes |= {"address_of": address_of, "on_gpu": lambda device: True}
+    for name, value in changes.items():
         monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # of a CPU
+    monkeypatch.setattr(cifar10.layer, "takes_events", lambda *args: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-    monkeypatch.setattr(cifar10.layer, "takes_product", lambda x, layer: layer.pointwise)
-    monkeypatch.setattr(fused, "launch", launch)
-    monkeypatch.setattr(fused, "parts", parts)
     yield launched
-    kernels.tiling.cache_clear()
-    kernels.kernel_at.cache_clear()
+    forget()
 
 
 @pytest.mark.long

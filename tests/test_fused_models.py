@@ -11,11 +11,11 @@ from torch import nn
 from conftest import load
 
 cifar10 = load("cifar10")
-lif, fused, kernels, layer = cifar10.neuron, cifar10.ops, cifar10.compiler, cifar10.layer
+lif, native, layer = cifar10.neuron, cifar10.native, cifar10.layer
 models = cifar10.model
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(
-    not kernels.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+    not native.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 
 FOLDERS = {

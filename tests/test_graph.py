@@ -40,7 +40,8 @@ def make(name, options):
     """(Graph, model whose neurons fire, batches)."""
     folder, file, function, shape = MODELS[name]
     build = getattr(getattr(load(folder), file), function)
-    model = Golden.fill(build(embed_dims=32, num_heads=2, T=2, events=False, **options)).float()
+    options = {"fused": torch.cuda.is_available(), **options}  # see on_graphs.py
+    model = Golden.fill(build(embed_dims=32, num_heads=2, T=2, **options)).float()
     generator = torch.Generator().manual_seed(0)
     batches = [2 * torch.rand(shape, generator=generator) for _ in range(3)]
     return load(folder).graph.Graph, model, batches
@@ -205,7 +206,7 @@ def test_runs_by_graphs_are_the_runs(cuda, monkeypatch, tmp_path):
     words += ["--model-ema", "true", "--model-ema-decay", 0.5]
     found = []
     for on in ("false", "true"):
-        place = ["--output", tmp_path, "--cuda_graph", on, "--events", "false"]
+        place = ["--output", tmp_path, "--cuda_graph", on, "--fused", "false"]
         assert cifar10.train.main(on_cpu([*words, *place, "--experiment", on])) == 0
         run = tmp_path / on
         cifar10.test.main(on_cpu([*place, "--checkpoint", run / "best.pth"]))
@@ -224,7 +225,7 @@ def test_trainers_of_other_data_sets(cuda, trainer, monkeypatch, name):
     monkeypatch.setattr(load(name).graph, "obstacle", lambda *_: None)
     found = []
     for on in ("false", "true"):
-        run = trainer(name, "--cuda_graph", on, "--events", "false")
+        run = trainer(name, "--cuda_graph", on, "--fused", "false")
         torch.manual_seed(0)
         run.train_epoch()
         averaged = run.ema.module.state_dict() if run.ema else {}
@@ -242,7 +243,7 @@ def test_two_ranks(cuda, trainer, monkeypatch, tmp_path, name):
     def train(rank, on):
         place = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
         os.environ.update({**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        run = trainer(name, "--cuda_graph", on, "--events", "false")
+        run = trainer(name, "--cuda_graph", on, "--fused", "false")
         assert isinstance(run.ddp, torch.nn.parallel.DistributedDataParallel)
         before = {key: value.clone() for key, value in run.model.state_dict().items()}
         random.seed(rank)

@@ -78,13 +78,13 @@ def test_static_image_is_convolved_and_pooled_once(monkeypatch):
     torch.manual_seed(2)
     image = torch.randn(3, 3, 32, 16).double()
     models = [Golden.fill(imagenet.model.QKFormer_10_384(events=False, **SMALL)) for _ in (1, 2)]
-    calls, conv2d = [], torch.nn.functional.conv2d
+    calls, plan_of = [], imagenet.native.plan_of
 
-    def counting(x, weight, *args):
-        calls.extend([len(x)] * (x.shape[1] == 3))
-        return conv2d(x, weight, *args)
+    def counting(options, shape, *args):
+        calls.extend([shape[0] * shape[1]] * (shape[2] == 3))
+        return plan_of(options, shape, *args)
 
-    monkeypatch.setattr(torch.nn.functional, "conv2d", counting)
+    monkeypatch.setattr(imagenet.native, "plan_of", counting)
     for model, frames in zip(
         models, (image.expand(4, *image.shape), image.repeat(4, 1, 1, 1, 1)), strict=True
     ):

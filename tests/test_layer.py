@@ -9,14 +9,17 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
+from by_hand import stand_in
 from conftest import load
 
 cifar10 = load("cifar10")
-lif, fused, kernels, layer = cifar10.neuron, cifar10.ops, cifar10.compiler, cifar10.layer
+lif, kernels, layer = cifar10.neuron, cifar10.compiler, cifar10.layer
+native = cifar10.native
 models = cifar10.model
+__all__ = ["stand_in"]  # a fixture
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 compiled = pytest.mark.skipif(
-    not kernels.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
+    not native.available("cpu", torch.float32, "auto"), reason="needs a C++ compiler"
 )
 
 KINDS = {
@@ -88,15 +91,11 @@ def test_layer_is_the_plain_one(kind):
 
 
 @compiled
-@pytest.mark.parametrize("kind", ["1x1", "token"])
-def test_products_of_matrices(kind, monkeypatch):
-    """As on a GPU, where a convolution of one pixel is a product, of [pixels, channels]."""
-    shapes, linear = [], layer.F.linear
-    monkeypatch.setattr(layer, "takes_product", lambda x, layer: layer.pointwise)
-    monkeypatch.setattr(layer, "takes_events", lambda *_: False)
-    monkeypatch.setattr(layer.F, "linear", lambda *a: shapes.append(a[0].shape) or linear(*a))
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_on_a_gpu(kind, stand_in):
+    """Where a convolution of one pixel is a product, of [pixels, channels], and none sums events."""
     test_layer_is_the_plain_one(kind)
-    assert shapes == [(4 * 3 * 8 * 6, 12)] * 2  # in training and in evaluation
+    assert {"fire", "fire_backward", "batch_norm"} <= {launch.name for launch in stand_in}
     test_image_shown_T_times(kind)
     test_saved_tensors_laid_out_anew()
 
@@ -232,9 +231,9 @@ def test_each_joins_parameters_and_leaves_them_apart():
 @compiled
 def test_what_runs_plain(monkeypatch):
     lines = set()
-    for module in (kernels, cifar10.fusible):
+    for module in (native, cifar10.fusible):
         monkeypatch.setattr(module, "say", lines.add)
-    kernels.available.cache_clear()  # so that it is said again
+    native.available.cache_clear()  # so that it is said again
     x = whole_numbers(torch.float32)
 
     def fuses(change=lambda conv, bn, node: None, x=x, **options):
@@ -271,13 +270,13 @@ def test_what_runs_plain(monkeypatch):
 
 def forget(kernels):
     """What is known of the compiler."""
-    for function in (kernels.host_library, kernels.host_error, kernels.available):
+    for function in (kernels.host_library, kernels.host_error, native.available):
         function.cache_clear()
 
 
 def test_without_a_compiler(monkeypatch):
     lines = []
-    monkeypatch.setattr(kernels, "say", lines.append)
+    monkeypatch.setattr(native, "say", lines.append)
     forget(kernels)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     try:

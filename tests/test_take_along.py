@@ -91,5 +91,5 @@ def test_in_a_package(tmp_path, name):
     run(tmp_path, name, module="mypkg.model", before=log, after=other)
     found, want = torch.load(tmp_path / "found.pt"), ours(name)
     assert torch.equal(found[1], want[1]) and [*found[0]] == [*want[0]]
-    if load(name).compiler.available("cpu", torch.float32, "auto"):
+    if load(name).native.available("cpu", torch.float32, "auto"):
         assert (tmp_path / "log").read_text().count("fused kernels on the CPU") == 1

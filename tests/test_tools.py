@@ -55,7 +55,6 @@ def test_host():
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()[1:]]
     ratios = {(kind, path): float(ratio[:-1]) for kind, path, *_, ratio in found}
-    assert len(ratios) == 6
+    assert len(ratios) == 4
     for kind in ("step", "inference"):
-        assert ratios[kind, "fast"] < ratios[kind, "python"]
         assert ratios[kind, "fast"] < 0.8, "0.51 and 0.53 where nothing else runs"

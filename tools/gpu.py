@@ -11,8 +11,7 @@ Measurements, in their order:
     environment  GPU, driver, versions, compilers
     golden       two models against golden numbers: torch in float64 and float32, cupy, fused
     step         a training step and an inference of 32 images in float16, ours, as the release's
-                 and spikingjelly's own: time, memory, time of the host, time by kernel; and
-                 ours where Python calls each kernel
+                 and spikingjelly's own: time, memory, time of the host, time by kernel
     graphs       the same as CUDA graphs, and on two GPUs: equal to the bit, and how fast
     kernels      each of our kernels at each of its shapes, beside a copy of as many bytes
     tests        those marked for a GPU
@@ -61,11 +60,10 @@ PLAN = (
     Item(0.6, "golden", ("imagenet-384",)),
     Item(0.5, "golden", ("dvs128-gesture",)),
     *(Item(0.4, "step", (*what, path)) for what in STEPS for path in PATHS),
-    Item(0.3, "step", ("QKFormer_10_384", 4, "python")),
     Item(0.6, "graphs", (1,)),
     Item(0.6, "graphs", (2,)),
     Item(0.6, "kernels"),
-    Item(1.9, "tests"),
+    Item(2.2, "tests"),
 )
 
 

@@ -10,7 +10,6 @@ call, and tensors are small. A pass of other operators over a few values remains
 for a launch, some 2 us, does not. Steps are in bfloat16 autocast. Paths take turns:
 
     fast      layers, neurons and products by spiking/layer.cpp
-    python    the same kernels, each called from Python, as where layer.cpp can't be built
     plain     module by module as in the release, with a CuPy neuron
 """
 
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
@@ -66,36 +64,62 @@ TORCH_LIBRARY_IMPL(aten, CPU, m) {
 extern "C" int launch(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                       void*, void**, void**) { return 0; }
 """
-PATHS = ("fast", "python", "plain")
+PATHS = ("fast", "plain")
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_uint
+KIND = ctypes.PYFUNCTYPE(ctypes.c_int, POINTER, *[NUMBER] * 7, *[POINTER] * 3)
+
+
+class Neuron(torch.autograd.Function):
+    """A kernel of CuPy's that Python launches, forward and backward, as the release has it."""
+
+    driver = None  # cuLaunchKernel
+
+    @staticmethod
+    def launch(*args):
+        values = [
+            POINTER(arg.data_ptr()) if torch.is_tensor(arg) else ctypes.c_int(arg) for arg in args
+        ]
+        places = (POINTER * len(values))(*map(ctypes.addressof, values))
+        with torch.cuda.device(-1):
+            Neuron.driver(1, 1, 1, 1, 256, 1, 1, 0, None, ctypes.addressof(places), None)
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        spikes, membranes = torch.empty_like(x), torch.empty_like(x)
+        Neuron.launch(x, spikes, membranes, len(x), x[0].numel())
+        ctx.save_for_backward(membranes)
+        return spikes
+
+    @staticmethod
+    def backward(ctx, grad):
+        (membranes,) = ctx.saved_tensors
+        grad, grad_x = grad.contiguous(), torch.empty_like(grad)
+        Neuron.launch(grad, membranes, grad_x, len(grad), grad[0].numel())
+        return grad_x
 
 
 def pretend(modules):
     """The folder's modules take the CPU for a GPU on which nothing has to run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "empty.so")
-        modules.compiler.compile_to(path, EMPTY, *modules.native.OPTIONS)
+        modules.compiler.compile_to(path, EMPTY, *modules.compiler.LAYER_OPTIONS)
         torch.ops.load_library(path)
-        driver = ctypes.PyDLL(path).launch
-    compiler, ops = modules.compiler, modules.ops
-
-    def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
-        compiler.launch_cuda(name, y, args, T, neuron)
-
-    def parts(y, rows, channels, T=1):
-        return compiler.tiling(y.element_size(), rows, channels, T)[2][1]
+        driver = ctypes.cast(ctypes.PyDLL(path).launch, POINTER).value
+    Neuron.driver = KIND(driver)
+    compiler = modules.compiler
 
     for module, name, value in (
         (compiler, "driver", lambda: driver),
         (compiler, "address_of", lambda name, build, device: 1),
-        (compiler, "available", lambda *args: True),
-        (ops, "launch", launch),
-        (ops, "parts", parts),
-        (modules.layer, "takes_product", lambda x, layer: layer.pointwise),
-        (modules.events, "available", lambda *args: False),
-        (modules.neuron, "resolve_backend", lambda *args: "cupy"),
+        (compiler, "on_gpu", lambda device: True),
+        (modules.fusible, "available", lambda *args: True),
+        (modules.layer, "events_available", lambda *args: False),
+        (modules.spikes, "events_available", lambda *args: False),
+        (modules.neuron, "resolve_backend", lambda backend, *_: backend.replace("auto", "cupy")),
         (modules.neuron.MultiStep, "runs_fused", lambda neuron, x: False),
-        (torch.cuda, "current_device", lambda: -1),  # of a CPU
         (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+        (modules.neuron, "torch_lif", lambda x, *constants: Neuron.apply(x)),
     ):
         setattr(module, name, value)
 
@@ -105,7 +129,8 @@ def measure(modules, name, rounds):
     make, x = entry(name, modules), torch.randn(1, 3, 32, 32)
     models, optimizers = {}, {}
     for path in PATHS:
-        models[path] = make(embed_dims=48, num_classes=10, fused=path != "plain")
+        options = {"fused": False, "backend": "torch"} if path == "plain" else {}
+        models[path] = make(embed_dims=48, num_classes=10, **options)
         optimizers[path] = torch.optim.AdamW(models[path].parameters(), fused=True)
 
     def step(path):
@@ -128,10 +153,9 @@ def measure(modules, name, rounds):
         gc.disable()  # it would stop one path for what the other has left
         for number in range(rounds + 3):
             for path in PATHS:
-                with patch.object(modules.native, "takes", lambda x, on=path == "fast": on):
-                    start = time.perf_counter()
-                    kind(path)
-                    seconds = time.perf_counter() - start
+                start = time.perf_counter()
+                kind(path)
+                seconds = time.perf_counter() - start
                 if number >= 3:
                     found[path].append(seconds)
         gc.enable()
@@ -148,8 +172,8 @@ def main(args=None):
     args = parser.parse_args(args)
     torch.set_num_threads(1)
     modules = load("imagenet")
-    if error := modules.native.error():
-        print(f"spiking/layer.cpp can't be built: {error}", file=sys.stderr)
+    if error := modules.compiler.layers_error():
+        print(error, file=sys.stderr)
         return 1
     pretend(modules)
     print(

@@ -51,16 +51,12 @@ class Run:
         logger.addHandler(handler)
 
     def candidate(self, name, T, path, lively=False):
-        """bench.py's Candidate of 32 images of 224 x 224; with `lively` its neurons fire. The path
-        "python" is the fast one without layer.cpp.
-        """
+        """bench.py's Candidate of 32 images of 224 x 224; with `lively` its neurons fire."""
         torch.manual_seed(0)
         bench.set_up(name)
         batch, size = (2, 32) if self.small else (32, 224)
         x = models.make_input(name, batch, T, size, self.device)
         modules = models.load(models.folder_of(name))
-        if path == "python":
-            modules.native.takes, path = (lambda x: False), "fast"
         model = bench.build(name, path, T, modules, **(SMALL if self.small else {}))
         if lively:
             conftest.Golden.fill(model).float()
@@ -294,32 +290,31 @@ def train(candidate, forward):
 
 
 def kernels(run):
-    """Each kernel beside a copy of its bytes, as a training step and an inference launch it."""
+    """Each kernel beside a copy of its bytes, at the shapes of HST-10-384."""
+    import by_hand
+
     candidate = run.candidate("QKFormer_10_384", 4, "fast")
-    modules, seen = models.load("imagenet"), set()
-
-    launch = modules.ops.launch
-
-    def timed(name, *args, **build):
-        tensors = {arg.data_ptr(): arg for arg in args if torch.is_tensor(arg)}
-        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-        signature = (name, *build.values(), *shapes)
-        if signature not in seen:
-            seen.add(signature)
-            kept = [tensor.clone() for tensor in tensors.values()]
-            ms = run.gpu_milliseconds(lambda: launch(name, *args, **build))
-            for tensor, value in zip(tensors.values(), kept, strict=True):
-                tensor.data.copy_(value)  # some kernels write where they read
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            half = torch.empty(size // 2, dtype=torch.uint8, device=run.device)
-            other = torch.empty_like(half)
-            bare = run.gpu_milliseconds(lambda: other.copy_(half))
-            run.add(kernel=name, shapes=shapes, mb=size / 1e6, ms=ms, copy_ms=bare)
-        launch(name, *args, **build)
-
-    modules.ops.launch = timed
-    candidate.train()
+    shapes, dtype = set(), torch.float16 if run.on_gpu else torch.float32
+    for module in candidate.model.modules():
+        if hasattr(module, "v_threshold"):
+            module.register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape)))
     candidate.infer()
+    launch = by_hand.launch
+
+    def timed(name, y, *args, **build):
+        tensors = {arg.data_ptr(): arg for arg in args if torch.is_tensor(arg)}
+        ms = run.gpu_milliseconds(lambda: launch(name, y, *args, **build))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        half = torch.empty(size // 2, dtype=torch.uint8, device=run.device)
+        other = torch.empty_like(half)
+        bare = run.gpu_milliseconds(lambda: other.copy_(half))
+        run.add(kernel=name, shapes=[tuple(y.shape)], mb=size / 1e6, ms=ms, copy_ms=bare)
+
+    by_hand.launch = timed
+    for shape in sorted(shape for shape in shapes if len(shape) == 5):
+        y = by_hand.rows(torch.randn(shape, device=run.device).to(dtype))
+        by_hand.every_kernel(y, shape)
+    by_hand.launch = launch
 
 
 # What the tests say -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from spiking.compiler import available
+from spiking.native import available
 from spiking.neuron import resolve_backend
 
 from .checkpoint import digest, load_checkpoint, load_weights

@@ -8,10 +8,10 @@ gradients are right.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from . import events, native, ops, plain
-from .compiler import is_called_as_operator
+from . import native, plain
+from .compiler import events_available, layers_error
+from .observers import observed
 
 
 def wants_bytes():
@@ -51,7 +51,7 @@ def largest(x):
 
 def save(x):
     """x as it is to be saved for the backward pass; `.to(dtype)` undoes it."""
-    found = None if torch.compiler.is_compiling() else known(x)
+    found = known(x)
     if found is None or found[0] > 255:
         return x
     small = found[1].spikes[2]
@@ -79,27 +79,24 @@ def matmul(a, b, lif):
     """
     saves, known = torch.is_grad_enabled(), (largest(a), largest(b))
     by_events = takes_events(a, b, lif)
-    if saves and (known == (None, None) or (None in known and not by_events)):
-        return a @ b
-    operator = events.product if by_events else torch.matmul
-    return saved_product(operator, a, b) if saves else operator(a, b)
+    as_bytes = saves and known != (None, None) and (by_events or None not in known)
+    return product(a, b, True, by_events) if as_bytes or (by_events and not saves) else a @ b
 
 
-def saved_product(operator, a, b):
-    """operator(a, b), of which the backward pass reads what `save` makes of a and b."""
-    if native.takes(a):
-        return native.product(operator, a, b, save(a), save(b))
-    return Product.apply(operator, a, b)
+def product(a, b, matmul, by_events=False):
+    """a @ b or, without `matmul`, a * b, whose backward pass reads what `save` makes of them."""
+    if layers_error() is not None:
+        return a @ b if matmul else a * b
+    return native.product(a, b, save(a), save(b), matmul, by_events)
 
 
 def takes_events(a, b, lif):
-    """Whether a product of the neuron's spikes is one of events.py."""
+    """Whether a product of the neuron's spikes is a sum of events."""
     may = getattr(lif, "fused", False) and getattr(lif, "events", False) and a.dtype == b.dtype
     may = may and a.dim() == b.dim() == 5 and a.shape[:3] == b.shape[:3]
-    may = may and a.shape[4] == b.shape[3]
-    # Asked first: torch.compile would trace what events.available does.
-    may = may and not is_called_as_operator() and events.available(a.device.type, a.dtype)
-    return may and not torch.is_autocast_enabled("cpu") and ops.observed() is None
+    may = may and a.shape[4] == b.shape[3] and observed() is None
+    may = may and not torch.is_autocast_enabled("cpu")
+    return may and events_available(a.device.type, a.dtype)
 
 
 def masked(x, mask):
@@ -108,27 +105,5 @@ def masked(x, mask):
     if known == (None, None):
         return plain.masked(x, mask)
     x = x.movedim(2, 4).unflatten(4, (mask.shape[2], -1))  # so that gradients have channels last
-    out = saved_product(torch.mul, x, mask.movedim((2, 3), (4, 5)))
+    out = product(x, mask.movedim((2, 3), (4, 5)), matmul=False)
     return mark(out, None if None in known else known[0] * known[1]).flatten(4).movedim(4, 2)
-
-
-class Product(torch.autograd.Function):
-    """(torch.matmul, events.product or torch.mul, a, b) -> their product."""
-
-    @staticmethod
-    def forward(ctx, operator, a, b):
-        ctx.operator = operator
-        ctx.save_for_backward(save(a), save(b))
-        return operator(a, b)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        # Contiguous, as the batches of a product are read: it would copy them else.
-        layout = torch.contiguous_format if ctx.operator is not torch.mul else torch.preserve_format
-        a, b = (x.to(grad.dtype, memory_format=layout) for x in ctx.saved_tensors)
-        if ctx.operator is not torch.mul:
-            grad_a, grad_b = grad @ b.transpose(-2, -1), a.transpose(-2, -1) @ grad
-        else:
-            grad_a, grad_b = grad * b, grad * a
-        return None, grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)

@@ -1,42 +1,68 @@
-"""Layers, neurons and products on a GPU in one call each, so that it does not wait for Python.
+"""Plans of the layers, neurons and products that layer.cpp computes, and the calls to it.
 
-layer.cpp, in the words of PyTorch's C++, does the same as layer.py, neuron.py and spikes.py, by the
-same kernels. The compiler takes some twenty seconds for it, once: the library is kept among
-PyTorch's extensions, in TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions; their own loader,
-torch.utils.cpp_extension, would need ninja. Where it can't be built, Python calls each kernel.
+All of a layer, forward or backward, is one call: on a GPU nothing waits for Python. What does not
+change from call to call is a Plan: which kernels, for how many rows, with which constants.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import tempfile
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from . import compiler
-from .compiler import compile_to, first_line, is_called_as_operator, kernel_at, say
-from .ops import CHUNK, channels_in_time
-
-SOURCE = Path(__file__).with_name("layer.cpp").read_text()
-ROOT = Path(torch.__file__).parent
-OPTIONS = ["-O1", "-std=c++20", "-w", f"-I{ROOT}/include"]
-OPTIONS += [f"-I{ROOT}/include/torch/csrc/api/include", f"-L{ROOT}/lib", "-lc10", "-ltorch_cpu"]
-OPTIONS += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-# Of the library and its operators; folders whose layers are equal share them.
-NAME = hashlib.sha256(f"{SOURCE}{torch.__version__}{OPTIONS}".encode()).hexdigest()
-NAME = f"qkformer_{NAME[:16]}"
+from .compiler import (
+    CTYPES,
+    HOST_CTYPES,
+    Build,
+    cuda_error,
+    events_library,
+    first_line,
+    host_error,
+    kernel_at,
+    layers_error,
+    say,
+)
+from .plain import rate_of
 
 # The kernels, in the order of layer.cpp.
 NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "normalise", "fire_backward")
 NAMES += ("gradient_sums", "batch_norm_backward", "pool_backward", "normalise_backward")
 NAMES += ("integrate", "integrate_backward")
+OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
+CHUNK = 16  # steps of `integrate_backward` in registers
 
 # Plans that are kept: a schedule of alpha or of a momentum makes new ones in each step, of some
 # kilobytes. A backward pass, which has the address alone, comes long before so many others.
 PLANS = 2**14
+
+
+class Constants(NamedTuple):
+    """Of a neuron, for kernels: `neuron`, how it integrates and its surrogate, by their names in
+    fused.cu and plain.py, as in "MULTIPLY sigmoid"; its `rate`; and alpha, the surrogate's slope.
+    """
+
+    neuron: str
+    rate: float
+    v_threshold: float
+    alpha: float
+
+
+def constants_of(tau, v_threshold, alpha, kind, _, surrogate):
+    """Constants of MultiStep.constants()."""
+    charge, rate = {"plif": "PARAMETRIC", "if": "INTEGRATE"}.get(kind, "DIVIDE"), 1.0
+    if kind == "lif":
+        rate = float(tau)
+        if math.frexp(rate)[0] == 0.5:
+            # Where 1 / tau is exact, a product with it has the bits of the division, in less time.
+            charge, rate = "MULTIPLY", 1 / rate
+    return Constants(f"{charge} {surrogate}", rate, float(v_threshold), float(alpha))
+
+
+def rates_of(lif, x, channels):
+    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
+    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
 class Kernel(ctypes.Structure):
@@ -48,6 +74,7 @@ class Plan(ctypes.Structure):
     """What layer.cpp needs besides tensors, as it declares it."""
 
     _fields_ = [("driver", ctypes.c_void_p), ("kernels", Kernel * len(NAMES))]
+    _fields_ += [("events", ctypes.c_void_p * len(OF_EVENTS))]
     _fields_ += [("channels", ctypes.POINTER(ctypes.c_longlong))]
     _fields_ += [("momenta", ctypes.POINTER(ctypes.c_double))]
     numbers = "layers has_bias training product pool fires small T columns".split()
@@ -55,13 +82,13 @@ class Plan(ctypes.Structure):
     _fields_ += [(name, ctypes.c_longlong * 2) for name in ("stride", "padding")]
     _fields_ += [(name, ctypes.c_double) for name in ("eps", "rate", "threshold", "alpha")]
 
-    def __init__(self, neuron, kernels):
-        """kernels: {name: arguments of kernel_at behind it}"""
-        super().__init__(ctypes.cast(compiler.driver(), ctypes.c_void_p))
-        self.rate, self.threshold, self.alpha = neuron[1:]
+    def __init__(self, neuron, T, kernels, device):
+        """kernels: {name: arguments of kernel_at behind it, without the device}"""
+        super().__init__(compiler.driver() if compiler.on_gpu(device) else None)
+        self.T, (_, self.rate, self.threshold, self.alpha) = T, neuron
         for name, args in kernels.items():
             kernel = self.kernels[NAMES.index(name)]
-            kernel.address, kernel.grid[:], kernel.block[:] = kernel_at(name, *args)
+            kernel.address, kernel.grid[:], kernel.block[:] = kernel_at(name, *args, device)
 
 
 @functools.lru_cache(PLANS)
@@ -74,83 +101,111 @@ def plan_of(options, x_shape, weights, device):
     channels = [shape[0] for shape in weights]
     C, kernel = sum(channels), (1, 1) if layer.tokens else weights[0][2:]
     spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
-    size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spaces]
-    rows = steps * B * math.prod(size)
+    out = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spaces]
+    if min(out) < 1:
+        raise ValueError(f"a kernel of {list(kernel)} does not fit in an input of {size}")
+    rows = steps * B * math.prod(out)
     if layer.training and rows * options.T == steps:
-        raise ValueError(f"a single value per channel, in {[steps * B, C, *size]}, has no variance")
-    size = [(length + 1) // 2 for length in size] if options.pool else size
-    fired, large = B * math.prod(size), rows * C * options.T >= 2**30
+        raise ValueError(f"a single value per channel, in {[steps * B, C, *out]}, has no variance")
+    out = [(length + 1) // 2 for length in out] if options.pool else out
+    fired, large, dtype = B * math.prod(out), rows * C * options.T >= 2**30, options.dtype
 
-    def args(rows, T=1, neuron="MULTIPLY sigmoid", dtype=options.dtype):
-        return dtype, T, neuron, rows, C, large, device
+    def args(rows, T=1, neuron="MULTIPLY sigmoid", dtype=dtype):
+        return dtype, T, neuron, rows, C, large
 
     kernels = dict.fromkeys(NAMES[:-2], args(rows))
     kernels |= dict.fromkeys(("pool", "normalise", "gradient_sums"), args(steps * fired))
     of_neuron = args(fired, options.T, layer.neuron.neuron)
     kernels |= dict.fromkeys(("fire", "fire_backward"), of_neuron)
-    of_norm = args(rows, dtype=torch.float32)
+    of_norm = args(rows, dtype=torch.promote_types(dtype, torch.float32))
     kernels |= dict.fromkeys(("running_norm", "batch_norm_backward"), of_norm)
-    plan = Plan(layer.neuron, kernels)
+    plan = Plan(layer.neuron, options.T, kernels, device)
+    if options.events:
+        library = events_library(dtype)
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in OF_EVENTS]
+        plan.events[:] = [address.value for address in addresses]
     plan.channels = (ctypes.c_longlong * len(channels))(*channels)
     plan.momenta = (ctypes.c_double * len(channels))(*options.momenta)
     plan.layers, plan.columns = len(channels), compiler.COLUMNS[0]
+    # A product of matrices takes the host less time than a convolution.
+    plan.product = layer.pointwise and not options.pool and compiler.on_gpu(device)
     for name in ("has_bias", "training", "small", "eps", "stride", "padding"):
         setattr(plan, name, getattr(layer, name))
-    for name in ("product", "pool", "fires", "T"):
-        setattr(plan, name, getattr(options, name))
+    plan.pool, plan.fires = options.pool, options.fires
     return plan, ctypes.addressof(plan)
 
 
 @functools.lru_cache(PLANS)
-def plan_of_neuron(constants, dtype, steps, size, channels, device):
-    """The Plan of `size` neurons, with its address. channels: of them in a row for the kernels."""
-    large = steps * size * CHUNK >= 2**30
-    args = dtype, CHUNK, constants.neuron, size // channels, channels, large, device
-    plan = Plan(constants, dict.fromkeys(("integrate", "integrate_backward"), args))
+def plan_of_neuron(constants, dtype, T, size, channels, device, names):
+    """The Plan of `size` neurons, with its address. channels: of them in a row for the kernels
+    `names`.
+    """
+    args = dtype, T, constants.neuron, size // channels, channels, size * T >= 2**30
+    plan = Plan(constants, T, dict.fromkeys(names, args), device)
     return plan, ctypes.addressof(plan)
 
 
+# What there is ------------------------------------------------------------------------------------
+
+
 @functools.cache
-def error():
-    """None where the compiler builds layer.cpp and PyTorch loads it, else why not, in one line."""
+def cupy_error():
+    """None where CuPy compiles and runs the kernels, else the reason in one line."""
     try:
-        cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
-        path = Path(cache, f"{NAME}.so")
-        if not path.exists():
-            say("compiling layers for the GPU, once: about 20 s")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
-                part = Path(folder, path.name)
-                compile_to(part, SOURCE, *OPTIONS, f"-DNAMESPACE={NAME}")
-                part.replace(path)
-        torch.ops.load_library(path)
-    except (OSError, ValueError, RuntimeError) as failure:  # RuntimeError: there is no home
-        return first_line(failure)
+        constants = Constants("MULTIPLY sigmoid", 0.5, 0.5, 4.0)
+        for dtype in CTYPES:
+            compiler.cuda_module(Build(dtype, CHUNK)).compile()  # without CuPy: says so first
+            if (error := layers_error()) is not None:
+                return error
+            x = torch.ones(1, 8, dtype=dtype, device="cuda")
+            if not torch.equal(integrate(x, None, constants), x):
+                raise RuntimeError(f"a kernel computes other numbers in {dtype}")
+    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, ImportError):
+            reason += f"; pip install cupy-cuda{(torch.version.cuda or '13')[:2]}x"
+        return reason
     return None
 
 
-def takes(x):
-    """Whether x is for the functions below: on a GPU, unless something looks at operators."""
-    if not x.is_cuda or is_called_as_operator():
+@functools.cache
+def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
+    """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
+    All kernels that they launch on a CPU are there then.
+    """
+    if backend not in ("auto", "cupy"):
         return False
-    if (reason := error()) is not None:
-        say(f"Python calls each kernel on the GPU, which takes the host longer: {reason}")
+    if device_type == "cuda" and dtype in CTYPES:
+        error = cupy_error() or cuda_error(Build(dtype, T, neuron))
+    elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
+        real = torch.promote_types(dtype, torch.float32)
+        builds = Build(dtype, T, neuron), Build(dtype), Build(real)
+        error = next(filter(None, map(host_error, builds)), None) or layers_error()
+    else:
         return False
-    return x.get_device() == torch.cuda.current_device()
+    if error is None:
+        say(f"fused kernels on the {'CPU' if device_type == 'cpu' else 'GPU'}")
+    else:
+        say(f"layers run module by module on {device_type}: {error}")
+    return error is None
+
+
+# Calls --------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def operators():
-    return getattr(torch.ops, NAME)
+    return getattr(torch.ops, compiler.NAME)
 
 
 def stream_of(device):
-    return torch._C._cuda_getCurrentRawStream(device)
+    return torch._C._cuda_getCurrentRawStream(device) if compiler.on_gpu(device) else 0
 
 
 def layer(x, saved, rates, options, tensors):
-    """[as ConvBNLIF.apply(x, rates, options, *tensors) or, in evaluation, fused_layers]; behind it
-    spikes as bytes, where x is `saved` for the backward pass.
+    """[spikes of all layers [T, B, C, H, W] or, without a neuron, BatchNorm's output]; behind it
+    spikes as bytes, where `saved`, x as it waits for the backward pass, is not None. Running
+    statistics move on in training. rates: PLIF's, of all channels. tensors: see fusible.can_fuse.
     """
     device, weights = x.get_device(), tuple([own[0].shape for own in tensors])
     _, plan = plan_of(options, x.shape, weights, device)
@@ -159,14 +214,29 @@ def layer(x, saved, rates, options, tensors):
     return operators().layer.default(x, saved, rates, *args)
 
 
-def neuron(x, rate, constants):
-    """Neuron.apply(x, rate, constants)"""
-    device, steps, channels = x.get_device(), len(x), channels_in_time(x)
-    size = x.numel() // steps
-    _, plan = plan_of_neuron(constants, x.dtype, steps, size, channels, device)
-    return operators().neuron.default(x, rate, channels, plan, stream_of(device))
+def fire(x, T, rates, constants, bytes_too):
+    """[spikes of T steps] of x [T, B, C, H, W], or [1, ...] that stands for all steps; behind it
+    the same as bytes, if they are wanted.
+    """
+    device, names = x.get_device(), ("fire", "fire_backward")
+    size, channels = x[0].numel(), x.shape[2]
+    _, plan = plan_of_neuron(constants, x.dtype, T, size, channels, device, names)
+    return operators().fire.default(x, rates, bytes_too, plan, stream_of(device))
 
 
-def product(operator, a, b, saved_a, saved_b):
-    """Product.apply(operator, a, b); in the place of a and b `saved_a` and `saved_b` are saved."""
-    return operators().product.default(a, b, saved_a, saved_b, operator is torch.matmul)
+def integrate(x, rate, constants):
+    """Spikes of x [T, ...], T, shape and layout as they may be. rate: PLIF's, one number."""
+    device, size, names = x.get_device(), x[0].numel(), ("integrate", "integrate_backward")
+    # Rows begin at multiples of it in memory: a GPU loads several channels at such places alone.
+    channels = math.gcd(size, x.stride(0), x.storage_offset(), 1024)
+    _, plan = plan_of_neuron(constants, x.dtype, CHUNK, size, channels, device, names)
+    return operators().integrate.default(x, rate, channels, plan, stream_of(device))
+
+
+def product(a, b, saved_a, saved_b, matmul, by_events=False):
+    """a @ b or, without `matmul`, a * b; the backward pass reads saved_a and saved_b, which may be
+    bytes. by_events: on a CPU, what is 0 in a takes no time.
+    """
+    function = events_library(a.dtype).multiply if by_events else None
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    return operators().product.default(a, b, saved_a, saved_b, matmul, address)

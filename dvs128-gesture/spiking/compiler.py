@@ -1,18 +1,16 @@
-"""Compiles the kernels of fused.cu and runs them.
+"""Compiles the kernels of fused.cu, the sums of events.cpp, and layer.cpp, which calls both.
 
-NVRTC, through CuPy, compiles them for GPUs, the system's C++ compiler for CPUs: for each number of
-steps T, type, neuron and surrogate, so that loops over T unroll and membranes stay in registers.
+NVRTC, through CuPy, compiles kernels for GPUs, the system's C++ compiler for CPUs: for each number
+of steps T, type, neuron and surrogate, so that loops over T unroll and membranes stay in registers.
 The arithmetic is float32 (float64 for float64).
-
-A kernel's caller is an operator of torch too, so that torch.compile keeps it whole.
 """
 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -21,8 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .plain import SURROGATES
 
@@ -38,8 +34,9 @@ THREADS = 256  # at most, of a CUDA block
 OF_COLUMNS = ("batch_norm", "running_norm", "batch_norm_backward")
 COLUMNS = (32, 16)
 
-PORTABLE, KERNELS = (
-    Path(__file__).with_name(name).read_text() for name in ("portable.cuh", "fused.cu")
+PORTABLE, KERNELS, EVENTS, LAYERS = (
+    Path(__file__).with_name(name).read_text()
+    for name in ("portable.cuh", "fused.cu", "events.cpp", "layer.cpp")
 )
 CTYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 # Without fused multiply-add the kernels round as the torch backend does: float32 spikes are equal.
@@ -51,17 +48,7 @@ HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 COMPILER_SECONDS = 300  # it takes one or two, and with PyTorch's headers twenty
 
 
-def cached(function):
-    """functools.cache, but torch.compile calls the function too and keeps the result, where it
-    would warn and trace what is within.
-    """
-    known = functools.cache(function)
-    call = functools.wraps(function)(lambda *args: known(*args))
-    call.cache_clear = known.cache_clear
-    return torch.compiler.assume_constant_result(call)
-
-
-@cached
+@functools.cache
 def say(line):
     logger.info(line)  # once for each line
 
@@ -69,7 +56,7 @@ def say(line):
 class Build(NamedTuple):
     """What the kernels are compiled for.
 
-    neuron: see ops.Constants. lanes: channels of a GPU's thread. index: the type of a place in
+    neuron: see native.Constants. lanes: channels of a GPU's thread. index: the type of a place in
     memory.
     """
 
@@ -169,24 +156,6 @@ def cuda_module(build):
 
 
 @functools.cache
-def cupy_error():
-    """None where CuPy compiles and runs the kernels, else the reason in one line."""
-    try:
-        for dtype in CTYPES:
-            x = torch.ones(8, dtype=dtype, device="cuda")
-            spikes = torch.empty_like(x)
-            launch("integrate", x, 1, 8, 1, 8, x, spikes, None, 0.5, 0.5, T=16)
-            if not torch.equal(spikes, x):
-                raise RuntimeError(f"a kernel computes other numbers in {dtype}")
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, ImportError):
-            reason += f"; pip install cupy-cuda{(torch.version.cuda or '13')[:2]}x"
-        return reason
-    return None
-
-
-@functools.cache
 def cuda_error(build):
     """None where NVRTC builds the kernels, else the reason in one line."""
     try:
@@ -196,66 +165,69 @@ def cuda_error(build):
     return None
 
 
-@cached
-def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
-    """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
-    All kernels that they launch on a CPU are there then.
+@functools.cache
+def events_library(dtype):
+    """Convolutions of spikes on a CPU, whose time falls with the firing rate."""
+    options = [*HOST_OPTIONS, "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
+    return build_library(EVENTS, *options)
+
+
+# layer.cpp ----------------------------------------------------------------------------------------
+
+ROOT = Path(torch.__file__).parent
+LAYER_OPTIONS = ["-O1", "-std=c++20", "-w", f"-I{ROOT}/include", f"-L{ROOT}/lib"]
+LAYER_OPTIONS += [f"-I{ROOT}/include/torch/csrc/api/include", "-lc10", "-ltorch_cpu"]
+LAYER_OPTIONS += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+# Of the library and its operators; folders whose layers are equal share them.
+NAME = hashlib.sha256(f"{LAYERS}{torch.__version__}{LAYER_OPTIONS}".encode()).hexdigest()
+NAME = f"qkformer_{NAME[:16]}"
+
+
+@functools.cache
+def layers_error():
+    """None where the compiler builds layer.cpp and PyTorch loads it, else why not, in one line.
+
+    It takes some twenty seconds, once: the library is kept among PyTorch's extensions, in
+    TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Their own loader, torch.utils.cpp_extension,
+    would need ninja.
     """
-    if backend not in ("auto", "cupy"):
+    try:
+        cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
+        path = Path(cache, f"{NAME}.so")
+        if not path.exists():
+            say("compiling spiking/layer.cpp, once: about 20 s")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
+                part = Path(folder, path.name)
+                compile_to(part, LAYERS, *LAYER_OPTIONS, f"-DNAMESPACE={NAME}")
+                part.replace(path)
+        torch.ops.load_library(path)
+    except (OSError, ValueError, RuntimeError) as failure:  # RuntimeError: there is no home
+        return f"layer.cpp can't be built: {first_line(failure)}"
+    return None
+
+
+@functools.cache
+def events_available(device_type, dtype):
+    """Whether convolutions of such tensors can be sums of events; logged once if they can't."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
         return False
-    if device_type == "cuda" and dtype in CTYPES:
-        error = cupy_error() or cuda_error(Build(dtype, T, neuron))
-    elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        real = torch.float64 if dtype == torch.float64 else torch.float32
-        builds = Build(dtype, T, neuron), Build(dtype), Build(real)
-        error = next(filter(None, map(host_error, builds)), None)
-    else:
-        return False
-    if error is None:
-        say(f"fused kernels on the {'CPU' if device_type == 'cpu' else 'GPU'}")
-    else:
-        say(f"layers run module by module on {device_type}: {error}")
+    try:
+        events_library(dtype)
+        error = layers_error()
+    except (OSError, ValueError) as failure:  # ValueError: of shlex
+        error = first_line(failure)
+    if error is not None:
+        say(f"convolutions of spikes are dense: {error}")
     return error is None
-
-
-# Operators ----------------------------------------------------------------------------------------
-
-# Named by the data set folder, each of which has its own; see hubconf.py.
-NAMESPACE = "qkformer_" + re.sub(r"\W", "_", Path(__file__).resolve().parent.parent.name)
-
-
-def is_called_as_operator():
-    """Whether a kernel is called as an operator of torch, which torch.compile keeps whole and a
-    dispatch mode sees. It takes longer than a launch, so else the function itself is called.
-    """
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
-def operator(*mutates):
-    """Decorator of a function that launches kernels: an operator that writes to `mutates`. With
-    tensors that have no values it does the same but for the launches.
-    """
-
-    def decorate(function):
-        name = f"{NAMESPACE}::{function.__name__}"
-        of_torch = torch.library.custom_op(name, function, mutates_args=mutates)
-        of_torch.register_fake(function)
-
-        @functools.wraps(function)
-        def call(*args):
-            return of_torch(*args) if is_called_as_operator() else function(*args)
-
-        call.of_torch = of_torch
-        return call
-
-    return decorate
 
 
 # Launches -----------------------------------------------------------------------------------------
 
 
-def is_fake(y):
-    return isinstance(y, FakeTensor)
+def on_gpu(device):
+    """Whether a tensor's get_device() is a GPU."""
+    return device >= 0
 
 
 @functools.cache
@@ -271,55 +243,16 @@ def tiling(itemsize, rows, channels, T):
     return lanes, (x, y), (across, min(CUDA_PARTS, -(-rows // y)))
 
 
-def parts(y, rows, channels, T=1):
-    """How many partial sums a kernel makes of each channel."""
-    return tiling(y.element_size(), rows, channels, T)[2][1] if y.is_cuda else HOST_PARTS
-
-
-def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
-    """Run a kernel for tensors of y's type and device.
-
-    args: those of the kernel; rows and channels, or channels alone, come first. None is a null
-    pointer.
-    """
-    if is_fake(y):
-        return
-    if y.is_cuda:
-        launch_cuda(name, y, args, T, neuron)
-    else:
-        getattr(host_library(Build(y.dtype, T, neuron)), name)(*in_c(y, args))
-
-
-def in_c(y, args):
-    real = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
-    return [
-        ctypes.c_longlong(arg)
-        if isinstance(arg, int)
-        else real(arg)
-        if isinstance(arg, float)
-        else ctypes.c_void_p(0 if arg is None else arg.data_ptr())
-        for arg in args
-    ]
-
-
-def launch_cuda(name, y, args, T, neuron):
-    device, large = y.get_device(), y.numel() * T >= 2**30
-    address, grid, block = kernel_at(name, y.dtype, T, neuron, *args[:2], large, device)
-    values = in_c(y, args)  # a kernel reads as many bytes of each as its parameter has
-    places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    sizes = *grid, 1, *block, 1, 0
-    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
-    with torch.cuda.device(device):
-        code = driver()(ctypes.c_void_p(address), *sizes, stream, places, None)
-    if code:
-        raise RuntimeError(f"CUDA refuses to launch a kernel (error {code})")
-
-
 @functools.cache
 def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
-    """(address, grid, block) of a CUDA kernel; see launch."""
-    if name in OF_COLUMNS:  # the first argument are the channels
-        lanes, block, grid = 1, COLUMNS, (-(-rows // COLUMNS[0]), 1)
+    """(address, grid, block) of a kernel for so many rows and channels; grid[1] is the number of
+    partial sums that it makes of each channel. large: places in memory need 64 bits.
+    """
+    if not on_gpu(device):
+        function = getattr(host_library(Build(dtype, T, neuron)), name)
+        return ctypes.cast(function, ctypes.c_void_p).value, (1, HOST_PARTS), (1, 1)
+    if name in OF_COLUMNS:  # its channels are those of one BatchNorm: layer.cpp sets the grid
+        lanes, block, grid = 1, COLUMNS, (1, 1)
     else:
         lanes, block, grid = tiling(dtype.itemsize, rows, channels, T)
     build = Build(dtype, T, neuron, lanes, "long long" if large else "int")
@@ -334,5 +267,5 @@ def address_of(name, build, device):
 
 @functools.cache
 def driver():
-    """CUDA's cuLaunchKernel. CuPy's own call of it takes longer than a small kernel runs."""
-    return ctypes.PyDLL("libcuda.so.1").cuLaunchKernel
+    """The address of CUDA's cuLaunchKernel. CuPy's own call takes longer than a small kernel."""
+    return ctypes.cast(ctypes.PyDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value

@@ -8,8 +8,9 @@ from torch import nn
 
 from . import compiler
 from .compiler import say
+from .native import Constants, available, constants_of
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
-from .ops import Constants, constants_of, observed
+from .observers import observed
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -29,7 +30,6 @@ KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in 
 reasons = {}  # {why layers run module by module: the first of them}
 
 
-@torch.compiler.assume_constant_result
 def say_plain(layer, reason):
     if reason and reasons.setdefault(reason, layer) == layer:
         say(f"{layer} and layers like it run module by module: {reason}")
@@ -39,8 +39,8 @@ class Layer(NamedTuple):
     """What layers that read the same x, and are joined, have in common.
 
     tokens: whether the convolution is a Conv1d. pointwise: whether its kernel is one pixel, taken
-    at each. small: whether it is computed again in the backward pass. events: whether it may be one
-    of events.py.
+    at each. small: whether it is computed again in the backward pass. events: whether it may be a
+    sum of events.
     """
 
     tokens: bool
@@ -72,7 +72,7 @@ def can_fuse(x, convs, bns, lifs):
         if all(getattr(lif, "fused", True) for lif in lifs):
             say_plain(describe(convs[0]), reason)
         return None
-    found = (look if torch.compiler.is_compiling() else remember)(convs, bns, lifs)
+    found = remember(convs, bns, lifs)
     if found is None:
         return None
     layer, tensors = found
@@ -89,7 +89,7 @@ def can_fuse(x, convs, bns, lifs):
             if not fits or not row.is_contiguous():
                 return None
     args = layer.backend, len(x), layer.neuron.neuron
-    return (layer, dtype, tensors) if compiler.available(device_type, dtype, *args) else None
+    return (layer, dtype, tensors) if available(device_type, dtype, *args) else None
 
 
 def look(convs, bns, lifs):

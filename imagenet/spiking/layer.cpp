@@ -1,8 +1,16 @@
-// Layers, neurons and products of spikes in one call each, for GPUs: what ConvBNLIF and fused_layers
-// of layer.py, Neuron of neuron.py and Product of spikes.py do, with no Python between kernels.
-// native.py compiles this and makes the plans. Names are those of Python.
+// Layers, neurons and products of spikes, forward and backward, in one call each: what plain.py says,
+// by the kernels of fused.cu and, on a CPU, the sums of events.cpp. native.py compiles this and makes
+// the plans.
+//
+// Tensors are [T, B, C, H, W] with channels innermost; T is 1 for an image that is shown T times. For
+// the backward pass a layer saves its input, spikes as bits or bytes, and its convolution's output,
+// unless memory is small. `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard
+// deviation, and the scale and shift with which it maps y to scale * y + shift; a kernel in evaluation
+// reads the last two alone. `rates` [C] are PLIF's.
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -15,8 +23,10 @@ using torch::autograd::variable_list;
 using In = const Tensor&;
 
 const auto LAST = at::MemoryFormat::ChannelsLast;
+// Above this share of inputs that are not 0 the dense gradient of the weight takes less time.
+const double DENSE = 0.4;
 
-// As in native.py, whose NAMES are the kernels.
+// As in native.py, whose NAMES are the kernels. On a CPU `grid` holds the parts of a sum alone.
 struct Kernel {
     void* address;
     unsigned grid[2], block[2];
@@ -26,10 +36,27 @@ enum { STATISTICS, BATCH_NORM, RUNNING_NORM, POOL, FIRE, NORMALISE, FIRE_BACKWAR
        BATCH_NORM_BACKWARD, POOL_BACKWARD, NORMALISE_BACKWARD, INTEGRATE, INTEGRATE_BACKWARD,
        KERNELS };
 
+// As in events.cpp, of whose functions these are the addresses; null for dense convolutions.
+struct Shape {
+    long images, height, width, channels, out_height, out_width, out_channels;
+    long kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
+};
+
+struct Events {
+    long (*find)(long rows, long size, const void* x, bool bytes, void* bits);
+    void (*convolve)(const Shape*, const void* x, bool bytes, const void* weight, void* y,
+                     long threads);
+    void (*unpack)(long rows, long size, const void* bits, void* x);
+    void (*weight_gradient)(const Shape*, const void* bits, const void* values, bool bytes,
+                            const void* grad, void* out, long threads);
+};
+
 struct Plan {
+    // CUDA's cuLaunchKernel; null on a CPU.
     int (*driver)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                   void*, void**, void**);
     Kernel kernels[KERNELS];
+    Events events;
     const int64_t* channels;  // of each layer
     const double* momenta;
     int64_t layers, has_bias, training, product, pool, fires, small, T, columns, stride[2],
@@ -39,21 +66,30 @@ struct Plan {
 
 // Launches ---------------------------------------------------------------------------------------
 
-// Eight bytes, of which a kernel reads as many as its parameter has.
-int64_t slot(int64_t value) { return value; }
-int64_t slot(In x) { return x.defined() ? int64_t(x.const_data_ptr()) : 0; }
-int64_t slot(double value) {
-    const float single = value;
+// An argument of a kernel that computes in Real
+template <class Real>
+Real in_c(double value) { return value; }
+template <class Real>
+long long in_c(int64_t value) { return value; }
+template <class Real>
+void* in_c(In x) { return x.defined() ? const_cast<void*>(x.const_data_ptr()) : nullptr; }
+
+// The same in eight bytes, of which a kernel reads as many as its parameter has.
+template <class Real, class Arg>
+int64_t slot(const Arg& arg) {
+    const auto value = in_c<Real>(arg);
     int64_t bits = 0;
-    std::memcpy(&bits, &single, sizeof single);
+    std::memcpy(&bits, &value, sizeof value);
     return bits;
 }
 
-// A pass through layers or a neuron in `dtype`, on a CUDA stream
+// A pass through layers or a neuron in `dtype`, on a CUDA stream or a CPU
 struct Pass {
     const Plan& plan;
     at::ScalarType dtype;
     void* stream;
+
+    at::ScalarType real() const { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
     template <class... Args>
     void run(int index, const Args&... args) const {
@@ -70,7 +106,17 @@ struct Pass {
 
     template <class... Args>
     void launch(const Kernel& kernel, unsigned across, const Args&... args) const {
-        int64_t slots[] = {slot(args)...};
+        dtype == at::kDouble ? launch_in<double>(kernel, across, args...)
+                             : launch_in<float>(kernel, across, args...);
+    }
+
+    template <class Real, class... Args>
+    void launch_in(const Kernel& kernel, unsigned across, const Args&... args) const {
+        if (!plan.driver) {
+            using Function = void(decltype(in_c<Real>(args))...);
+            return reinterpret_cast<Function*>(kernel.address)(in_c<Real>(args)...);
+        }
+        int64_t slots[] = {slot<Real>(args)...};
         void* places[sizeof...(args)];
         for (size_t i = 0; i < sizeof...(args); ++i) places[i] = slots + i;
         const unsigned *grid = kernel.grid, *block = kernel.block;
@@ -92,13 +138,13 @@ Tensor empty(at::IntArrayRef shape, In like, at::ScalarType dtype) {
     return at::empty(shape, like.options().dtype(dtype));
 }
 
-// [T, B, C, H, W] -> [T*B, C, H, W] in channels_last
-Tensor rows(In x) { return x.flatten(0, 1).contiguous(LAST); }
+// [T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last; copied only if need be
+Tensor rows(In x) { return x.flatten(0, -4).contiguous(LAST); }
 
 // [T, B, C, H, W] -> [T*B*H*W, C]
 Tensor pixels(In x) { return x.permute({0, 1, 3, 4, 2}).reshape({-1, x.size(2)}); }
 
-// [T, B, C, H, W] with channels innermost, for a y as `convolve` returns it or its maxima
+// [T, B, C, H, W] with channels innermost, for a y as `convolve` returns it, or its maxima
 struct Steps {
     int64_t T, B, C, H, W;
 
@@ -115,9 +161,64 @@ struct Steps {
 
 Tensor dense(In y, const Plan& plan) { return plan.product ? y.contiguous() : y.contiguous(LAST); }
 
+// Convolutions of spikes -------------------------------------------------------------------------
+
+bool is_bytes(In x) { return x.defined() && x.scalar_type() == at::kByte; }
+
+Shape shape_of(at::IntArrayRef x, In kernel, const Plan& plan) {
+    const int64_t *step = plan.stride, *pad = plan.padding;
+    const auto size = [&](int i) {
+        return (x[2 + i] + 2 * pad[i] - kernel.size(2 + i)) / step[i] + 1;
+    };
+    return {x[0], x[2], x[3], x[1], size(0), size(1), kernel.size(0), kernel.size(2),
+            kernel.size(3), step[0], step[1], pad[0], pad[1]};
+}
+
+// x is of the kernel's type, or whole numbers as bytes.
+Tensor convolve_events(In x, In kernel, const Plan& plan) {
+    const Shape shape = shape_of(x.sizes(), kernel, plan);
+    const Tensor weight = kernel.contiguous(LAST);
+    const Tensor y = at::empty({shape.images, shape.out_channels, shape.out_height, shape.out_width},
+                               kernel.options().memory_format(LAST));
+    plan.events.convolve(&shape, x.const_data_ptr(), is_bytes(x), weight.const_data_ptr(),
+                         y.data_ptr(), at::get_num_threads());
+    return y;
+}
+
+// What stands for x: {bits of the places that are not 0, x or nothing where all of these are 1};
+// nothing where too few are 0
+const std::array<Tensor, 2> NOTHING;
+std::array<Tensor, 2> find_events(In x, const Plan& plan) {
+    const int64_t count = x.size(0) * x.size(2), size = x.size(3) * x.size(1);
+    const Tensor bits = at::empty({count, (size + 63) / 64}, x.options().dtype(at::kLong));
+    const long found = plan.events.find(count, size, x.const_data_ptr(), is_bytes(x),
+                                        bits.data_ptr());
+    if (std::abs(found) > DENSE * x.numel()) return NOTHING;
+    return {bits, found < 0 ? x : Tensor()};
+}
+
+// The x, of such a shape, whose bits and values these are
+Tensor unpack(at::IntArrayRef shape, In bits, In values, const Plan& plan) {
+    if (values.defined()) return values;
+    const Tensor x = at::empty(shape, bits.options().dtype(at::kByte).memory_format(LAST));
+    plan.events.unpack(shape[0] * shape[2], shape[3] * shape[1], bits.const_data_ptr(),
+                       x.data_ptr());
+    return x;
+}
+
+Tensor weight_gradient(at::IntArrayRef x, In bits, In values, In grad, In kernel,
+                       const Plan& plan) {
+    const Shape shape = shape_of(x, kernel, plan);
+    const Tensor out = at::empty_like(kernel, kernel.options().memory_format(LAST));
+    plan.events.weight_gradient(&shape, bits.const_data_ptr(), in_c<float>(values),
+                                is_bytes(values), grad.const_data_ptr(), out.data_ptr(),
+                                at::get_num_threads());
+    return out;
+}
+
 // The forward pass -------------------------------------------------------------------------------
 
-// Of each layer, see can_fuse; a layer without a bias has its weight in that place.
+// Of each layer, see can_fuse in fusible.py; a layer without a bias has its weight in that place.
 enum { WEIGHT, BIAS, GAMMA, BETA, MEAN, VAR, BATCHES, TENSORS };
 
 Tensor bias_of(const Tensor* own, const Plan& plan) { return plan.has_bias ? own[BIAS] : Tensor(); }
@@ -129,13 +230,16 @@ Tensor weight_of(at::TensorList tensors, const Plan& plan) {
     return at::cat(weights);
 }
 
+// The weight as `convolve` takes it: a matrix for a product, else that of a Conv2d
 Tensor kernel_of(In weight, const Pass& pass) {
     if (pass.plan.product) return weight.to(pass.dtype).flatten(1);
     return weight.dim() == 4 ? weight : weight.unsqueeze(3);
 }
 
+// [T*B, C', H', W'] in channels_last or, with `product`, [T*B*H*W, C'], without a bias
 Tensor convolve(In x, In kernel, const Pass& pass) {
     const Plan& plan = pass.plan;
+    if (plan.events.convolve) return convolve_events(rows(x), kernel, plan);
     const Tensor input = x.to(pass.dtype);
     if (plan.product) return at::mm(pixels(input), kernel.t());
     const Tensor cast = kernel.to(pass.dtype, false, false, LAST);
@@ -166,7 +270,7 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
     const Plan& plan = pass.plan;
     Tensor y = convolve(x, kernel_of(weight_of(tensors, plan), pass), pass);
     const int64_t C = y.size(1);
-    const Tensor norm = empty({5, C}, y, at::kFloat);
+    const Tensor norm = empty({5, C}, y, pass.real());
     for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
         const Tensor* own = &tensors[i * TENSORS];
         pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
@@ -190,12 +294,27 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
 
 // The backward pass ------------------------------------------------------------------------------
 
+// Writes the gradient of scale * y + shift into grad, which is like y. Returns [parts, 2, C], whose
+// sums over parts are those of that gradient and of its product with y - mean; with `rates`
+// [parts, 3, C], the last for their gradient.
+Tensor fire_backward(In grad_spikes, In y, In grad, In norm, In rates, const Pass& pass) {
+    const Plan& plan = pass.plan;
+    const Tensor spikes = grad_spikes.permute({0, 1, 3, 4, 2}).contiguous();
+    const int64_t C = y.size(1), parts = pass.parts(FIRE_BACKWARD);
+    const int64_t count = spikes.numel() / (plan.T * C);
+    const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
+    const Tensor partial = empty({parts, rates.defined() ? 3 : 2, C}, y, pass.real());
+    pass.run(FIRE_BACKWARD, count, C, parts, step, y, spikes, grad, norm, rates, plan.rate,
+             plan.threshold, plan.alpha, partial);
+    return partial;
+}
+
 void no_second_derivative() {
     TORCH_CHECK(!at::GradMode::is_enabled(), "fused layers have no second derivative; fused: false "
                 "gives one");
 }
 
-// a.t() @ b, see sum_over_rows
+// a.t() @ b, on a GPU in float32 sums: those in float16 are too coarse for so many rows.
 Tensor sum_over_rows(In a, In b) {
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
     if (a.is_cuda() && a.scalar_type() != at::kFloat) return at::mm(a.t(), b, at::kFloat);
@@ -203,24 +322,30 @@ Tensor sum_over_rows(In a, In b) {
     return at::mm(a.t(), b);
 }
 
-// {gradient of x [T*B, C, H, W], if wanted, of the kernel}
+// {gradient of x [T*B, C, H, W], of the kernel}, where they are wanted
 std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan& plan,
-                                           bool wanted) {
+                                           std::array<bool, 2> wanted) {
+    if (!wanted[0] && !wanted[1]) return {};
     const int64_t *stride = plan.stride, *padding = plan.padding;
     const Tensor kernel = weight.to(grad.scalar_type()).contiguous(LAST);
-    if (kernel.size(2) != 1 || kernel.size(3) != 1 || padding[0] || padding[1]) {
+    // On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
+    // out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
+    const bool products = grad.is_cuda() || grad.scalar_type() == at::kDouble ||
+                          stride[0] != 1 || stride[1] != 1;
+    if (!products || kernel.size(2) != 1 || kernel.size(3) != 1 || padding[0] || padding[1]) {
         auto [grad_x, grad_kernel, _] = at::convolution_backward(
             grad, x, kernel, {}, plan.stride, plan.padding, {1, 1}, false, {0, 0}, 1,
-            {wanted, true, false});
+            {wanted[0], wanted[1], false});
         return {grad_x, grad_kernel};
     }
     const auto seen = [&](In all) {
         return all.slice(2, 0, {}, stride[0]).slice(3, 0, {}, stride[1]);
     };
     const auto flat = [](In y) { return y.permute({0, 2, 3, 1}).reshape({-1, y.size(1)}); };
-    const Tensor grads = flat(grad), grad_kernel = sum_over_rows(grads, flat(seen(x)));
-    Tensor grad_x;
-    if (wanted) {
+    const Tensor grads = flat(grad);
+    Tensor grad_x, grad_kernel;
+    if (wanted[1]) grad_kernel = sum_over_rows(grads, flat(seen(x)));
+    if (wanted[0]) {
         grad_x = at::zeros_like(x);
         const auto some = seen(grad_x).permute({0, 2, 3, 1});
         some.copy_(at::mm(grads, kernel.flatten(1)).view(some.sizes()));
@@ -229,18 +354,20 @@ std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan&
 }
 
 struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
-    // {spikes, and as bytes where x is saved}, or BatchNorm's output; see ConvBNLIF in layer.py.
+    // {spikes, and as bytes where x is saved}, or BatchNorm's output as `convolve` returns
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& saved,
                                  const std::optional<Tensor>& rates, at::TensorList tensors,
                                  at::ScalarType dtype, int64_t plan_at, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan_at, dtype, stream);
         const Plan& plan = pass.plan;
+        const bool events = plan.events.convolve;
         const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight, pass);
-        const Tensor y = convolve(x, kernel, pass);
+        const Tensor input = events ? rows(saved.value_or(x)) : x, none;
+        const Tensor y = convolve(input, kernel, pass);
         const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
-        const Tensor partial = empty({parts, 2, C}, y, at::kFloat);
-        const Tensor norm = empty({5, C}, y, at::kFloat), none;
+        const Tensor partial = empty({parts, 2, C}, y, pass.real());
+        const Tensor norm = empty({5, C}, y, pass.real());
         pass.run(STATISTICS, count, C, parts, y, partial);
         for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
             const Tensor* own = &tensors[i * TENSORS];
@@ -260,11 +387,14 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             pass.run(NORMALISE, pooled.numel() / C, C, pooled, out[0], norm);
         }
         if (saved) {
+            const auto [bits, values] = events ? find_events(input, plan) : NOTHING;
             // Of a product the kernel is cast already; of others its layout is the larger part.
-            ctx->save_for_backward({*saved, plan.small ? none : y, weight,
-                                    plan.product ? kernel : none, rates.value_or(none), norm});
-            ctx->saved_data["at"] = at::IntArrayRef(
-                {plan_at, int64_t(dtype), stream, int64_t(x.scalar_type())});
+            ctx->save_for_backward({bits.defined() ? values : *saved, bits, plan.small ? none : y,
+                                    weight, plan.product ? kernel : none, rates.value_or(none),
+                                    norm});
+            std::vector<int64_t> at = {plan_at, int64_t(dtype), stream, int64_t(x.scalar_type())};
+            at.insert(at.end(), x.sizes().begin(), x.sizes().end());
+            ctx->saved_data["at"] = at;
         }
         if (out.size() == 2) ctx->mark_non_differentiable({out[1]});
         ctx->set_materialize_grads(false);  // none of the bytes
@@ -279,32 +409,33 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const Pass pass = pass_of(at[0], at::ScalarType(at[1]), at[2]);
         const Plan& plan = pass.plan;
         if (!grads[0].defined()) return variable_list(6 + plan.layers * TENSORS);
-        const Tensor x = saved[0].to(pass.dtype), weight = saved[2];
-        const Tensor kernel = saved[3].defined() ? saved[3] : kernel_of(weight, pass);
-        const Tensor rates = saved[4], norm = saved[5];
-        const Tensor y = plan.small ? convolve(x, kernel, pass) : dense(saved[1], plan);
+        const auto shape = at::IntArrayRef(at).slice(4);
+        const int64_t images[] = {shape[0] * shape[1], shape[2], shape[3], shape[4]};
+        const Tensor x = saved[0], bits = saved[1], weight = saved[3];
+        const Tensor kernel = saved[4].defined() ? saved[4] : kernel_of(weight, pass);
+        const Tensor rates = saved[5], norm = saved[6];
+        Tensor y = saved[2];
+        if (!plan.small) y = dense(y, plan);
+        else if (bits.defined()) y = convolve_events(unpack(images, bits, x, plan), kernel, plan);
+        else y = convolve(x, kernel, pass);
         const int64_t C = y.size(1), count = y.numel() / C;
-        Tensor pooled = y, taps, grad = grads[0];
+        Tensor pooled = y, taps, grad = grads[0], partial;
         if (plan.pool) {
             auto found = max_pool(y, norm, true, pass);
             pooled = found[0], taps = found[1];
         }
-        const int index = plan.fires ? FIRE_BACKWARD : GRADIENT_SUMS;
-        const int64_t sums_each = rates.defined() ? 3 : 2, parts = pass.parts(index);
-        const Tensor partial = empty({parts, sums_each, C}, y, at::kFloat);
         if (plan.fires) {
-            const Tensor spikes = grad.permute({0, 1, 3, 4, 2}).contiguous();
             grad = at::empty_like(pooled);
-            const int64_t each = spikes.numel() / (plan.T * C);
-            const int64_t step = pooled.numel() == spikes.numel() ? each * C : 0;
-            pass.run(index, each, C, parts, step, pooled, spikes, grad, norm, rates, plan.rate,
-                     plan.threshold, plan.alpha, partial);
+            partial = fire_backward(grads[0], pooled, grad, norm, rates, pass);
         } else {
             grad = dense(grad, plan);
-            pass.run(index, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
+            const int64_t parts = pass.parts(GRADIENT_SUMS);
+            partial = empty({parts, 2, C}, y, pass.real());
+            pass.run(GRADIENT_SUMS, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
         }
-        const Tensor sums = empty({7, C}, y, at::kFloat);
-        pass.columns(BATCH_NORM_BACKWARD, C, parts, sums_each, count, partial, norm, sums);
+        const Tensor sums = empty({7, C}, y, pass.real());
+        pass.columns(BATCH_NORM_BACKWARD, C, partial.size(0), partial.size(1), count, partial, norm,
+                     sums);
         const Tensor grad_y = plan.fires && !plan.pool ? grad : at::empty_like(y);
         if (plan.pool)
             pass.run(POOL_BACKWARD, count, C, y.size(2), y.size(3), y, grad, taps, grad_y, sums);
@@ -313,16 +444,21 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
 
         const bool wanted = ctx->needs_input_grad(0);
         Tensor grad_x, grad_weight;
-        if (plan.product) {
-            grad_weight = sum_over_rows(grad_y, pixels(x));
+        if (bits.defined()) {
+            grad_weight = weight_gradient(images, bits, x, grad_y, kernel, plan);
+            const Tensor unread = at::empty(images, grad_y.options().memory_format(LAST));
+            grad_x = convolution_backward(grad_y, unread, kernel, plan, {wanted, false})[0];
+        } else if (plan.product) {
+            grad_weight = sum_over_rows(grad_y, pixels(x.to(pass.dtype)));
             if (wanted) grad_x = at::mm(grad_y, kernel);
         } else {
-            auto found = convolution_backward(grad_y, rows(x), kernel, plan, wanted);
+            const Tensor input = rows(x.to(pass.dtype));
+            auto found = convolution_backward(grad_y, input, kernel, plan, {wanted, true});
             grad_x = found[0], grad_weight = found[1];
         }
         if (wanted) {
             grad_x = dense(grad_x, plan);  // not every convolution leaves channels innermost
-            grad_x = Steps(grad_x, x.sizes(), x.size(0)).of(grad_x).to(at::ScalarType(at[3]));
+            grad_x = Steps(grad_x, shape, shape[0]).of(grad_x).to(at::ScalarType(at[3]));
         }
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());
@@ -335,7 +471,8 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
                 return plan.layers == 1 ? all : all.narrow(0, start, plan.channels[i]);
             };
             found.push_back(own(grad_weight));
-            // BatchNorm subtracts the bias again: its gradient is 0.
+            // BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding
+            // errors.
             found.push_back(plan.has_bias ? own(each_sum[6]) : Tensor());
             found.push_back(own(each_sum[1]));
             found.push_back(own(each_sum[0]));
@@ -351,26 +488,73 @@ std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
                           at::ScalarType dtype, int64_t plan, int64_t stream) {
     // Types are those of autocast already.
     c10::impl::ExcludeDispatchKeyGuard without(c10::autocast_dispatch_keyset);
+    const c10::DeviceGuard device(x.device());
     const Pass pass = pass_of(plan, dtype, stream);
     if (pass.plan.training) return ConvBNLIF::apply(x, saved, rates, tensors, dtype, plan, stream);
     at::AutoDispatchBelowADInplaceOrView below;
     return {in_evaluation(x, rates.value_or(Tensor()), tensors, pass)};
 }
 
-// A neuron, and a product ------------------------------------------------------------------------
+// Neurons ----------------------------------------------------------------------------------------
 
-// x with each x[t] dense, and memory of the same order, dense over T too; see ops.py
+// Of a few steps, [T, B, C, H, W], by the kernels of layers: a BatchNorm with scale 1 and shift 0
+struct Fire : torch::autograd::Function<Fire> {
+    static Tensor identity(In y, const Pass& pass) {
+        const Tensor norm = at::zeros({5, y.size(1)}, y.options().dtype(pass.real()));
+        norm[3].fill_(1);
+        return norm;
+    }
+
+    // {spikes, and as bytes, if they are wanted}
+    static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& rates,
+                                 bool bytes, int64_t plan_at, int64_t stream) {
+        at::AutoDispatchBelowADInplaceOrView below;
+        const Pass pass = pass_of(plan_at, x.scalar_type(), stream);
+        const Tensor y = rows(x), own = rates.value_or(Tensor());
+        const Steps steps(y, x.sizes(), pass.plan.T);
+        variable_list out = {steps.empty(y, pass.dtype)};
+        if (bytes) out.push_back(steps.empty(y, at::kByte));
+        fire(y, out[0], bytes ? out[1] : Tensor(), identity(y, pass), own, pass);
+        ctx->save_for_backward({x, own});
+        ctx->saved_data["at"] = at::IntArrayRef({plan_at, stream});
+        if (bytes) ctx->mark_non_differentiable({out[1]});
+        ctx->set_materialize_grads(false);
+        return out;
+    }
+
+    static variable_list backward(AutogradContext* ctx, variable_list grads) {
+        no_second_derivative();
+        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
+        at::AutoDispatchBelowADInplaceOrView below;
+        const auto at = ctx->saved_data["at"].toIntVector();
+        if (!grads[0].defined()) return variable_list(5);
+        const Tensor x = saved[0], y = rows(x), grad = at::empty_like(y);
+        const Pass pass = pass_of(at[0], x.scalar_type(), at[1]);
+        const Tensor sums = fire_backward(grads[0], y, grad, identity(y, pass), saved[1], pass);
+        const Tensor of_rates = saved[1].defined() ? sums.select(1, 2).sum(0) : Tensor();
+        return {Steps(y, x.sizes(), x.size(0)).of(grad), of_rates, {}, {}, {}};
+    }
+};
+
+std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rates, bool bytes, int64_t plan,
+                               int64_t stream) {
+    return Fire::apply(x, rates, bytes, plan, stream);
+}
+
+// x [T, ...] with each x[t] dense, its dimensions in any order; copied only if need be
 Tensor time_major(In x) {
     return x.select(0, 0).is_non_overlapping_and_dense() ? x : x.contiguous();
 }
 
+// Memory of the same order, dense over T too
 Tensor like_steps(In x) {
     auto strides = x.strides().vec();
     strides[0] = x.numel() / x.size(0);
     return at::empty_strided(x.sizes(), strides, x.options());
 }
 
-struct Neuron : torch::autograd::Function<Neuron> {
+// Of any number of steps and any shape, PLIF's rate being the layer's
+struct Integrate : torch::autograd::Function<Integrate> {
     static Tensor forward(AutogradContext* ctx, In x_, const std::optional<Tensor>& rate,
                           int64_t channels, int64_t plan_at, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
@@ -394,7 +578,7 @@ struct Neuron : torch::autograd::Function<Neuron> {
         const bool same = grads[0].strides() == grad.strides();
         const Tensor upstream = same ? grads[0] : like_steps(x).copy_(grads[0]);
         const int64_t size = x.numel() / x.size(0), channels = at[2];
-        const Tensor slopes = own.defined() ? empty({size}, x, at::kFloat) : Tensor();
+        const Tensor slopes = own.defined() ? empty({size}, x, pass.real()) : Tensor();
         pass.run(INTEGRATE_BACKWARD, size / channels, channels, x.size(0), x.stride(0), x, upstream,
                  grad, own, pass.plan.rate, pass.plan.threshold, pass.plan.alpha, slopes);
         Tensor grad_rate;
@@ -403,16 +587,38 @@ struct Neuron : torch::autograd::Function<Neuron> {
     }
 };
 
-Tensor neuron(In x, const std::optional<Tensor>& rate, int64_t channels, int64_t plan,
-              int64_t stream) {
-    return Neuron::apply(x, rate, channels, plan, stream);
+Tensor integrate(In x, const std::optional<Tensor>& rate, int64_t channels, int64_t plan,
+                 int64_t stream) {
+    const c10::DeviceGuard device(x.device());
+    return Integrate::apply(x, rate, channels, plan, stream);
 }
 
+// Products ---------------------------------------------------------------------------------------
+
+// a @ b of [T, B, heads, rows, depth] and [T, B, heads, depth, columns] by events.cpp's `multiply`: a
+// row's sums do not depend on the others, and what is 0 in a takes no time.
+Tensor multiply(In a_, In b_, int64_t function) {
+    const Tensor a = a_.stride(3) == 1 || a_.stride(4) == 1 ? a_ : a_.contiguous();
+    const Tensor b = b_.stride(4) == 1 ? b_ : b_.contiguous();
+    const int64_t T = a.size(0), B = a.size(1), heads = a.size(2), rows = a.size(3);
+    const Tensor out = at::empty({T, B, rows, heads, b.size(4)}, a.options()).transpose(2, 3);
+    std::vector<long> sizes = {T, B, heads, rows, a.size(4), b.size(4)};
+    for (const auto& strides : {a.strides(), b.strides(), out.strides()})
+        sizes.insert(sizes.end(), strides.begin(), strides.end());
+    using Function = void(const long*, const void*, const void*, void*);
+    reinterpret_cast<Function*>(function)(sizes.data(), a.const_data_ptr(), b.const_data_ptr(),
+                                          out.data_ptr());
+    return out;
+}
+
+// The backward pass reads `saved_a` and `saved_b`, which may be bytes, in the place of a and b.
 struct Product : torch::autograd::Function<Product> {
-    static Tensor forward(AutogradContext* ctx, In a, In b, In saved_a, In saved_b, bool matmul) {
+    static Tensor forward(AutogradContext* ctx, In a, In b, In saved_a, In saved_b, bool matmul,
+                          int64_t function) {
         at::AutoDispatchBelowADInplaceOrView below;
         ctx->save_for_backward({saved_a, saved_b});
         ctx->saved_data["matmul"] = matmul;
+        if (function) return multiply(a, b, function);
         return matmul ? at::matmul(a, b) : at::mul(a, b);
     }
 
@@ -423,27 +629,31 @@ struct Product : torch::autograd::Function<Product> {
         const Tensor& grad = grads[0];
         if (!ctx->saved_data["matmul"].toBool()) {
             const Tensor a = saved[0].to(grad.scalar_type()), b = saved[1].to(grad.scalar_type());
-            return {at::sum_to(grad * b, a.sizes()), at::sum_to(grad * a, b.sizes()), {}, {}, {}};
+            return {at::sum_to(grad * b, a.sizes()), at::sum_to(grad * a, b.sizes()), {}, {}, {},
+                    {}};
         }
         // Contiguous, as the batches of a product are read: it would copy them else.
         const auto cast = [&](In x) { return x.to(grad.scalar_type()).contiguous(); };
         const Tensor a = cast(saved[0]), b = cast(saved[1]);
         return {at::sum_to(at::matmul(grad, b.transpose(-2, -1)), a.sizes()),
-                at::sum_to(at::matmul(a.transpose(-2, -1), grad), b.sizes()), {}, {}, {}};
+                at::sum_to(at::matmul(a.transpose(-2, -1), grad), b.sizes()), {}, {}, {}, {}};
     }
 };
 
-Tensor product(In a, In b, In saved_a, In saved_b, bool matmul) {
-    return Product::apply(a, b, saved_a, saved_b, matmul);
+Tensor product(In a, In b, In saved_a, In saved_b, bool matmul, int64_t function) {
+    return Product::apply(a, b, saved_a, saved_b, matmul, function);
 }
 
 TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("layer(Tensor x, Tensor? saved, Tensor? rates, Tensor[] tensors, ScalarType dtype, "
           "int plan, int stream) -> Tensor[]");
-    m.def("neuron(Tensor x, Tensor? rate, int channels, int plan, int stream) -> Tensor");
-    m.def("product(Tensor a, Tensor b, Tensor saved_a, Tensor saved_b, bool matmul) -> Tensor");
+    m.def("fire(Tensor x, Tensor? rates, bool bytes, int plan, int stream) -> Tensor[]");
+    m.def("integrate(Tensor x, Tensor? rate, int channels, int plan, int stream) -> Tensor");
+    m.def("product(Tensor a, Tensor b, Tensor saved_a, Tensor saved_b, bool matmul, int function) "
+          "-> Tensor");
     const auto key = c10::DispatchKey::CompositeImplicitAutograd;
     m.impl("layer", key, TORCH_FN(layer));
-    m.impl("neuron", key, TORCH_FN(neuron));
+    m.impl("fire", key, TORCH_FN(fire_alone));
+    m.impl("integrate", key, TORCH_FN(integrate));
     m.impl("product", key, TORCH_FN(product));
 }

@@ -1,14 +1,15 @@
 """Multi-step spiking neurons, each with interchangeable backends; plain.py has the formulas."""
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
-from torch.autograd.function import once_differentiable
 
-from . import compiler, native, ops, plain
-from .compiler import CTYPES, cached, cupy_error, say
+from . import compiler, native, plain
+from .compiler import CTYPES, say
+from .native import cupy_error
+from .observers import observed, traced
 from .plain import membrane_type, rate_of, torch_lif
 from .spikes import mark, set_mark, wants_bytes
 
@@ -55,7 +56,7 @@ class MultiStep:
         memory: "small" where a fused layer that ends in it computes its convolution again in the
             backward pass, "fast" where it keeps the output. Default "fast".
         events: whether a layer that ends in it may add up rows of its weight where its input
-            spikes, on a CPU and where `fused` is set, see events.py. Default True.
+            spikes, on a CPU and where `fused` is set, see events.cpp. Default True.
 
     Attributes of the node may be set afterwards. With v_reset, detach_reset or decay_input other
     than above, a surrogate_function that is not in CLASSES, or store_v_seq, spikingjelly's
@@ -137,10 +138,10 @@ class MultiStep:
     def runs_fused(self, x):
         """Whether a kernel of layers computes it, on a CPU; on a GPU cupy's is as good."""
         may = self.fused and x.device.type == "cpu" and x.dim() == 5 and x.numel()
-        if not may or len(x) > compiler.MAX_T or ops.observed() is not None:
+        if not may or len(x) > compiler.MAX_T:
             return False
-        neuron = ops.constants_of(*self.constants()).neuron
-        return compiler.available("cpu", x.dtype, self.backend, len(x), neuron)
+        neuron = native.constants_of(*self.constants()).neuron
+        return native.available("cpu", x.dtype, self.backend, len(x), neuron)
 
     def multi_step_forward(self, x_seq):
         if not self.is_usual():
@@ -148,15 +149,19 @@ class MultiStep:
                 raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
             spikes, self.v_seq = spikingjelly_lif(x_seq, self)
             return spikes
-        if ops.traced():
+        if traced():
             return traced_lif(x_seq, *self.constants())
-        if self.runs_fused(x_seq):
+        seen = observed() is not None  # operators of PyTorch are wanted
+        if not seen and self.runs_fused(x_seq):
             return fused_neuron(x_seq, self)
+        if torch.compiler.is_compiling():
+            return torch_lif(x_seq, *self.constants())
         backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
         if backend == "spikingjelly":
             spikes, _ = spikingjelly_lif(x_seq, self)
         else:
-            spikes = (torch_lif if backend == "torch" else cupy_lif)(x_seq, *self.constants())
+            function = torch_lif if backend == "torch" or seen else cupy_lif
+            spikes = function(x_seq, *self.constants())
         return mark(spikes) if self.fused else spikes
 
 
@@ -196,7 +201,7 @@ NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
 neuron_maker = partial(plain.neuron_maker, kinds=NEURONS)
 
 
-@cached
+@cache
 def resolve_backend(backend, device_type, dtype):
     """The implementation that `backend` means for tensors of this device and type."""
     if backend == "auto":
@@ -205,7 +210,7 @@ def resolve_backend(backend, device_type, dtype):
         error = cupy_error()
         if error is None:
             return "cupy"
-        say(f"neurons run on spikingjelly's backend: no CuPy ({error})")
+        say(f"neurons run on spikingjelly's backend: {error}")
         return "spikingjelly"
     if backend == "cupy":
         error = "needs a CUDA tensor" if device_type != "cuda" else cupy_error()
@@ -256,28 +261,10 @@ def spikingjelly_lif(x, node):
 
 
 def cupy_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
-    constants = ops.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
-    if x.numel() and native.takes(x):
-        return native.neuron(x, rate_of(x, w), constants)
-    return Neuron.apply(x, rate_of(x, w), constants)
-
-
-class Neuron(torch.autograd.Function):
-    """(x [T, ...], PLIF's rate or None, constants) -> spikes of x's shape and type."""
-
-    @staticmethod
-    def forward(ctx, x, rate, constants):
-        ctx.save_for_backward(x, rate)
-        ctx.constants = constants
-        return ops.integrate(x, rate, *constants[:3])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_spikes):
-        x, rate = ctx.saved_tensors
-        grad, slopes = ops.integrate_backward(grad_spikes, x, rate, *ctx.constants)
-        grad_rate = None if rate is None else slopes.sum(dtype=torch.float64).to(rate.dtype)
-        return grad, grad_rate, None
+    if not x.numel():
+        return torch_lif(x, tau, v_threshold, alpha, kind, w, surrogate)
+    constants = native.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
+    return native.integrate(x, rate_of(x, w), constants)
 
 
 # fused: one pass over memory on a CPU, without a layer around it ----------------------------------
@@ -286,38 +273,8 @@ class Neuron(torch.autograd.Function):
 def fused_neuron(x, lif):
     """Spikes of x [T, B, C, H, W], marked as such."""
     T, x = len(x), x[:1] if x.stride(0) == 0 else x
-    rates, constants = ops.rates_of(lif, x, x.shape[2]), ops.constants_of(*lif.constants())
-    return FusedNeuron.apply(x, rates, T, constants, wants_bytes())
-
-
-class FusedNeuron(torch.autograd.Function):
-    """(x of T steps or one that stands for all, PLIF's rates or None, T, constants, whether the
-    spikes are wanted as bytes too) -> spikes of T steps.
-    """
-
-    @staticmethod
-    def forward(ctx, x, rates, T, constants, bytes_too):
-        ctx.save_for_backward(x, rates)
-        ctx.constants, y = constants, ops.rows(x)
-        shape, norm = (T, *x.shape[1:]), identity(y)
-        spikes, small = ops.fire(y, shape, norm, rates, *constants[:3], bytes_too)
-        if bytes_too:
-            set_mark(spikes, 1, small)
-        return spikes
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_spikes):
-        x, rates = ctx.saved_tensors
-        y = ops.rows(x)
-        grad = torch.empty_like(y)
-        partial = ops.fire_backward(grad_spikes, y, grad, identity(y), rates, *ctx.constants)
-        grad_rates = None if rates is None else partial[:, 2].sum(0)
-        return grad.view_as(x), grad_rates, None, None, None
-
-
-def identity(y):
-    """`norm` of a BatchNorm that is not there: scale 1, and shift 0."""
-    norm = y.new_zeros(5, y.shape[1], dtype=ops.real(y))
-    norm[3].fill_(1)
-    return norm
+    rates, constants = native.rates_of(lif, x, x.shape[2]), native.constants_of(*lif.constants())
+    spikes, *small = native.fire(x, T, rates, constants, wants_bytes())
+    if small:
+        set_mark(spikes, 1, small[0])
+    return spikes

@@ -1,0 +1,33 @@
+"""Who looks on: what must see modules, and operators of PyTorch, called one after another."""
+
+import torch
+from torch.nn.modules import module as hooks
+from torch.overrides import _get_current_function_mode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
+
+
+def traced():
+    """Whether torch.export or torch.jit.trace wants a graph of PyTorch's own operators."""
+    # Within torch.compile is_exporting is always true.
+    exporting = is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing() or exporting
+
+
+def observed():
+    """Why modules and PyTorch's own operators must be called, since something watches them; ""
+    where that needs no line. None: nothing does.
+    """
+    if torch.compiler.is_compiling() or traced():  # torch.compile fuses in its own way
+        return ""
+    before = hooks._global_forward_pre_hooks
+    if before or hooks._global_forward_hooks or hooks._global_backward_hooks:
+        return "hooks on all modules are set"
+    for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):
+        # Such as spikingjelly's operation counters. DeviceContext says where tensors are made.
+        known = mode is None or isinstance(mode, DeviceContext)
+        if not known and not getattr(mode, "counts_kernels", False):
+            return f"{type(mode).__name__} looks at each operation"
+    return None

@@ -1,0 +1,437 @@
+"""The kernels of fused.cu and the sums of events.cpp, each called from Python, as layer.cpp calls
+them: for tests of a kernel alone.
+
+Tensors are rows of C channels in memory: [N, C, H, W] in channels_last, [N, C], or a neuron's
+[T, B, C, H, W] with channels innermost. `norm` and `rates`: see layer.cpp.
+"""
+
+import ctypes
+import math
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from conftest import load
+
+compiler, native = load("cifar10").compiler, load("cifar10").native
+CHUNK, constants_of, rates_of = native.CHUNK, native.constants_of, native.rates_of
+
+
+def real(y):
+    return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+def in_c(y, args):
+    number = ctypes.c_double if y.dtype == torch.float64 else ctypes.c_float
+    return [
+        ctypes.c_longlong(arg)
+        if isinstance(arg, int)
+        else number(arg)
+        if isinstance(arg, float)
+        else pointer(arg)
+        for arg in args
+    ]
+
+
+def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
+    """Run a kernel for tensors of y's type and device; rows and channels, or channels alone, are
+    the first of its arguments.
+    """
+    if not compiler.on_gpu(y.get_device()):
+        build = compiler.Build(y.dtype, T, neuron)
+        return getattr(compiler.host_library(build), name)(*in_c(y, args))
+    launch_cuda(name, y, args, T, neuron)
+
+
+def launch_cuda(name, y, args, T, neuron):
+    device, large = y.get_device(), y.numel() * T >= 2**30
+    address, grid, block = compiler.kernel_at(name, y.dtype, T, neuron, *args[:2], large, device)
+    if name in compiler.OF_COLUMNS:
+        grid = -(-args[0] // compiler.COLUMNS[0]), 1
+    values = in_c(y, args)  # a kernel reads as many bytes of each as its parameter has
+    places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    pointers = [ctypes.c_void_p] * 3
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *pointers)
+    how = (*grid, 1, *block, 1, 0, native.stream_of(device), ctypes.addressof(places), None)
+    assert kind(compiler.driver())(address, *how) == 0
+
+
+def parts(y, rows, channels, T=1):
+    """How many partial sums a kernel makes of each channel."""
+    if not compiler.on_gpu(y.get_device()):
+        return compiler.HOST_PARTS
+    return compiler.tiling(y.element_size(), rows, channels, T)[2][1]
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def rows(x):
+    """[T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last; copied only if need be."""
+    return channels_last(x.flatten(0, -4))
+
+
+def strides_of(shape):
+    """Of [T, B, C, H, W] with channels innermost."""
+    _, B, C, H, W = shape
+    return B * H * W * C, H * W * C, 1, W * C, C
+
+
+def empty(shape, like, dtype=None):
+    """Memory for [T, B, C, H, W], channels innermost; not a view, so that spikes can be marked."""
+    return like.new_empty_strided(shape, strides_of(shape), dtype=dtype)
+
+
+def rows_and_channels(y):
+    """(rows, channels)"""
+    return y.numel() // y.shape[1], y.shape[1]
+
+
+# Neurons ------------------------------------------------------------------------------------------
+
+
+def fire(y, shape, norm, rates, neuron, rate, v_threshold, bytes_too):
+    """Spikes [T, B, C, H, W], of such a shape, of neurons whose input is scale * y + shift. y has
+    the rows of T steps, or of one, which is read T times.
+
+    With `bytes_too` the spikes again, as bytes, in place of an empty tensor.
+    """
+    T, B, C, H, W = shape
+    spikes, rows = empty(shape, y), B * H * W
+    small = empty(shape, y, torch.uint8) if bytes_too else y.new_empty(0, dtype=torch.uint8)
+    step = rows * C if y.numel() == spikes.numel() else 0
+    args = (y, spikes, small if bytes_too else None, norm, rates, rate, v_threshold)
+    launch("fire", y, rows, C, step, *args, T=T, neuron=neuron)
+    return spikes, small
+
+
+def fire_(y, T, norm, rates, neuron, rate, v_threshold):
+    """As `fire`, but the spikes overwrite y, which has all T steps."""
+    rows, C = rows_and_channels(y)
+    args = (y, y, None, norm, rates, rate, v_threshold)
+    launch("fire", y, rows // T, C, rows // T * C, *args, T=T, neuron=neuron)
+
+
+def fire_backward(grad_spikes, y, grad, norm, rates, neuron, rate, v_threshold, alpha):
+    """Writes the gradient of scale * y + shift into grad, which is like y.
+
+    Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
+    y - mean; with `rates` [parts, 3, C], the last for their gradient.
+    """
+    T, C = len(grad_spikes), y.shape[1]
+    if grad_spikes.stride() != strides_of(grad_spikes.shape):
+        grad_spikes = rows(grad_spikes)
+    count = grad_spikes.numel() // (T * C)
+    partial = norm.new_empty(parts(y, count, C, T), 2 if rates is None else 3, C)
+    step = count * C if y.numel() == grad_spikes.numel() else 0
+    args = (y, grad_spikes, grad, norm, rates, rate, v_threshold, alpha, partial)
+    launch("fire_backward", y, count, C, len(partial), step, *args, T=T, neuron=neuron)
+    return partial
+
+
+def time_major(x):
+    """x with each x[t] a dense block of memory, dimensions in any order; copied only if need be."""
+    dense = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size > 1 and stride != dense:
+            return x.contiguous()
+        dense *= size
+    return x
+
+
+def like_steps(x):
+    """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
+    return x.new_empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
+
+
+def sizes_in_time(x):
+    """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
+    size, channels = math.prod(x.shape[1:]), channels_in_time(x)
+    return size // channels, channels, x.shape[0], x.stride(0)
+
+
+def channels_in_time(x):
+    """The length of rows for `integrate`, all of which begin at multiples of it in memory: a GPU
+    loads several channels at once, from such places alone.
+    """
+    return math.gcd(math.prod(x.shape[1:]), x.stride(0), x.storage_offset(), 1024)
+
+
+def integrate(x, own, neuron, rate, v_threshold):
+    """Spikes of x, [T, ...], T and the layout as they may be; `own` is the layer's rate of PLIF."""
+    x = time_major(x)
+    spikes = like_steps(x)
+    if x.numel():
+        args = (x, spikes, own, rate, v_threshold)
+        launch("integrate", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
+    return spikes
+
+
+def integrate_backward(grad_spikes, x, own, neuron, rate, v_threshold, alpha):
+    """The gradients of x, and of `own` a part from each neuron; no part where it is None."""
+    x = time_major(x)
+    grad, upstream = like_steps(x), grad_spikes
+    if upstream.stride() != grad.stride():
+        upstream = like_steps(x).copy_(grad_spikes)
+    slopes = x.new_empty(0 if own is None else math.prod(x.shape[1:]), dtype=real(x))
+    if x.numel():
+        args = (x, upstream, grad, own, rate, v_threshold, alpha, None if own is None else slopes)
+        launch("integrate_backward", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
+    return grad, slopes
+
+
+# BatchNorm ----------------------------------------------------------------------------------------
+
+
+def statistics(y):
+    """The sums that batch_norm needs of y's rows, in parts."""
+    rows, C = rows_and_channels(y)
+    partial = y.new_empty(parts(y, rows, C), 2, C, dtype=real(y))
+    launch("statistics", y, rows, C, len(partial), y, partial)
+    return partial
+
+
+def batch_norm(
+    y, partial, norm, start, repeats, eps, momentum, gamma, beta, bias, mean, var, batches
+):
+    """Writes `norm` of a BatchNorm, whose channels begin at `start` of those of y, each row of
+    which counts `repeats` times. Its running statistics, if there are any, move on; the bias is the
+    convolution's, which y lacks.
+    """
+    rows, C = rows_and_channels(y)
+    sizes = (gamma.shape[0], C, start, len(partial), rows, repeats, eps, momentum)
+    launch("batch_norm", y, *sizes, y, partial, gamma, beta, bias, norm, mean, var, batches)
+
+
+def running_norm(norm, start, mean, var, bias, gamma, beta, eps):
+    """Writes scale and shift of a BatchNorm's running statistics into `norm`, in which its channels
+    begin at `start`. The bias is the convolution's, which y lacks.
+    """
+    args = (start, eps, mean, var, bias, gamma, beta, norm)
+    launch("running_norm", norm, mean.shape[0], norm.shape[1], *args)
+
+
+def batch_norm_backward(partial, norm, rows):
+    """`sums` from the partial sums of y's rows: [7, C], gradients of beta, gamma and `rates`, three
+    rows that normalise_backward and pool_backward need, and zeros.
+    """
+    count, kinds, C = partial.shape
+    sums = norm.new_empty(7, C)
+    launch("batch_norm_backward", norm, C, count, kinds, rows, partial, norm, sums)
+    return sums
+
+
+def gradient_sums(grad, y, norm):
+    """As fire_backward returns, for a BatchNorm without a neuron behind it."""
+    rows, C = rows_and_channels(y)
+    partial = norm.new_empty(parts(y, rows, C), 2, C)
+    launch("gradient_sums", y, rows, C, len(partial), y, grad, norm, partial)
+    return partial
+
+
+def normalise(y, norm):
+    """scale * y + shift."""
+    out = torch.empty_like(y)
+    launch("normalise", y, *rows_and_channels(y), y, out, norm)
+    return out
+
+
+def normalise_backward(grad, y, out, sums):
+    """Writes the gradient of BatchNorm's input y into out, which may be grad, the gradient of its
+    output.
+    """
+    launch("normalise_backward", y, *rows_and_channels(y), y, grad, out, sums)
+
+
+# Max-pooling --------------------------------------------------------------------------------------
+
+
+def pool(y, norm, with_taps):
+    """What of y, [N, C, H, W], a 3x3 max-pool of stride 2 behind its BatchNorm would take: where
+    the scale in `norm` is negative, minima.
+
+    Returns these values and, empty but `with_taps`, for each which of the nine places it came from,
+    as a byte.
+    """
+    N, C, H, W = y.shape
+    pooled = y.new_empty(N, (H + 1) // 2, (W + 1) // 2, C).permute(0, 3, 1, 2)
+    taps = torch.empty_like(pooled if with_taps else y[:0], dtype=torch.uint8)
+    args = (y, norm, pooled, taps if with_taps else None)
+    launch("pool", y, *rows_and_channels(pooled), H, W, *args)
+    return pooled, taps
+
+
+def pool_backward(grad, taps, y, sums):
+    """The gradient of y where a max-pool comes before BatchNorm; `grad` is of pooled values."""
+    grad_y = torch.empty_like(y)
+    launch("pool_backward", y, *rows_and_channels(y), *y.shape[2:], y, grad, taps, grad_y, sums)
+    return grad_y
+
+
+def every_kernel(y, shape):
+    """Launches all kernels of a layer with a max-pool, one without, and a neuron alone, for y
+    [T*B, C, H, W] in channels_last, whose spikes have this shape.
+    """
+    C, T = y.shape[1], shape[0]
+    row, norm = torch.rand(C, dtype=real(y), device=y.device), y.new_empty(5, C, dtype=real(y))
+    neuron, alpha = (None, "MULTIPLY sigmoid", 0.5, 1.0), 4.0
+    batches = torch.zeros((), dtype=torch.long, device=y.device)
+    running_norm(norm, 0, row, row, None, row, row, 1e-5)
+    batch_norm(y, statistics(y), norm, 0, 1, 1e-5, 0.1, row, row, None, row, row, batches)
+    spikes, grad = fire(y, shape, norm, *neuron, True)[0], torch.empty_like(y)
+    partial = fire_backward(spikes, y, grad, norm, *neuron, alpha)
+    sums = batch_norm_backward(partial, norm, y.numel() // C)
+    normalise_backward(grad, y, grad, sums)
+    normalise(y, norm)
+    gradient_sums(grad, y, norm)
+    pooled, taps = pool(y, norm, True)
+    pool_backward(pooled, taps, y, sums)
+    x = y.unflatten(0, (T, -1))
+    integrate_backward(integrate(x, *neuron), x, *neuron, alpha)
+
+
+# Convolutions of spikes on a CPU ------------------------------------------------------------------
+
+
+def events_library(dtype):
+    library = compiler.events_library(dtype)
+    library.find.restype = ctypes.c_long
+    return library
+
+
+def find(x, dtype):
+    """(bits of the places of x that are not 0, share of these, x's values or None if all are 1).
+
+    dtype: the weight's, and x's where x is no bytes.
+    """
+    N, C, H, W = x.shape
+    bits = torch.empty(N * H, -(-W * C // 64), dtype=torch.int64)
+    count = events_library(dtype).find(*numbers(N * H, W * C), *values_of(x), pointer(bits))
+    return bits, abs(count) / x.numel(), x if count < 0 else None
+
+
+def convolve(x, weight, stride, padding):
+    """[N, C, H, W] -> [N, C', H', W'], both in channels_last."""
+    if x.dtype not in (weight.dtype, torch.uint8):
+        raise ValueError(f"the input is {x.dtype}, but the weight {weight.dtype}")
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    shape, (N, *_, height, width, channels) = geometry(x.shape, weight, stride, padding)
+    y = weight.new_empty(N, height, width, channels)
+    args = *values_of(x), pointer(weight), pointer(y), *numbers(torch.get_num_threads())
+    events_library(weight.dtype).convolve(shape, *args)
+    return y.permute(0, 3, 1, 2)
+
+
+def unpack(shape, bits, values, dtype):
+    """The x, [N, C, H, W] of this shape, that `find` has seen: its values or, from bits, bytes."""
+    if values is not None:
+        return values
+    N, C, H, W = shape
+    x = torch.empty(N, H, W, C, dtype=torch.uint8)
+    events_library(dtype).unpack(*numbers(N * H, W * C), pointer(bits), pointer(x))
+    return x.permute(0, 3, 1, 2)
+
+
+def weight_gradient(x_shape, bits, values, grad, weight, stride, padding):
+    """The weight's gradient, in channels_last; `grad`, in channels_last, is that of the output."""
+    shape, _ = geometry(x_shape, weight, stride, padding)
+    out = torch.empty_like(weight, memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    args = (pointer(bits), *values_of(values), pointer(grad), pointer(out), *numbers(threads))
+    events_library(weight.dtype).weight_gradient(shape, *args)
+    return out
+
+
+def geometry(x_shape, weight, stride, padding):
+    (N, C, H, W), (channels, _, *kernel) = x_shape, weight.shape
+    out = [
+        (size + 2 * pad - k) // step + 1
+        for size, pad, k, step in zip((H, W), padding, kernel, stride, strict=True)
+    ]
+    if min(out) < 1:
+        raise ValueError(f"a kernel of {list(kernel)} does not fit in an input of {[H, W]}")
+    sizes = (N, H, W, C, *out, channels)
+    return (ctypes.c_long * 13)(*sizes, *kernel, *stride, *padding), sizes
+
+
+def numbers(*values):
+    return map(ctypes.c_long, values)
+
+
+def pointer(x):
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+
+
+def values_of(x):
+    return pointer(x), ctypes.c_bool(x is not None and x.dtype == torch.uint8)
+
+
+# A GPU that is not there --------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """A kernel that ran: its name, its Build, and its arguments as numbers."""
+
+    name: str
+    build: compiler.Build
+    args: tuple
+
+
+CTYPES = {"int": "c_int", "long long": "c_longlong", "float": "c_float", "double": "c_double"}
+
+
+def kinds_of(build, name):
+    """The type in C of each parameter of a kernel on a CPU, as the source has them."""
+    defines = dict(word[2:].split("=", 1) for word in build.defines(compiler.HOST_CTYPES))
+    known = {"index_t": "long long", **defines}
+    (parameters,) = re.findall(rf"ENTRY\s+{name}\(([^)]*)\)\s*\{{", compiler.KERNELS)
+    for parameter in parameters.split(","):
+        kind = re.sub("const |__restrict__ ", "", parameter).strip().rpartition(" ")[0]
+        pointer = "*" in parameter
+        yield ctypes.c_void_p if pointer else getattr(ctypes, CTYPES[known.get(kind, kind)])
+
+
+def forget():
+    for function in (native.plan_of, native.plan_of_neuron):
+        function.cache_clear()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A CPU in the place of a GPU: layer.cpp launches its kernels by a cuLaunchKernel of the test's.
+    Returns the Launches.
+    """
+    known, launches = [], []
+
+    def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
+        build = compiler.Build(dtype, T, neuron)
+        function = getattr(compiler.host_library(build), name)
+        known.append((name, build, function, [*kinds_of(build, name)]))
+        return len(known), (1, compiler.HOST_PARTS), (1, 1)
+
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, pointer, *[number] * 7, pointer, pointer, pointer)
+    def driver(address, *how):
+        name, build, function, kinds = known[address - 1]
+        places = ctypes.cast(how[8], ctypes.POINTER(pointer))
+        args = [kind.from_address(places[i]) for i, kind in enumerate(kinds)]
+        launches.append(Launch(name, build, tuple(arg.value for arg in args)))
+        function(*args)
+        return 0
+
+    modules = load("cifar10")
+    monkeypatch.setattr(compiler, "on_gpu", lambda device: True)
+    monkeypatch.setattr(native, "kernel_at", kernel_at)
+    monkeypatch.setattr(compiler, "driver", lambda: ctypes.cast(driver, pointer).value)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
+    for module in (modules.layer, modules.spikes):
+        monkeypatch.setattr(module, "takes_events", lambda *args: False)
+    monkeypatch.setattr(modules.neuron, "resolve_backend", lambda *args: "cupy")
+    monkeypatch.setattr(modules.neuron.MultiStep, "runs_fused", lambda neuron, x: False)
+    forget()
+    yield launches
+    forget()
