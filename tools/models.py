@@ -107,11 +107,13 @@ def open_checkpoint(path, folder, flags, say=True):
 
 @contextlib.contextmanager
 def one_line(modules):
-    """A UserError within ends the tool with one line."""
+    """A fault of the user or the machine within ends the tool with one line, as in test.py."""
     try:
         yield
-    except modules.log.UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:
+        if (reason := modules.process.explain(error)) is None:
+            raise
+        raise SystemExit(f"error: {modules.log.escaped(reason)}") from None
 
 
 def test_batches(modules, tested, dataset=None):
