@@ -13,7 +13,7 @@ from torchvision import datasets, transforms
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError, first_line
-from images import list_folder, list_split, list_unlabelled, read_image, to_rgb
+from images import list_folder, list_split, read_image, to_rgb
 
 CIFAR = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
 SAME = "no_aug mean std crop_pct scale ratio hflip vflip color_jitter".split()  # keys as in timm
@@ -129,11 +129,6 @@ def own_test_set(cfg):
     if cfg.severity:
         raise UserError(f"severity is {cfg.severity}, but test_path is {cfg.test_path}, no .npy")
     return Folder(*list_folder(path), transform)
-
-
-def find_images(cfg):
-    """Images of the folder cfg.predict and below it, with their index."""
-    return Folder(list_unlabelled(cfg.predict), (), build_transform(cfg, False))
 
 
 def read_corrupted(path, severity):

@@ -157,8 +157,6 @@ RUN = {
     "freeze": TrainKey(int, 0, "first stages that keep their weights", 0, 3, fixed=same),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
-    "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted"),
-    "predictions": TestKey(Path, "predict.csv", "new file for what predict finds"),
     "log_interval": TrainKey(int, 50, "steps between lines", 1, 1_000_000, aliases=("print_freq",)),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
@@ -167,7 +165,8 @@ KEYS = grouped(
 
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
-    "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
+    "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy predict",
+    "predict is a tool now": "predictions",
     "amp is PyTorch's own": "apex_amp native_amp",
     "BatchNorm keeps PyTorch's constants, as in the published run": "bn_eps bn_momentum bn_tf",
     "compile uses torch.compile": "torchscript",

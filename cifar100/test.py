@@ -7,79 +7,22 @@ Network, input and data set are those that the checkpoint was trained with; a fl
 Usage:
     python test.py                     # the newest best.pth under output/; writes test-best.json
     python test.py --checkpoint output/cifar100/best.pth
-    python test.py --predict photos    # the classes of images, to predict.csv (--predictions FILE)
     torchrun --nproc_per_node=8 test.py             # the same figures, sooner
 """
 
 import harness  # noqa: F401  # isort: skip  # sets what torch reads from the environment
 
-import csv
-import io
-import itertools
-import os
-from pathlib import Path
-
-import torch
-
 import data
 import options
-from harness.build import load_tested, measure, names_in
+from harness.build import load_tested, measure
 from harness.config import read_settings
-from harness.folder import write_whole
-from harness.graph import graphed
-from harness.log import UserError, logger, progress
-from harness.meters import make_autocast
 from harness.process import run
 from harness.run import enter
 
 
-@torch.inference_mode()
-def predict(tested, names, path):
-    """Write a csv: of each image file, class, its name where known, probability, the next best."""
-    cfg, ranks = tested.cfg, tested.ranks
-    images, autocast = data.find_images(cfg), make_autocast(cfg, ranks, cfg.eval_amp)
-    model = graphed(tested.model.eval(), cfg, ranks)
-    rows = []
-    for batch, indices in progress(data.test_loader(cfg, images, ranks), "predict", ranks):
-        with autocast():
-            logits = model(batch)
-        top = logits.double().softmax(1).topk(min(5, logits.shape[1]))
-        for index, values, classes in zip(*map(torch.Tensor.tolist, (indices, *top)), strict=True):
-            row = [index, Path(images.samples[index][0]).relative_to(cfg.predict)]
-            for number, value in zip(classes, values, strict=True):
-                row += [number, *([names[number]] if names else []), f"{value:.6f}"]
-            rows.append(row)
-    rows = [row for _, *row in sorted(itertools.chain(*ranks.gather(rows)))]
-    if not rows:
-        raise UserError(f"predict: no image in {cfg.predict} can be read")
-    columns = ("class", "name", "probability") if names else ("class", "probability")
-    best, text = range(1, len(rows[0]) // len(columns) + 1), io.StringIO(newline="")
-    head = ["file", *(f"{column}{k}" for k in best for column in columns)]
-    csv.writer(text).writerows([head, *rows])
-    # Names of files keep their bytes, whatever they encode.
-    content = text.getvalue().encode(errors="surrogateescape")
-    ranks.from_main(lambda: write_whole(path, content))
-    logger.info(f"{len(rows)} images: {path}")
-
-
-def check_predictions(path):
-    """UserError, before the work, where predictions can't be written or would replace others."""
-    if os.path.lexists(path):
-        raise UserError(f"predictions: {path} is there already; name another file")
-    write_whole(path, b"")
-    path.unlink()
-
-
 def main(argv=None):
     settings = read_settings(options, argv, "test", "Test QKFormer on CIFAR.")
-    ranks, predictions = enter(settings), Path(settings.predictions)
-    if settings.predict:
-        ranks.from_main(lambda: check_predictions(predictions))
-    tested = load_tested(settings, options, data, ranks)
-    if settings.predict:
-        predict(tested, names_in(tested.classes), predictions)
-    else:
-        measure(tested, data)
+    measure(load_tested(settings, options, data, enter(settings)), data)
     return 0
 
 

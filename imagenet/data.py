@@ -24,7 +24,7 @@ from torchvision import transforms
 import photos
 from harness.batches import BatchLoader, seeded, test_batches, train_batches
 from harness.log import UserError, logger
-from images import BadImage, list_folder, list_split, list_unlabelled, read_image, to_rgb
+from images import BadImage, list_folder, list_split, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
 
@@ -143,12 +143,6 @@ def own_test_set(cfg):
     samples, classes = list_folder(cfg.test_path)
     transform, skip = build_transform(cfg, False), cfg.on_bad_image == "skip"
     return Images(samples, read_image, transform, skip, classes=classes)
-
-
-def find_images(cfg):
-    """Images of the folder cfg.predict and below it, with their index."""
-    samples, skip = list_unlabelled(cfg.predict), cfg.on_bad_image == "skip"
-    return Images(samples, read_image, build_transform(cfg, False), skip)
 
 
 def class_names(classes=None):

@@ -86,16 +86,6 @@ def list_images(folder, others):
     return sorted(found, key=os.path.split)
 
 
-def list_unlabelled(folder):
-    """[(path, index)] of the images in a folder and below it, in the order of their paths."""
-    if not os.path.isdir(folder):
-        raise UserError(f"predict is {folder}, which is not a folder")
-    others = Counter()
-    paths = sorted(map(Path, list_images(folder, others)))
-    say_others(folder, others)
-    return [(str(path), index) for index, path in enumerate(paths)]
-
-
 def kind_of(name):
     return "hidden" if name[0] == "." else Path(name).suffix or "without a suffix"
 

@@ -132,11 +132,6 @@ RUN = {
     "log_interval": TrainKey(int, 50, "steps between lines", 1, 1_000_000, aliases=("print_freq",)),
     "checkpoint": TestKey(Path, None, "what to test; none: the newest best.pth", back=""),
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
-    "predict": TestKey(Path, None, "folder of images without labels, whose classes are predicted"),
-    "predictions": TestKey(Path, "predict.csv", "file for what predict finds, which must not be "
-        "there yet"),
-    "labels": TestKey(Path, None, "text file with a line for each class, whose first word goes "
-        "into predictions"),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
 KEYS = grouped(
@@ -144,7 +139,8 @@ KEYS = grouped(
 
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
-    "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
+    "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy predict",
+    "predict is a tool now": "labels predictions",
     "batches are not split": "resplit",
     "curves are in the run's folder": "log_dir",
     "pin_mem: false means that": "no_pin_mem",

@@ -275,7 +275,7 @@ def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys
     ("folder", "script", "flag", "line"),
     [
         ("cifar10", "train", "--checkpoint", "train.py; --finetune or --resume is meant"),
-        ("imagenet", "train", "--predict", "train.py$"),
+        ("imagenet", "train", "--use-ema", "train.py$"),
         ("cifar10", "test", "--epochs", "test.py$"),
         ("imagenet", "test", "--blr", "test.py$"),
         ("cifar10-dvs", "test", "--surrogate-alpha", "test.py$"),
@@ -286,11 +286,37 @@ def test_a_flag_of_the_other_script(folder, script, flag, line, tmp_path):
     scripts.
     """
     folder, name = load(folder), flag.lstrip("-").replace("-", "_")
+    value = "true" if name == "use_ema" else "1"
     with pytest.raises(folder.config.UserError, match=f"--{name} is not read by {line}"):
-        read(flag, "1", folder=folder, script=script)
-    (tmp_path / "both.yml").write_text(f"{name}: 1\n")
+        read(flag, value, folder=folder, script=script)
+    (tmp_path / "both.yml").write_text(f"{name}: {value}\n")
     assert name in read("-c", tmp_path / "both.yml", folder=folder, script=script).said
-    assert name in read(flag, "1", folder=folder).said
+    assert name in read(flag, value, folder=folder).said
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_is_a_tool_now(name, tmp_path):
+    """An error: else a plain test would pass for it. What an older run's args.yaml has is not."""
+    folder, yml = load(name), tmp_path / "a.yml"
+    tools = {"energy": "energy"}
+    tools |= {"predict": "predict"} if hasattr(folder, "images") else {}
+    for flag, tool in tools.items():
+        yml.write_text(f"{flag}: 3\n")
+        told = f"{flag} has no effect: it is a tool now: python tools/{tool}.py CHECKPOINT"
+        assert (ROOT / "tools" / f"{tool}.py").is_file()
+        for script, *argv in (
+            ("test", f"--{flag}", "x"),
+            ("train", f"--{flag}=x"),
+            ("test", "-c", yml),
+        ):
+            with pytest.raises(folder.config.UserError, match=f": {told}$"):
+                read(*argv, folder=folder, script=script)
+        assert read("-c", yml, folder=folder, script="train").notes == [f"a.yml, line 1: {told}"]
+    yml.write_text("energy: false\nattend: null\n")
+    assert len(read("-c", yml, folder=folder, script="test").notes) == 2
+    if "predict" in tools:
+        yml.write_text("predict: null\npredictions: predict.csv\n")
+        assert len(read("-c", yml, folder=folder, script="test").notes) == 2
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -1,11 +1,9 @@
 """cifar10/ on a folder of images, without code; cifar100/ has a copy of it."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from conftest import on_cpu
@@ -77,31 +75,6 @@ def test_a_run(data, tmp_path, capsys):
         assert f"top-1 {json.loads(line)['test_acc1']:.2f} %" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"num_classes is 2, but the data has 3 classes"):
         cifar10.train.main(on_cpu([*TINY, *flags, "--num-classes", 2]))
-
-
-def test_predict(trained_on_images, image_data, tmp_path, capsys):
-    """Classes and probabilities of every image, by hand, with the names of the run's classes."""
-    path = trained_on_images / "best.pth"
-    flags = ["--checkpoint", path, "--predict", image_data / "train"]
-    flags += ["--predictions", tmp_path / "found.csv", "--amp", "false"]
-    cifar10.test.main(on_cpu(flags))
-    assert f"12 images: {tmp_path / 'found.csv'}" in capsys.readouterr().out
-    model, transform, classes = cifar10.build.load(cifar10.options, cifar10.data, path)
-    with open(tmp_path / "found.csv") as file:
-        rows = [*csv.DictReader(file)]
-    names = [f"{title}{k}" for k in (1, 2, 3) for title in ("class", "name", "probability")]
-    assert [*rows[0]] == ["file", *names] and classes == [*CLASSES] and len(rows) == 12
-    for row in rows:
-        image = Image.open(image_data / "train" / row["file"])
-        with torch.no_grad():
-            want = model(transform(image)[None]).softmax(1)[0]
-        order = [int(row[f"class{k}"]) for k in (1, 2, 3)]
-        found = [float(row[f"probability{k}"]) for k in (1, 2, 3)]
-        assert found == pytest.approx(want[order].tolist(), abs=1e-5) and sorted(order) == [0, 1, 2]
-        assert found == sorted(found, reverse=True)
-        assert [row[f"name{k}"] for k in (1, 2, 3)] == [CLASSES[number] for number in order]
-    with pytest.raises(UserError, match="is there already"):
-        cifar10.test.main(on_cpu(flags))
 
 
 def test_prepare(data, tmp_path, capsys):

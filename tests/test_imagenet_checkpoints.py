@@ -1,6 +1,5 @@
-"""imagenet/: the release's checkpoints, fine-tuning, test.py and its predictions."""
+"""imagenet/: the release's checkpoints, fine-tuning and test.py."""
 
-import csv
 import json
 import subprocess
 
@@ -15,11 +14,6 @@ from on_photos import UserError, build, imagenet, load_weights, photos, release_
 checkpoints, released = imagenet.checkpoint, imagenet.released
 
 
-def rows_of(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
 def golden_file(path, narrow, classes=2):
     """One of the release's, of a narrow network whose neurons fire."""
     model = Golden.fill(build(resolve(*narrow), True, classes)).float()
@@ -32,37 +26,6 @@ def probabilities(model, paths):
     transform = imagenet.data.input_transform(resolve("--input_size", 32))
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     return model(images).double().softmax(1)
-
-
-def test_predictions_of_a_released_file(tmp_path, narrow, photo_data, lines):
-    """Of 1,000 classes, with the release's semantics; names are of a label file, here one with a
-    byte-order mark, or ImageNet's.
-    """
-    path, model = golden_file(tmp_path / "released.pth", narrow, 1000)
-    labels = tmp_path / "labels.txt"
-    text = "".join(f"n{number:08d} word, other word\n" for number in range(1000))
-    labels.write_bytes(text.encode("utf-8-sig"))
-    photographs = sorted((photo_data / "val").rglob("*.JPEG"))[:3]
-    some = tmp_path / "some" / "below"
-    some.mkdir(parents=True)
-    for number, photo in enumerate(photographs):
-        (some / f"{number}.jpg").write_bytes(photo.read_bytes())
-    args = ["--checkpoint", path, "--predict", some.parent, "--input_size", 32, "--num_heads", 2]
-    args += ["--num_workers", 0, "--fused", "no", "--predictions", tmp_path / "predict.csv"]
-    text = lines(imagenet.test.main, *args, "--labels", labels)
-    assert "warning" in text and "cross_sample_lif: true" in text
-    rows = rows_of(tmp_path / "predict.csv")
-    assert [row["file"] for row in rows] == [f"below/{number}.jpg" for number in range(3)]
-    assert [*rows[0]][:5] == ["file", "class1", "name1", "probability1", "class2"]
-    for row, want in zip(rows, probabilities(model, photographs), strict=True):
-        assert [int(row[f"class{k}"]) for k in range(1, 6)] == want.topk(5).indices.tolist()
-        assert float(row["probability1"]) == pytest.approx(want.max().item(), abs=1e-6)
-        assert all(row[f"name{k}"] == f"n{int(row[f'class{k}']):08d}" for k in range(1, 6))
-    (tmp_path / "predict.csv").unlink()
-    lines(imagenet.test.main, *args)
-    names = imagenet.data.class_names()
-    for row in rows_of(tmp_path / "predict.csv"):
-        assert all(row[f"name{k}"] == names[int(row[f"class{k}"])] for k in range(1, 6))
 
 
 def test_finetune(tmp_path, narrow, lines):
@@ -241,65 +204,10 @@ def test_101_images_on_two_ranks(tmp_path, narrow):
     assert results["false", 1] == results["false", 2] != results["true", 1] == results["true", 2]
 
 
-@pytest.mark.long
-def test_predictions_of_two_ranks(tmp_path, narrow, photo_data):
-    """Those of one process by hand; names are of the checkpoint's classes."""
-    _, model = golden_file(tmp_path / "released.pth", narrow)
-    path = tmp_path / "best.pth"
-    content = {"model": model.state_dict(), "classes": [*photos.CLASSES], "config": {}}
-    torch.save({**content, "cross_sample_lif": True}, path)
-    args = [
-        *narrow,
-        "--checkpoint",
-        path,
-        "--predict",
-        photo_data / "val",
-        "--val_batch_size",
-        5,
-        "--fused",
-        "no",
-    ]
-    script("imagenet", "test", *args, "--predictions", tmp_path / "2.csv", ranks=2)
-    rows, names = rows_of(tmp_path / "2.csv"), imagenet.data.class_names(photos.CLASSES)
-    paths = [photo_data / "val" / row["file"] for row in rows]
-    assert paths == sorted((photo_data / "val").rglob("*.JPEG")) and len(paths) == 48
-    want = [probabilities(model, paths[at : at + 5]) for at in range(0, 48, 5)]
-    for row, values in zip(rows, torch.cat(want), strict=True):
-        assert int(row["class1"]) == values.argmax()
-        assert float(row["probability1"]) == pytest.approx(values.max().item(), abs=1e-6)
-        assert row["name1"] == names[int(row["class1"])]
-
-
-def test_classes_that_are_no_names():
-    """In a stranger's checkpoint: as if there were none."""
-    cfg = resolve()
-    for classes in ([["1"], ["2"]], "ab", {"a": 1, "b": 2}):
-        assert imagenet.test.class_names(cfg, classes, 2) is None
-    assert imagenet.test.class_names(cfg, ["a", "n01440764"], 2)[0] == "a"
-
-
-def test_test_errors(tmp_path, narrow, lines):
-    def last(*args):
-        return lines(imagenet.test.main, *narrow, "--checkpoint", best, *args).splitlines()[-1]
-
+def test_width_of_a_checkpoint(tmp_path, narrow, lines):
     best, _ = golden_file(tmp_path / "best.pth", narrow)
-    folder, free = tmp_path / "photos", tmp_path / "predict.csv"
-    folder.mkdir()
-    assert "best.pth is of dim 64" in last("--dim", 32)
-    into = ("--predictions", free)
-    assert "not a folder" in last("--predict", tmp_path / "none", *into)
-    assert "holds no images" in last("--predict", folder, *into)
-    gone = tmp_path / "gone" / "predict.csv"
-    assert f"{gone}: can't be written" in last("--predict", folder, "--predictions", gone)
-    (folder / "a.JPEG").write_bytes(b"")
-    said = last("--predict", folder, *into, "--on_bad_image", "skip")
-    assert said == f"error: predict: no image in {folder} can be read" and not free.exists()
-    free.write_text("of before")
-    assert "is there already" in last("--predict", folder, *into)
-    assert free.read_text() == "of before"
-    free.unlink()
-    (tmp_path / "labels.txt").write_text("n1\n")
-    assert "1 lines" in last("--predict", folder, *into, "--labels", tmp_path / "labels.txt")
+    said = lines(imagenet.test.main, *narrow, "--checkpoint", best, "--dim", 32)
+    assert "best.pth is of dim 64" in said.splitlines()[-1]
 
 
 def test_names_of_keys(tmp_path):

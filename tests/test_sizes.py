@@ -18,7 +18,6 @@ from PIL import Image
 
 from conftest import build_model, load, resolve_in
 from on_events import cpu, resolve, write
-from on_photos import imagenet
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 IMAGES = ("cifar10", "cifar100", "imagenet")
@@ -198,26 +197,6 @@ def test_files_that_are_left_out(folder, tmp_path, caplog):
     assert line.startswith(start)
     for part in ("1 .txt", "1 hidden", "1 without a suffix", "1 .png"):
         assert part in line
-
-
-def test_files_that_are_not_predicted(tmp_path, caplog):
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-    (tmp_path / "2.heic").touch()
-    caplog.set_level(logging.INFO, "qkformer")
-    cfg = resolve_in(imagenet, "--predict", tmp_path)
-    assert len(imagenet.data.find_images(cfg)) == 1
-    assert caplog.messages == [f"{tmp_path}: 1 files are left out (1 .heic)"]
-
-
-def test_name_of_predictions(tmp_path):
-    """The whole name is tried, before the work, and leaves nothing."""
-    check, name = imagenet.test.check_predictions, "x" * 300
-    assert "File name too long" in refused(imagenet, check, tmp_path / name)
-    assert "No such file" in refused(imagenet, check, tmp_path / "none" / "x.csv")
-    (tmp_path / "there").touch()
-    assert "is there already" in refused(imagenet, check, tmp_path / "there")
-    check(tmp_path / "x.csv")
-    assert os.listdir(tmp_path) == ["there"]
 
 
 # Event data

@@ -122,3 +122,12 @@ def test_batches(modules, tested, dataset=None):
     dataset = dataset or modules.data.build_dataset(cfg, False, ranks)
     loader = modules.data.test_loader(cfg, dataset, ranks)
     return loader, modules.meters.make_autocast(cfg, ranks, cfg.eval_amp)
+
+
+def image_files(modules, cfg, samples, classes=()):
+    """A data set of image files [(path, number)], prepared as in testing."""
+    data, transform = modules.data, modules.data.build_transform(cfg, False)
+    if hasattr(data, "Folder"):
+        return data.Folder(samples, classes, transform)
+    skip = cfg.on_bad_image == "skip"
+    return data.Images(samples, modules.images.read_image, transform, skip, classes=classes)

@@ -215,7 +215,11 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         if name is None:
             if spelled not in no_effect:
                 raise UserError(f"{where}: unknown key {_with_hint(spelled, names, no_effect)}")
-            settings.notes.append(f"{where}: {spelled} has no effect: {no_effect[spelled]}")
+            why = f"has no effect: {no_effect[spelled].replace('NAME', spelled)}"
+            asked = text not in (*NULLS, "false") and (script == "test" or not source)
+            if asked and "tools/" in why:  # a plain test, or a run, would pass for it
+                raise UserError(f"{where}: {spelled} {why}")
+            settings.notes.append(f"{where}: {spelled} {why}")
             continue
         scripts = keys[name].scripts
         if scripts and script not in (None, *scripts) and not source:
