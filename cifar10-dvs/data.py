@@ -3,7 +3,6 @@
 import copy
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,11 +83,6 @@ def open_frames(cfg, folder, train):
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
     return Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
-
-
-def own_test_set(cfg):
-    """The frames of test_path, in a folder for each class, as those of data_path are."""
-    return open_frames(cfg, Path(cfg.test_path), False)
 
 
 # Copied from dvs128-gesture/data.py

@@ -54,7 +54,6 @@ DATA = {
         "download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data", "folder whose download/ has the recordings; the frames are "
         "made beside that", aliases=("data_dir",)),
-    "test_path": TestKey(Path, None, "another test set: a folder of class folders with frames"),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "split_seed": Key(int, None, "seed of a random 9 : 1 split of each class; none: the release's "
@@ -143,6 +142,7 @@ KEYS = grouped(
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
+    "it is a tool now: python tools/shifted.py CHECKPOINT": "test_path",
     "an epoch is one pass over the data": "epoch_repeats",
     "curves always go to TensorBoard": "tb",
     "spikes always wait for the backward pass as bytes": "byte_spikes",

@@ -58,8 +58,6 @@ DATA = {
         flags=("-d",), choices=("torch/cifar10", "torch/cifar100", "digits", "folder")),
     "data_path": Key(Path, "./data", "where the data set is, or is downloaded to; of dataset: "
         "folder that of train/ and val/", flags=("-data-dir",), aliases=("data_dir",)),
-    "test_path": TestKey(Path, None, "another test set: class folders, or a .npy of CIFAR-10-C"),
-    "severity": TestKey(int, None, "part of that .npy; none: all", 1, 5),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "img_size": Key(int, 32, "height and width of the network's input", 4, 4096),
@@ -165,6 +163,7 @@ KEYS = grouped(
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy predict",
+    "it is a tool now: python tools/shifted.py CHECKPOINT": "severity test_path",
     "predict is a tool now": "predictions",
     "amp is PyTorch's own": "apex_amp native_amp",
     "BatchNorm keeps PyTorch's constants, as in the published run": "bn_eps bn_momentum bn_tf",

@@ -13,7 +13,7 @@ from torchvision import datasets, transforms
 
 from harness.batches import BatchLoader, test_batches, train_batches
 from harness.log import UserError, first_line
-from images import list_folder, list_split, read_image, to_rgb
+from images import list_split, read_image, to_rgb
 
 CIFAR = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
 SAME = "no_aug mean std crop_pct scale ratio hflip vflip color_jitter".split()  # keys as in timm
@@ -119,42 +119,6 @@ def as_tested(cfg, dataset):
     dataset = copy.copy(dataset)
     dataset.transform = build_transform(cfg, False)
     return dataset
-
-
-def own_test_set(cfg):
-    """What is at test_path: images in a folder for each class, or an array of CIFAR-10-C."""
-    path, transform = Path(cfg.test_path or ""), build_transform(cfg, False)
-    if path.suffix == ".npy":
-        return Arrays(*read_corrupted(path, cfg.severity), transform)
-    if cfg.severity:
-        raise UserError(f"severity is {cfg.severity}, but test_path is {cfg.test_path}, no .npy")
-    return Folder(*list_folder(path), transform)
-
-
-def read_corrupted(path, severity):
-    """(images uint8 [N, H, W, 3], labels [N]) of a severity, 1 to 5, or all, as in CIFAR-10-C."""
-    images, labels = open_array(path), open_array(path.with_name("labels.npy"))
-    fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
-    fits = fits and labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not fits or not 0 <= labels.min() <= labels.max() < 2**16:
-        has = f"{images.dtype} {[*images.shape]} and {labels.dtype} {[*labels.shape]}"
-        raise UserError(f"{path} and labels.npy are {has}, not uint8 [N, H, W, 3] and labels [N]")
-    size = len(images) // 5
-    if severity and (len(labels) % 5 or (labels.reshape(5, size) != labels[:size]).any()):
-        parts = "is not five parts with the same labels"
-        raise UserError(f"severity is {severity}, but {path} {parts}")
-    part = slice((severity - 1) * size, severity * size) if severity else slice(None)
-    return np.array(images[part]), labels[part].tolist()
-
-
-def open_array(path):
-    """The array in a .npy file, which is not read yet."""
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise ValueError("no such file")
-        return np.load(path, mmap_mode="r")
-    except Exception as error:  # whatever NumPy makes of a bad file
-        raise UserError(f"{path}: not a whole array ({first_line(error)})") from None
 
 
 def open_cifar(cfg, train, transform, download=False):

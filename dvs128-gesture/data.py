@@ -2,7 +2,6 @@
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,11 +69,6 @@ def open_frames(cfg, folder, train):
     transform = augment if train and not cfg.no_aug else None
     load = partial(load_frames, T=cfg.time_step)
     return Frames(folder, load, (".npz",), transform=transform, allow_empty=True)
-
-
-def own_test_set(cfg):
-    """The frames of test_path, in a folder for each class, as those of data_path are."""
-    return named(cfg, open_frames(cfg, Path(cfg.test_path), False))
 
 
 def named(cfg, dataset):

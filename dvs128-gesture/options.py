@@ -54,7 +54,6 @@ DATA = {
         "no download; any other word is the data set", flags=("-d",)),
     "data_path": Key(Path, "./data", "folder whose download/ has the recordings; the frames are "
         "made beside that", aliases=("data_dir",)),
-    "test_path": TestKey(Path, None, "another test set: a folder of class folders with frames"),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
@@ -138,6 +137,7 @@ KEYS = grouped(
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
+    "it is a tool now: python tools/shifted.py CHECKPOINT": "test_path",
     "an epoch is one pass over the data": "epoch_repeats",
     "curves always go to TensorBoard": "tb",
     "spikes always wait for the backward pass as bytes": "byte_spikes",

@@ -24,7 +24,7 @@ from torchvision import transforms
 import photos
 from harness.batches import BatchLoader, seeded, test_batches, train_batches
 from harness.log import UserError, logger
-from images import BadImage, list_folder, list_split, read_image, to_rgb
+from images import BadImage, list_split, read_image, to_rgb
 from pixels import Crop, Erasing, read_pixels
 
 
@@ -136,13 +136,6 @@ def as_tested(cfg, dataset):
     dataset.read, dataset.replace = read_image, False
     dataset.transform = build_transform(cfg, False)
     return dataset
-
-
-def own_test_set(cfg):
-    """Images of test_path, in a folder for each class."""
-    samples, classes = list_folder(cfg.test_path)
-    transform, skip = build_transform(cfg, False), cfg.on_bad_image == "skip"
-    return Images(samples, read_image, transform, skip, classes=classes)
 
 
 def class_names(classes=None):

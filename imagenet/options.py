@@ -55,7 +55,6 @@ DATA = {
         flags=("-d",), choices=("imagenet", "photos")),
     "data_path": Key(Path, "./data", "folder with train/<class>/*.JPEG and val/<class>/*.JPEG",
         aliases=("data_dir",)),
-    "test_path": TestKey(Path, None, "another test set: a folder of class folders"),
     "num_classes": Key(int, None, "number of classes; none: the data's", 1, 100_000,
         aliases=("nb_classes",), fixed=same),
     "val_split": TrainKey(float, 0.0, "share of the training set, of each class, that chooses "
@@ -140,6 +139,7 @@ KEYS = grouped(
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy predict",
+    "it is a tool now: python tools/shifted.py CHECKPOINT": "test_path",
     "predict is a tool now": "labels predictions",
     "batches are not split": "resplit",
     "curves are in the run's folder": "log_dir",

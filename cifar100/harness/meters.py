@@ -72,16 +72,15 @@ class Progress:
 
 
 @torch.inference_mode()
-def evaluate(model, loader, ranks, autocast, stop=False, columns=None) -> Metrics | None:
+def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
     """Metrics over the batches of all ranks, each sample once; None if `stop` turned true on a
-    rank, UserError without a sample. columns: the model's number of each of the data's classes.
+    rank, UserError without a sample.
     """
     model.eval()
     start, rows = time.perf_counter(), []  # of each batch: loss, top-1, top-5, samples
     for images, targets in progress(loader, "test", ranks):
         with autocast():
             logits = model(images)
-        logits = logits if columns is None else logits[:, columns]
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits.double(), targets, reduction="sum")
         count = torch.full_like(loss, len(images))

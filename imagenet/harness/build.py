@@ -245,50 +245,27 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     return Tested(cfg, ranks, path, model, settings, checkpoint.get("classes"))
 
 
-def measure(tested: Tested, data, **published) -> Metrics:
-    """Metrics on the test set, in a line and, with what was `published`, in a JSON beside it."""
+def measure(tested: Tested, data, dataset=None, **more) -> Metrics:
+    """Metrics on the test set, or on `dataset`, in a line and, with `more`, in a JSON beside it."""
     cfg, ranks, path = tested.cfg, tested.ranks, tested.path
     shape = data.input_shape(cfg)
     if not tested.model.num_classes:
         raise UserError(f"{path}: weights without a head, which can't be tested")
-    weights, columns = tested.model.state_dict(), None
-    if own := {n: v for n in ("test_path", "severity") if (v := getattr(cfg, n, None)) is not None}:
-        dataset = data.own_test_set(cfg)
-        columns = columns_of(cfg.test_path, dataset.classes, tested)
-        said = ", ".join(f"{name} {value}" for name, value in own.items())
-        logger.info(f"{said}: {len(dataset):,} samples")
-    else:
-        dataset = data.build_dataset(cfg, False, ranks)
+    if dataset is None:
+        dataset, weights = data.build_dataset(cfg, False, ranks), tested.model.state_dict()
         check_classes({"classes": tested.classes, "model": weights}, path, dataset.classes)
     events = len(shape) == 4  # deterministic, as in training
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = events, not events
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
     loader = data.test_loader(cfg, dataset, ranks)
-    metrics = evaluate(model, loader, ranks, autocast, columns=columns)
+    metrics = evaluate(model, loader, ranks, autocast)
     figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
-    of = "test_path" if own else f"{cfg.dataset}, {len(dataset):,} samples"
+    of = f"{more.get('test_path', cfg.dataset)}, {len(dataset):,} samples"
     logger.info(f"{typed(path)}: {figures} ({of}, {metrics.images_per_second:.0f} a second)")
     result = {"checkpoint": str(path), **metrics._asdict(), "samples": len(dataset)}
-    result |= {"input": shape, **tested.settings, **own, **published}
+    result |= {"input": shape, **tested.settings, **more}
     ranks.from_main(lambda: write_result(path, result))
     return metrics
-
-
-def columns_of(test_path, classes, tested):
-    """The model's number of each class of another test set; UserError for one that it has not."""
-    total = tested.model.num_classes
-    names, numbers = names_in(tested.classes)[:total], [*map(str, range(total))]
-    if any(map(str.isdigit, names)):  # a 1 is then the class of that name
-        numbers = []
-    for known in (names, numbers, [] if names or len(classes) != total else classes):
-        if set(classes) <= set(known):
-            if len(classes) < total:
-                has = f"{len(classes):,} of the model's {total:,} classes"
-                logger.info(f"{test_path}: {has}, whose logits alone are compared")
-            return [known.index(name) for name in classes]
-    alien = next(name for name in classes if name not in (names or numbers))
-    known = f"the model's are {', '.join((names or numbers)[:3])}, …"
-    raise UserError(f"test_path is {test_path}: its class {alien} is none of the model's; {known}")
 
 
 def load(options, data, path, device="cpu", rename=None):

@@ -1,4 +1,4 @@
-"""Test sets of a user's own: class folders, CIFAR-10-C's arrays, frames (test_path)."""
+"""Other test sets: class folders, CIFAR-10-C's arrays, frames."""
 
 import json
 import shutil
@@ -8,16 +8,24 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import load
-from on_digits import call, cifar10
+import shifted
+from conftest import ROOT, load, resolve_in
+from on_digits import cifar10
 from on_images import CLASSES, write_images
+from on_photos import imagenet
+from test_imagenet_checkpoints import golden_file, probabilities
 
 UserError = cifar10.config.UserError
 
 
-def measured(run, capsys, *flags):
-    """(what test.py said, its JSON, which is removed)."""
-    text = call(cifar10.test.main, capsys, "--checkpoint", run / "best.pth", *flags)
+def measured(run, capsys, *argv):
+    """(what the tool said, its JSON, which is removed)."""
+    capsys.readouterr()
+    try:
+        shifted.main([run / "best.pth", *argv, "--folder", "cifar10", "--", "--device", "cpu"])
+        text = capsys.readouterr().out
+    except SystemExit as end:
+        text = end.code
     files = [*run.glob("test-*.json")]
     found = [json.loads(file.read_text()) for file in files]
     for file in files:
@@ -26,7 +34,8 @@ def measured(run, capsys, *flags):
 
 
 @pytest.fixture
-def run(trained_on_images, tmp_path):
+def run(trained_on_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for name in ("best.pth", "args.yaml"):
         (tmp_path / name).write_bytes((trained_on_images / name).read_bytes())
     return tmp_path
@@ -54,18 +63,19 @@ def test_class_folders(run, capsys, tmp_path):
             shutil.copytree(train / CLASSES[label], root / name)
             images += [Image.open(path) for path in sorted((root / name).iterdir())]
         labels = [place for place in range(len(names)) for _ in range(4)]
-        text, found = measured(run, capsys, "--test-path", root)
+        text, found = measured(run, capsys, root)
         assert (found["top1"], found["loss"]) == figures(run, images, labels, [*names])
         assert f"test_path {root}: {len(images)} samples" in text
         assert found["test_path"] == str(root) and found["samples"] == len(images)
         some = f"{len(names)} of the model's 3 classes, whose logits alone are compared"
         assert (some in text) == (len(names) < 3)
     (root / "2").rename(root / "cat")
-    text, *_ = measured(run, capsys, "--test-path", root)
-    assert f"error: test_path is {root}: its class cat is none of the model's" in text
-    for flags, said in ((["--test-path", root], root), ([], None)):
-        text, *_ = measured(run, capsys, *flags, "--severity", 2)
-        assert f"error: severity is 2, but test_path is {said}, no .npy" in text
+    text, *found = measured(run, capsys, root)
+    assert text.startswith(f"error: test_path is {root}: its class cat is none of the model's")
+    text, *more = measured(run, capsys, root, "--severity", 2)
+    assert text == f"error: severity is 2, but test_path is {root}, no .npy" and not found + more
+    text, *_ = measured(run, capsys, tmp_path / "none")
+    assert text == f"error: {tmp_path / 'none'}: No such file or directory"
 
 
 def test_cifar_c(run, capsys, tmp_path):
@@ -75,7 +85,7 @@ def test_cifar_c(run, capsys, tmp_path):
     np.save(tmp_path / "fog.npy", images)
     np.save(tmp_path / "labels.npy", labels)
     for flags, part in ((["--severity", 3], slice(8, 12)), ([], slice(None))):
-        text, found = measured(run, capsys, "--test-path", tmp_path / "fog.npy", *flags)
+        text, found = measured(run, capsys, tmp_path / "fog.npy", *flags)
         own = [Image.fromarray(image) for image in images[part]]
         assert (found["top1"], found["loss"]) == figures(run, own, labels[part], [0, 1, 2])
         assert found.get("severity") == (3 if flags else None)
@@ -89,13 +99,13 @@ def test_arrays_that_do_not_fit(tmp_path):
 
     def fails(words):
         with pytest.raises(UserError, match=words) as error:
-            cifar10.data.read_corrupted(path, 1)
+            shifted.read_corrupted(cifar10, path, 1)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
     fails("no such file")
     np.save(labels, np.zeros(5, int))
     np.save(path, np.zeros((5, 8, 8, 3), np.uint8))
-    assert cifar10.data.read_corrupted(path, 5)[0].shape == (1, 8, 8, 3)
+    assert shifted.read_corrupted(cifar10, path, 5)[0].shape == (1, 8, 8, 3)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     fails("fog.npy: not a whole array")
@@ -119,28 +129,53 @@ def test_imagenet_and_frames(tmp_path):
     """ImageNet's wnids are known where a checkpoint has no names; labels of frames stay what they
     are, whichever classes there are.
     """
-    imagenet = load("imagenet")
+
+    def columns_of(tested, classes):
+        return shifted.columns_of(imagenet, tested, "x", classes)
+
     model = torch.nn.Linear(1, 1000)
     model.num_classes = 1000
     empty = imagenet.build.Tested(None, None, None, model, {}, None)
     wnids = [*imagenet.data.ImageNetInfo().label_names()]
-    some = imagenet.build.columns_of("x", [wnids[7], wnids[3]], empty._replace(classes=wnids))
+    some = columns_of(empty._replace(classes=wnids), [wnids[7], wnids[3]])
     assert some == [7, 3] and wnids[7] == "n01514668"
-    assert imagenet.build.columns_of("x", ["0", "10", "2"], empty) == [0, 10, 2]
-    assert imagenet.build.columns_of("x", [f"c{n}" for n in range(1000)], empty) == [*range(1000)]
+    assert columns_of(empty, ["0", "10", "2"]) == [0, 10, 2]
+    assert columns_of(empty, [f"c{n}" for n in range(1000)]) == [*range(1000)]
     with pytest.raises(imagenet.config.UserError, match="its class c0 is none of the model's"):
-        imagenet.build.columns_of("x", ["c0"], empty)
+        columns_of(empty, ["c0"])
     # names that are numbers: a folder 1 is not the model's class 1, which is called 2
     model.num_classes, named = 3, empty._replace(classes=["1", "2", "10"])
-    assert imagenet.build.columns_of("x", ["10", "2"], named) == [2, 1]
+    assert columns_of(named, ["10", "2"]) == [2, 1]
     with pytest.raises(imagenet.config.UserError, match="its class 0 is none of the model's"):
-        imagenet.build.columns_of("x", ["0", "1", "2"], named)
+        columns_of(named, ["0", "1", "2"])
     gesture = load("dvs128-gesture")
     for name in ("0", "10"):
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "a.npz", frames=np.zeros((2, 2, 128, 128), np.uint8))
-    flags = ["--test-path", str(tmp_path), "-T", "2"]
-    cfg = gesture.config.read_settings(gesture.options, flags).resolve()
-    dataset = gesture.data.own_test_set(cfg)
+    cfg = resolve_in(gesture, "-T", 2)
+    dataset = shifted.open_test_set(gesture, cfg, tmp_path)
     assert [label for _, label in dataset] == [0, 2] and len(dataset.classes) == 11
     assert dataset.classes[2] == "other gestures"  # of the folder 10
+
+
+def test_a_released_file(tmp_path, narrow, photo_data, monkeypatch):
+    """Without names its 1,000 classes are ImageNet's; no published figure is of another test set."""
+    monkeypatch.chdir(ROOT)
+    path, model = golden_file(tmp_path / "released.pth", narrow, 1000)
+    released = imagenet.released
+    entry = released.Released("QKFormer_10_384", 32, 78.80, 24)
+    monkeypatch.setitem(released.RELEASED, released.md5(path), entry)
+    wnids, photographs = imagenet.data.ImageNetInfo().label_names(), []
+    for number, part in ((3, "n01000001"), (7, "n02000002")):
+        shutil.copytree(photo_data / "val" / part, tmp_path / "own" / wnids[number])
+        own = sorted((tmp_path / "own" / wnids[number]).iterdir())
+        photographs += own[:9]
+        for photo in own[9:]:
+            photo.unlink()
+    flags = "--num_heads 2 --num_workers 0 --fused no --device cpu".split()
+    shifted.main([path, tmp_path / "own", "--folder", "imagenet", "--", *flags])
+    found = json.loads((tmp_path / "test-released.json").read_text())
+    labels = torch.tensor([0] * 9 + [1] * 9)
+    right = probabilities(model, photographs)[:, [3, 7]].argmax(1) == labels
+    assert found["top1"] == 100 * right.double().mean().item() > 0 and found["samples"] == 18
+    assert found["cross_sample_lif"] is True and "published_top1" not in found
