@@ -8,6 +8,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from by_hand import stand_in
 from conftest import load
@@ -266,6 +267,24 @@ def test_what_runs_plain(monkeypatch):
         nn.Conv2d(12, 24, 1),
     ):
         assert not layer.can_fuse(x, [wide], [nn.BatchNorm1d(24)], [lif.MultiStepLIF()])
+
+
+class Own(torch.Tensor):
+    pass
+
+
+def test_tensors_of_other_kinds():
+    """What may have no memory of its own runs plain: subclasses, and tensors that have no values."""
+    x = whole_numbers(torch.float32)
+    modules = [[module] for module in make_layer("1x1", torch.float32)[0]]
+    assert not layer.can_fuse(x.as_subclass(Own), *modules)
+    modules[0][0].weight = nn.Parameter(modules[0][0].weight.detach().as_subclass(Own))
+    assert not layer.can_fuse(x, *modules)
+    model = models.QKFormer(embed_dims=32, num_heads=2, depths=3).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(2, 3, 16, 16)
+    with torch.no_grad():  # behind the mode
+        assert model(fake).shape == (2, 10)
 
 
 def forget(kernels):

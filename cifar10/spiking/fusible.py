@@ -10,7 +10,7 @@ from . import compiler
 from .compiler import say
 from .native import Constants, available, constants_of
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
-from .observers import observed
+from .observers import PLAIN, observed
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -68,7 +68,7 @@ def can_fuse(x, convs, bns, lifs):
         return None
     if len(x) > compiler.MAX_T:
         return None
-    if (reason := observed()) is not None:
+    if (reason := observed(x)) is not None:
         if all(getattr(lif, "fused", True) for lif in lifs):
             say_plain(describe(convs[0]), reason)
         return None
@@ -110,6 +110,8 @@ def look(convs, bns, lifs):
     for conv, bn in zip(convs, bns, strict=True):
         running = bn.running_mean, bn.running_var, bn.num_batches_tracked
         tensors.append((conv.weight, conv.bias, bn.weight, bn.bias, *running))
+        if any(type(tensor) not in (*PLAIN, type(None)) for tensor in tensors[-1]):
+            return None
     return layer, tensors
 
 

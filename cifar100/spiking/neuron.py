@@ -151,7 +151,7 @@ class MultiStep:
             return spikes
         if traced():
             return traced_lif(x_seq, *self.constants())
-        seen = observed() is not None  # operators of PyTorch are wanted
+        seen = observed(x_seq) is not None  # operators of PyTorch are wanted
         if not seen and self.runs_fused(x_seq):
             return fused_neuron(x_seq, self)
         if torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 has it
 
 
@@ -16,11 +17,13 @@ def traced():
     return torch.jit.is_tracing() or exporting
 
 
-def observed():
-    """Why modules and PyTorch's own operators must be called, since something watches them; ""
-    where that needs no line. None: nothing does.
+def observed(x):
+    """Why modules and PyTorch's own operators must be called with x, since something watches them;
+    "" where that needs no line. None: nothing does.
     """
     if torch.compiler.is_compiling() or traced():  # torch.compile fuses in its own way
+        return ""
+    if type(x) not in PLAIN:  # such as a FakeTensor, which has no memory
         return ""
     before = hooks._global_forward_pre_hooks
     if before or hooks._global_forward_hooks or hooks._global_backward_hooks:

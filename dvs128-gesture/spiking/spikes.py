@@ -94,7 +94,7 @@ def takes_events(a, b, lif):
     """Whether a product of the neuron's spikes is a sum of events."""
     may = getattr(lif, "fused", False) and getattr(lif, "events", False) and a.dtype == b.dtype
     may = may and a.dim() == b.dim() == 5 and a.shape[:3] == b.shape[:3]
-    may = may and a.shape[4] == b.shape[3] and observed() is None
+    may = may and a.shape[4] == b.shape[3] and observed(a) is None
     may = may and not torch.is_autocast_enabled("cpu")
     return may and events_available(a.device.type, a.dtype)
 

@@ -74,7 +74,7 @@ def linear(x, layer, lif):
     if layer.training or torch.is_grad_enabled() or not may or changed(layer) is not None:
         return layer(x)
     same = x.dim() == 2 and x.dtype == layer.weight.dtype == autocast_type(x)
-    fits = same and x.numel() and x.shape[1] == layer.in_features and observed() is None
+    fits = same and x.numel() and x.shape[1] == layer.in_features and observed(x) is None
     if not fits or not events_available(x.device.type, x.dtype):
         return layer(x)
     a, b = x[None, None, None], layer.weight.t()[None, None, None]
