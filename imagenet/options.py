@@ -46,7 +46,7 @@ MODEL = {
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
     "memory": TrainKey(str, "fast", "small: the backward pass computes convolutions again, which "
         "saves most of the memory", choices=("fast", "small")),
-    "compile": MachineKey(bool, False, "the model goes through torch.compile"),
+    "compile": MachineKey(bool, False, "torch.compile, without our own kernels"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
 }
 
