@@ -170,12 +170,7 @@ def cuda_on_host(monkeypatch, tmp_path):
         run(Dim(*how[:2]), Dim(*how[3:5]), pointer(how[8]))
         return 0
 
-    def forget():
-        kernels.tiling.cache_clear()
-        kernels.kernel_at.cache_clear()
-        fused.forget()
-
-    forget()
+    fused.forget()
     place = ctypes.cast(driver, ctypes.c_void_p).value
     changes = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16), "driver": lambda: place}
     changes |= {"address_of": address_of, "on_gpu": lambda device: True}
@@ -184,7 +179,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10.layer, "takes_events", lambda *args: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     yield launched
-    forget()
+    fused.forget()
 
 
 @pytest.mark.long

@@ -230,7 +230,6 @@ def on_gpu(device):
     return device >= 0
 
 
-@functools.cache
 def tiling(itemsize, rows, channels, T):
     """(lanes, block, grid) of a CUDA kernel over rows of channels."""
     lanes = 16 // itemsize  # a load of 16 bytes, the widest there is
@@ -243,7 +242,6 @@ def tiling(itemsize, rows, channels, T):
     return lanes, (x, y), (across, min(CUDA_PARTS, -(-rows // y)))
 
 
-@functools.cache
 def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
     """(address, grid, block) of a kernel for so many rows and channels; grid[1] is the number of
     partial sums that it makes of each channel. large: places in memory need 64 bits.
