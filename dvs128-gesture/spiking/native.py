@@ -103,7 +103,8 @@ def plan_of(options, x_shape, weights, device):
     spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
     out = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spaces]
     if min(out) < 1:
-        raise ValueError(f"a kernel of {list(kernel)} does not fit in an input of {size}")
+        padded = f"an input of {size}, padded by {list(layer.padding)}"
+        raise ValueError(f"a kernel of {list(kernel)} does not fit in {padded}")
     rows = steps * B * math.prod(out)
     if layer.training and rows * options.T == steps:
         raise ValueError(f"a single value per channel, in {[steps * B, C, *out]}, has no variance")
