@@ -154,8 +154,8 @@ class MultiStep:
         seen = observed(x_seq) is not None  # operators of PyTorch are wanted
         if not seen and self.runs_fused(x_seq):
             return fused_neuron(x_seq, self)
-        if torch.compiler.is_compiling():
-            return torch_lif(x_seq, *self.constants())
+        if torch.compiler.is_compiling():  # it takes no `out` of another layout
+            return torch_lif(x_seq.contiguous(), *self.constants())
         backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
         if backend == "spikingjelly":
             spikes, _ = spikingjelly_lif(x_seq, self)
