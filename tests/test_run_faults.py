@@ -305,7 +305,7 @@ def test_states_of_other_optimizers(name):
     optimizer = create_optimizer_v2(model, name, lr=0.1)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    cifar10.checkpoint.check_optimizer(optimizer, {})
+    cifar10.checkpoint.check_optimizer(optimizer)
 
 
 def test_deterministic(tmp_path, monkeypatch):

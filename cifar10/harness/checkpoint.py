@@ -9,24 +9,24 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import pickle
 import reprlib
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .folder import replacing
+from .folder import dict_in, replacing
 from .log import UserError, first_line, logger
 
 # Arguments, paths and NumPy's numbers: plain data that torch.load does not take by itself.
 HARMLESS = [
     argparse.Namespace,
-    *(getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath")),
+    PosixPath,
+    PurePosixPath,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
@@ -36,7 +36,7 @@ WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where 
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
+COUNTS = (torch.int32, torch.int64)
 MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 AGAIN = "get or make it again"
 
@@ -60,32 +60,29 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    beside, ours = path.with_name("config.json"), {}
-    if path.name == "model.safetensors" and beside.is_file():  # of tools/export.py
-        try:
-            ours = {**json.loads(beside.read_text())["qkformer"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            logger.info(f"{beside}: holds no configuration of ours")
+    ours = {}
+    if path.name == "model.safetensors":  # of tools/export.py, perhaps
+        ours = dict_in(path.with_name("config.json"), lambda text: json.loads(text)["qkformer"])
     checkpoint = read_file(path, ours.pop("sha256", None))
     checkpoint = {"model": checkpoint, **ours} if ours else checkpoint
     held = {n: checkpoint[n] for n in (*WEIGHTS, *EMA) if isinstance(checkpoint.get(n), dict)}
-    plain = next((held[name] for name in WEIGHTS if name in held), None)
+    extra = {n: checkpoint[n] for n in checkpoint if n not in held} if held else {}
+    plain = next((held[name] for name in WEIGHTS if name in held), None if held else checkpoint)
     averaged = next((held[name] for name in EMA if name in held), None)
-    if plain is None and averaged is None:
-        plain, checkpoint = checkpoint, {}
-    if use_ema and averaged is None:
-        raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
-    if averaged is not None and not use_ema:
-        which = "averaged weights only" if plain is None else "averaged weights and plain ones"
-        logger.info(f"{path}: holds {which}, which are taken")
-    extra = {name: value for name, value in checkpoint.items() if name not in held}
     if averaged is not None:
         extra["model_ema"] = own_names(averaged, path)
+        if not use_ema:
+            which = "averaged weights only" if plain is None else "averaged weights and plain ones"
+            logger.info(f"{path}: holds {which}, which are taken")
+    elif use_ema:
+        raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
     given = extra.get("given", {"yml": {}, "file": ""})
     whole = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
     if not whole or any(map(torch.is_tensor, given["yml"].values())):
         raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
-    return {**extra, "model": own_names(averaged if use_ema or plain is None else plain, path)}
+    if use_ema or plain is None:
+        return {**extra, "model": extra["model_ema"]}
+    return {**extra, "model": own_names(plain, path)}
 
 
 def digest(path):
@@ -105,10 +102,7 @@ def read_file(path, sha256=None):
         if not zipped and not sha256:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
-                    raise UserError(f"{path}: damaged: its header has {size:,} bytes")
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(path)  # which bounds the size of the header
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 check_records(archive, path)
@@ -139,8 +133,8 @@ def check_records(archive, path):
     names = set()
     for record in archive.infolist():
         odd = record.compress_type or record.compress_size != record.file_size
-        odd = odd or record.external_attr & 0x10 or record.is_dir() or record.flag_bits & 1
-        if odd or record.filename in names:
+        folder = record.external_attr & 0x10 or record.is_dir()
+        if odd or folder or record.filename in names:
             raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
         names.add(record.filename)
 
@@ -190,12 +184,7 @@ def fault_of(name, value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
         return "is no plain tensor (sparse, quantised, nested or without data)"
-    if larger_than_memory([value]):
-        return "is a view of less memory than it shows"
-    real = value.is_floating_point()
-    if name.endswith("num_batches_tracked"):
-        return f"is of type {value.dtype}" if real or value.is_complex() else None
-    if value.dtype not in FLOATS:
+    if value.dtype not in (COUNTS if name.endswith("num_batches_tracked") else FLOATS):
         return f"is of type {value.dtype}, which weights are not"
     return None if value.isfinite().all() else "has values that are not finite numbers"
 
@@ -213,8 +202,7 @@ def load_weights(model: torch.nn.Module, weights: dict, path: Path):
         "of another shape": [f"{n} {[*have[n].shape]} instead of {[*want[n].shape]}" for n in both],
     }
     short = {how: ", ".join(n[:3]) + ", …" * (len(n) > 3) for how, n in differ.items()}
-    text = "; ".join(f"{len(n)} {how} ({short[how]})" for how, n in differ.items() if n)
-    if text:
+    if text := "; ".join(f"{len(n)} {how} ({short[how]})" for how, n in differ.items() if n):
         raise UserError(f"{path}: of another architecture than the configuration's: {text}")
     model.load_state_dict(have)
 
@@ -230,10 +218,9 @@ def number(checkpoint, name, default, path, low=-1):
 
 def load_optimizer(optimizer, scaler, checkpoint, path, opt):
     """Load the states of optimizer and scaler; UserError for damaged ones, and of another `opt`."""
-    # Settings of the groups that stay as they are here.
-    ours = "initial_lr weight_decay betas eps momentum lr_scale foreach fused maximize amsgrad "
-    ours = f"{ours} capturable nesterov differentiable decoupled_weight_decay".split()
-    own = [{k: group[k] for k in ours if k in group} for group in optimizer.param_groups]
+    # Settings of the groups that stay as they are here; the last ones are chosen for this device.
+    ours = "initial_lr weight_decay betas eps momentum lr_scale maximize amsgrad nesterov "
+    ours += "differentiable decoupled_weight_decay capturable foreach fused"
     try:
         config = checkpoint.get("config")
         if isinstance(config, dict) and config.get("opt", opt) != opt:
@@ -241,22 +228,21 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
         state = checkpoint["optimizer"]
         if larger_than_memory(tree_leaves(state["state"])):
             raise ValueError("its tensors are views of less memory than they show")
-        # Chosen for this device.
-        kernels = {k: v for k, v in optimizer.defaults.items() if k in ("foreach", "fused")}
-        groups = [{**group, **kernels} for group in state["param_groups"]]
+        pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        groups = [had | {k: own[k] for k in ours.split() if k in own} for had, own in pairs]
         optimizer.load_state_dict({**state, "param_groups": groups})
-        if checkpoint.get("scaler"):  # empty where the run was not in float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        check_optimizer(optimizer, checkpoint.get("scaler"))
+        check_optimizer(optimizer)
+        if saved := checkpoint.get("scaler"):  # empty where the run was not in float16
+            scaler.load_state_dict(saved)
+            if not math.isfinite(saved["scale"]):
+                raise ValueError(f"the scaler's scale is {saved['scale']}")
     except Exception as error:  # whatever the file has there
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         why = f"no fitting optimizer state ({reason}); --finetune takes its weights alone"
         raise UserError(f"{path}: {why}") from None
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
 
 
-def check_optimizer(optimizer, scaler):
+def check_optimizer(optimizer):
     """ValueError where a state that was loaded can't be gone on with."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     # of others some keep sums of their own, such as NovoGrad's one number for each parameter
@@ -265,13 +251,7 @@ def check_optimizer(optimizer, scaler):
         if state and adam and (lacking := {"step", *whole} - state.keys()):
             raise ValueError(f"no {min(lacking)}")
         for name, value in state.items():
-            if not torch.is_tensor(value):
-                if name == "step" and not 0 <= value < math.inf:
-                    raise ValueError(f"step is {value}")
-            elif not value.isfinite().all():
+            if torch.is_tensor(value) and not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
-            elif name in whole and value.shape != parameter.shape:
+            if torch.is_tensor(value) and name in whole and value.shape != parameter.shape:
                 raise ValueError(f"{name} is of another shape than its parameter")
-    for name, value in (scaler or {}).items():
-        if not math.isfinite(value):
-            raise ValueError(f"the scaler's {name} is {value}")

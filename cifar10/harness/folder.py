@@ -115,7 +115,7 @@ def dict_in(text, parse) -> dict:
     """The dict in a text, or in a file; {} where there is none that can be read."""
     try:
         found = parse(read_text(text) if isinstance(text, Path) else text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except Exception:  # whatever is there
         found = None
     return found if isinstance(found, dict) else {}
 
