@@ -260,7 +260,7 @@ def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys
         monkeypatch.setattr(kind, method, get)
 
     spy(cifar10.config.Config, "__getattribute__")
-    spy(cifar10.config.Settings, "__getattr__")
+    spy(cifar10.config.Settings, "__getattribute__")
     flags = "--output", trained_on_images.parent, "--experiment", "tiny", "--fused", "false"
     assert "top-1" in call(cifar10.test.main, capsys, *flags)
     shown = {name for name, key in KEYS.items() if "test" in key.scripts}

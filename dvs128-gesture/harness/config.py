@@ -134,21 +134,17 @@ class Config(argparse.Namespace):
     """A run's values of all keys, as attributes."""
 
 
-class Settings:
-    """What the yml and the flags say, before it is known what a checkpoint says."""
+class Settings(argparse.Namespace):
+    """What the yml and the flags say, before it is known what a checkpoint says. A key's value as
+    far as it is known is an attribute: of what the run needs to find its checkpoint.
+    """
 
     def __init__(self, keys, file, named):
+        super().__init__(**{name: key.default for name, key in keys.items()})
         self.keys, self.file, self.named = keys, file, named  # {name: Key}, the yml, by -c or not
         self.yml = {}  # {name: value} of it and its bases
         self.said = {}  # {name: (value, where)} of what goes over a checkpoint
         self.notes = []  # lines on names without effect
-
-    def __getattr__(self, name):
-        """A key's value as far as it is known: of what the run needs to find its checkpoint."""
-        if name.startswith("_") or name not in self.keys:
-            raise AttributeError(name)
-        default = self.yml.get(name, self.keys[name].default)
-        return self.said.get(name, (default,))[0]
 
     @property
     def name(self):
@@ -162,28 +158,25 @@ class Settings:
         {"file": name, "yml": {...}} of its run; what that says again is nothing new. chosen: values
         known otherwise.
         """
-        values = {name: key.default for name, key in self.keys.items()} | self.yml
-        recorded, kinds = recorded or {}, BACK[purpose].split()
-        back = {name: value for name, value in recorded.items() if self.keys[name].back in kinds}
+        values = {name: vars(self)[name] for name in self.keys}
         then = then["yml"] if then and then["file"] == self.file.name else {}
-        for name, value in self.yml.items():
-            edited = purpose == "resume" and not self.named and then.get(name, value) != value
-            if edited and name in back and back[name] != value:
-                used = f"{path} has {back[name]}, which is used (-c would take the yml's)"
-                logger.info(f"{self.file.name}: {name} is {value}, but {used}")
-        values |= back
-        for name, (value, where) in self.said.items():
-            if where != "command line" and name in then and then[name] == value:
+        for name, had in (recorded or {}).items():
+            value, (_, where) = values[name], self.said.get(name, (None, None))
+            if self.keys[name].back not in BACK[purpose].split() or value == had:
                 continue
-            if name in back and value != back[name]:
-                fixed, had = self.keys[name].fixed, back[name]
+            values[name], fixed = had, self.keys[name].fixed
+            if where is None:  # perhaps of the yml beside the script, which was edited since
+                if purpose == "resume" and then.get(name, value) != value:
+                    used = f"{path} has {had}, which is used (-c would take the yml's)"
+                    logger.info(f"{self.file.name}: {name} is {value}, but {used}")
+            elif where == "command line" or (name, value) not in then.items():
                 said = f"{where}: {name} is {value}, but {path}"
                 if fixed and fixed(value) is None:  # none: as it is in the checkpoint
                     continue
                 if fixed and fixed(value) != fixed(had):
                     raise UserError(f"{said} is of {name} {had}; leave it out to use that")
                 logger.info(f"{said} was trained with {had}; {value} is used")
-            values[name] = value
+                values[name] = value
         return Config(**(values | chosen))
 
 
@@ -196,7 +189,9 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
     """
     keys, no_effect = options.KEYS, options.NO_EFFECT
     names = {spelled: name for name, key in keys.items() for spelled in (name, *key.aliases)}
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = sys.argv[1:] if argv is None else argv
+    # --data-dir=x as --data_dir=x
+    words = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in words]
     flags, unknown = _parser(options, script, description).parse_known_args(words)
     flags = vars(flags)
     named = "config" in flags
@@ -206,7 +201,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         raise UserError(f"command line: {kind} {_with_hint(unknown[0], names, no_effect)}")
 
     settings, seen = Settings(keys, file, named), {}
-    entries = [*read_with_bases(file), *((*flag, "command line", None) for flag in flags.items())]
+    entries = [*read_yml(file), *((*flag, "command line", None) for flag in flags.items())]
     for spelled, text, where, source in entries:  # source: the yml, or None for a flag
         spelled = spelled.replace("-", "_")
         name = names.get(spelled)
@@ -232,6 +227,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         other, before = seen.setdefault((source, name), (spelled, value))
         if before != value:
             raise UserError(f"{where}: {other} and {spelled} are one key, but their values differ")
+        setattr(settings, name, value)
         if source:
             settings.yml[name] = value
         if named or not source:
@@ -248,32 +244,17 @@ def find_yml(name):
     raise UserError(f"-c {shown(name)}: no such file (beside the script: {known})")
 
 
-def read_with_bases(file, above=()):
-    """[(key, text, where, yml), ...] of a yml and, in front, its bases; `above` lead here."""
-    entries, of_bases = read_yml(file), []
-    for key, name, where in entries:
-        if key == "base" and name is not None:
-            base = file.parent / str(name)
-            fault = "no such file" if not os.path.isfile(base) else ""
-            if fault or base.resolve() in (file, *above):
-                fault = f"{fault or 'it leads back'} in {shown(str(file.parent))}"
-                raise UserError(f"{where}: base is {shown(name)}: {fault}")
-            of_bases = read_with_bases(base.resolve(), (file, *above))
-    return of_bases + [(*entry, file) for entry in entries if entry[0] != "base"]
-
-
-def read_yml(path):
-    """[(key, value, "FILE, line N"), ...] of a yml of `key: value` lines; UserError if it is none.
-    A value is text as written (010 and 1:30 are not 8 and 90), None for null, or a list of these.
+def read_yml(path, above=()):
+    """[(key, value, "FILE, line N", path), ...] of a yml of `key: value` lines and, in front, its
+    bases; UserError if it is none. A value is text as written (010 and 1:30 are not 8 and 90), None
+    for null, or a list of these. above: the ymls that lead here.
     """
     file = shown(path.name)
     try:
         if (size := path.stat().st_size) > 2**18:
             raise ValueError(f"it has {size:,} bytes")
         root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
@@ -282,18 +263,23 @@ def read_yml(path):
         return []  # nothing but comments
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{file}, line {root.start_mark.line + 1}: not a yml of `key: value` lines")
-    entries, lines = [], {}
+    entries, of_bases = [], []
     for key_node, node in root.value:
         where = f"{file}, line {key_node.start_mark.line + 1}"
-        key = scalar_of(key_node, where, "a key")
-        spelled = str(key).replace("-", "_")
-        if spelled in lines:
-            raise UserError(f"{where}: {shown(key)} is in line {lines[spelled]} already")
-        lines[spelled] = key_node.start_mark.line + 1
+        key = str(scalar_of(key_node, where, "a key"))
         many = isinstance(node, yaml.SequenceNode)
         items = [scalar_of(item, where, shown(key)) for item in (node.value if many else [node])]
-        entries.append((str(key), items if many else items[0], where))
-    return entries
+        value = items if many else items[0]
+        if key != "base":
+            entries.append((key, value, where, path))
+        elif value is not None:
+            base = path.parent / str(value)
+            known = os.path.isfile(base)
+            if not known or base.resolve() in (path, *above):
+                fault = "it leads back" if known else "no such file"
+                raise UserError(f"{where}: base is {shown(value)}: {fault} in {path.parent}")
+            of_bases = read_yml(base.resolve(), (path, *above))
+    return of_bases + entries
 
 
 def scalar_of(node, where, name):
@@ -305,14 +291,10 @@ def scalar_of(node, where, name):
 
 
 def shown(value):
-    """A value, or a name, as an error names it: on one line, and short."""
+    """A value, or a name, as an error names it: short."""
     if isinstance(value, list):
-        text = f"[{', '.join(map(shown, value))}]"
-    elif isinstance(value, str):
-        plain = NUMBER.fullmatch(value) or re.fullmatch(r"-{0,2}[\w.=-]+", value, re.ASCII)
-        text = value if plain else repr(value) if value.isprintable() else ascii(value)
-    else:
-        text = "null" if value is None else repr(value)
+        value = f"[{', '.join(map(shown, value))}]"
+    text = "null" if value is None else str(value) or "''"
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -321,12 +303,6 @@ def _with_hint(name, names, no_effect):
     plain = name.lstrip("-").split("=")[0].replace("-", "_").lower()
     close = difflib.get_close_matches(plain, [*names, *no_effect], 1, cutoff=0.7)
     return shown(name) + (f"; is {names.get(close[0], close[0])} meant?" if close else "")
-
-
-def _underscored(word):
-    """--data-dir=x as --data_dir=x."""
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 class _Parser(argparse.ArgumentParser):
