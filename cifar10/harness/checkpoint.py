@@ -38,7 +38,6 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Ligh
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTS = (torch.int32, torch.int64)
 MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
-AGAIN = "get or make it again"
 
 
 def save_checkpoint(state: dict, path: Path):
@@ -98,36 +97,34 @@ def read_file(path, sha256=None):
         if path.stat().st_size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise MemoryError
         if sha256 and sha256 != digest(path):
-            raise UserError(f"{path}: damaged: its SHA-256 is not that in config.json")
+            raise ValueError("its SHA-256 is not that in config.json")
         if not zipped and not sha256:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)  # which bounds the size of the header
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
-                check_records(archive, path)
+                check_records(archive)
                 if damaged := archive.testzip():
-                    raise UserError(f"{path}: damaged: the checksum of its {damaged} differs")
+                    raise ValueError(f"the checksum of its {damaged} differs")
         with torch.serialization.safe_globals(HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_values(checkpoint, path)
-    except UserError as error:
-        raise UserError(f"{error}; {AGAIN}") from None
+        check_values(checkpoint)
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # damaged bytes can make the reader fail in any way
+        why, what = "not a checkpoint, or not whole", first_line(error)
         if isinstance(error, pickle.UnpicklingError) and zipped:
-            what = first_line(str(error).split("WeightsUnpickler error:")[-1].split(". ")[0])
-            why = f"not loaded, since doing so could run code in it: {what}"
-            raise UserError(f"{path}: {why}") from None
-        raise UserError(f"{path}: not a checkpoint, or not whole; {AGAIN}") from None
+            why = "not loaded, since doing so could run code in it"
+            what = first_line(str(error).split("WeightsUnpickler error:")[-1])
+        raise UserError(f"{path}: {why}: {what.split('. ')[0]}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, no weights")
     return checkpoint
 
 
-def check_records(archive, path):
-    """UserError for what torch.save never writes, before anything is read: compressed records, of
+def check_records(archive):
+    """ValueError for what torch.save never writes, before anything is read: compressed records, of
     any size, folders, whose content torch.load leaves out, and names that are twice there.
     """
     names = set()
@@ -135,12 +132,12 @@ def check_records(archive, path):
         odd = record.compress_type or record.compress_size != record.file_size
         folder = record.external_attr & 0x10 or record.is_dir()
         if odd or folder or record.filename in names:
-            raise UserError(f"{path}: damaged: its {record.filename} is no record of torch.save")
+            raise ValueError(f"its {record.filename} is no record of torch.save")
         names.add(record.filename)
 
 
-def check_values(checkpoint, path):
-    """UserError for more values than there can be, such as of a list that is in itself."""
+def check_values(checkpoint):
+    """ValueError for more values than there can be, such as of a list that is in itself."""
     count, left = 0, [checkpoint]
     while left:
         value = left.pop()
@@ -150,7 +147,7 @@ def check_values(checkpoint, path):
             count += len(inner)
             left.extend(inner)
         if count > MOST_VALUES:
-            raise UserError(f"{path}: damaged: it shows more than {MOST_VALUES:,} values")
+            raise ValueError(f"it shows more than {MOST_VALUES:,} values")
 
 
 def own_names(weights, path):
@@ -166,7 +163,7 @@ def own_names(weights, path):
         raise UserError(f"{path}: damaged: its weights are views of less memory than they show")
     for name, value in weights.items():
         if fault := fault_of(name, value):
-            raise UserError(f"{path}: {name} {fault}; get or make the file again")
+            raise UserError(f"{path}: {name} {fault}")
     return weights
 
 
