@@ -51,19 +51,16 @@ class Graph(torch.nn.Module):
     def forward(self, x):
         kind = self.model.training, x.shape, x.dtype
         if self.captured is None:
-            self.try_capture(x)
+            try:
+                self.capture(x)
+            except RuntimeError as error:
+                first = error.__context__ or error  # an error in a capture makes its end fail too
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
+                text = f"this model can't be captured ({first_line(first)})"
+                raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
             self.captured = kind
         return Replay.apply(self, x, *self.trained) if self.captured == kind else self.model(x)
-
-    def try_capture(self, x):
-        try:
-            self.capture(x)
-        except RuntimeError as error:
-            first = error.__context__ or error  # an error in a capture makes its end fail too
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
-            text = f"this model can't be captured ({first_line(first)})"
-            raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
 
     def capture(self, x):
         self.x, on = x.clone(), torch.is_grad_enabled()
