@@ -49,7 +49,7 @@ def load_weights(cfg, path, classes=2, **how):
     """build.load_model of a file: (model, cross_sample_lif)."""
     checkpoint = imagenet.checkpoint.load_checkpoint(path)
     args = cfg, imagenet.options, imagenet.data, CPU, classes, checkpoint, path
-    return imagenet.build.load_model(*args, **how)[:2]
+    return imagenet.build.load_model(*args, **how)
 
 
 @pytest.fixture(scope="session")

@@ -180,10 +180,11 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
-    """(model with the checkpoint's weights, its cross_sample_lif, a line that says why). With
+    """(model with the checkpoint's weights, its cross_sample_lif, which a line explains). With
     `new_head`, a head of another number of classes, or none, stays as it was initialised.
     """
     cross, why = resolve_semantics(cfg.cross_sample_lif, checkpoint, path, cfg.model)
+    logger.info(why)
     model = build_model(cfg, options, data, cross, num_classes, ranks)
     weights = checkpoint["model"] if checkpoint else None
     if weights and new_head:
@@ -195,7 +196,7 @@ def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=Non
         logger.info(f"{path}: {head}")
     if weights:
         load_weights(model, weights, path)
-    return model, cross, why
+    return model, cross
 
 
 def check_classes(checkpoint, path, classes, strict=True):
@@ -238,8 +239,7 @@ def load_tested(settings, options, data, ranks, path=None, known=None, rename=No
     checkpoint.setdefault("cross_sample_lif", recorded.pop("cross_sample_lif", None))
     cfg = settings.resolve("test", recorded, path, checkpoint.get("given"))
     classes = cfg.num_classes or 0  # weights without a head
-    model, cross, why = load_model(cfg, options, data, ranks, classes, checkpoint, path)
-    logger.info(why)
+    model, cross = load_model(cfg, options, data, ranks, classes, checkpoint, path)
     back = {n: v for n, v in vars(cfg).items() if options.KEYS[n].back in ("network", "data")}
     settings = {**back, "use_ema": settings.use_ema, "cross_sample_lif": cross, "sha256": sha256}
     return Tested(cfg, ranks, path, model, settings, checkpoint.get("classes"))

@@ -65,7 +65,7 @@ class Run:
         set_up_torch(cfg, data, ranks.rank)
         self.load_data(checkpoint)
         num_classes = cfg.num_classes or len(self.classes)
-        self.model, self.cross_sample_lif, self.semantics = load_model(
+        self.model, self.cross_sample_lif = load_model(
             cfg, options, data, ranks, num_classes, checkpoint, self.path, not self.resumed
         )
         self.wrap_model()
@@ -159,7 +159,6 @@ class Run:
         """Say what the run is."""
         network = f"{self.cfg.model}, T = {self.cfg.time_step}, {self.parameters:,} parameters"
         logger.info(f"network: {network}, on {self.ranks.device}")
-        logger.info(self.semantics)
         epochs = f"{self.num_epochs} epoch{'s' * (self.num_epochs > 1)} of {self.steps} steps"
         step = f"{self.global_batch} {self.samples} a step ({batch})"
         logger.info(f"training: {epochs}, {step}, learning rate {self.lr:.3g} at its peak")
