@@ -41,7 +41,7 @@ class Key:
     choices: tuple = ()
     length: tuple = (0, 100)  # fewest and most values of a list
     rising: bool = False  # whether they must not fall
-    pattern: str = ""
+    pattern: str = ".*"
     words: str = ""  # what the value must be, as an error says it, where the above can't tell
     back: str = "data"  # when a checkpoint brings it back: a word of BACK, or "": never
     fixed: Callable | None = None  # its result must be as for the checkpoint's; None: as there
@@ -87,7 +87,7 @@ class Key:
                 text = os.path.expanduser(os.path.expandvars(text))
                 if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
                     raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
-            found = text if re.fullmatch(self.pattern or ".*", text) else None
+            found = text if re.fullmatch(self.pattern, text) else None
         if found is None:
             raise ValueError(self.wanted())
         return found
