@@ -195,9 +195,7 @@ def test_bad_layouts(tmp_path, lines, narrow):
     assert said == "error: start_epoch is 3; finetune or resume must name weights"
     said = last("--batch_size", 1, "--input_size", 16, "--time_step", 1)
     assert "BatchNorm a single value" in said and said.startswith("error: batch_size 1, img_size")
-    assert last() == (
-        "error: batch_size 16 is more than the 4 training images; make it less"
-    ).replace("images", "samples")
+    assert last() == "error: batch_size 16 is more than the 4 training samples"
     said = last("--batch_size", 2, "--accum_iter", 3)
     assert said.startswith("error: batch_size 2 x accum_iter 3 is more than the 4 ")
     assert "40" in last("--input_size", 40)

@@ -77,8 +77,7 @@ class Run:
         batch += f" x {ranks.world_size} ranks" * (ranks.world_size > 1)
         self.steps = len(self.train_set) // self.global_batch
         if self.steps == 0:
-            size = f"the {len(self.train_set)} training samples"
-            raise UserError(f"{batch} is more than {size}; make it less")
+            raise UserError(f"{batch} is more than the {len(self.train_set)} training samples")
         self.epoch, self.best, self.lr = cfg.start_epoch or 0, -1.0, cfg.lr  # at its peak
         # A step's loss is a point of a curve.
         self.new_meter = partial(LossMeter, ranks, partial(self.add_point, "loss"))
@@ -122,11 +121,10 @@ class Run:
             check_classes(checkpoint, self.path, self.classes, strict=self.resumed)
         if had > (cfg.num_classes or had):
             raise UserError(f"num_classes is {cfg.num_classes}, but the data has {had} classes")
-        text = f"data: {cfg.dataset}, {len(self.train_set):,} training and "
-        text += f"{len(self.test_set):,} {self.tested} {self.samples} of {had} classes, "
+        text = f"data: {cfg.dataset}, {len(self.train_set):,} training and {len(self.test_set):,} "
+        text += f"{self.tested} {self.samples} of {had} classes, "
         text += " x ".join(map(str, data.input_shape(cfg)))
-        parts = "" if self.train_set is whole else f" (of {len(whole):,} to train with)"
-        logger.info(text + parts)
+        logger.info(text + f" (of {len(whole):,} to train with)" * (self.train_set is not whole))
 
     def wrap_model(self):
         """The model frozen, as a graph, on several ranks, averaged, in mixed precision."""
@@ -199,18 +197,19 @@ class Run:
 
     def resume(self, checkpoint):
         """Go on within an epoch too; a file of the release's starts its next epoch."""
-        cfg, path = self.cfg, self.path
+        cfg, path, size = self.cfg, self.path, len(self.train_set)
         self.epoch = number(checkpoint, "epoch", -1, path) + 1
         self.best = number(checkpoint, "best", -1.0, path)
         had = number(checkpoint, "global_batch", self.global_batch, path, low=1)
         steps = number(checkpoint, "step", 0, path, low=0)
-        size, before = len(self.train_set), checkpoint.get("samples", len(self.train_set))
+        before = checkpoint.get("samples", size), checkpoint.get("files", self.files)
         if cfg.start_epoch not in (None, self.epoch) and self.start_again and cfg.resume != "auto":
             self.epoch = cfg.start_epoch  # not with auto: each restart would go back
-        elif steps and (before != size or checkpoint.get("files", self.files) != self.files):
-            others = " others" if before == size else ""
-            now = f"{before} training {self.samples}, now there are {size}{others}"
-            logger.info(f"warning: {path} is of {now}: epoch {self.epoch} begins again")
+        elif steps and before != (size, self.files):
+            now = f"now there are {size}{' others' * (before[0] == size)}: epoch {self.epoch}"
+            logger.info(
+                f"warning: {path} is of {before[0]} training {self.samples}, {now} begins again"
+            )
         elif steps:
             self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
             if self.seed != cfg.seed:
@@ -222,8 +221,7 @@ class Run:
             if self.meter.steps > self.steps:
                 raise UserError(f"{path}: its step is {steps}; an epoch has {self.steps} here")
         if had != self.global_batch:
-            now = f"{self.global_batch} {self.samples} a step"
-            logger.info(f"warning: {now}, but {path} had {had}")
+            logger.info(f"warning: {self.global_batch} {self.samples} a step, but {path} had {had}")
         if not getattr(cfg, "no_resume_opt", False):
             opt = getattr(cfg, "opt", "adamw")
             load_optimizer(self.optimizer, self.scaler, checkpoint, path, opt)
@@ -260,16 +258,14 @@ class Run:
         if ranks.from_main(lambda: is_new(self.folder)):
             self.save("last.pth")  # a run that is killed from here on goes on
         self.best = ranks.from_main(self.open_log)
-        few = None  # samples, whose spikes are counted
+        few = self.data.test_loader(cfg, spread(self.test_set), ranks) if ranks.main else ()
+        few = [images for images, _ in few]  # whose spikes are counted
         while self.epoch < self.num_epochs:
             start = time.perf_counter()
             try:
                 speed = self.train_epoch()
                 self.check_weights()
                 tested = None if self.meter.stop else self.test(test_loader, autocast, stop)
-                if tested and ranks.main:
-                    loader = self.data.test_loader(cfg, spread(self.test_set), ranks)
-                    few = few or [images for images, _ in loader]
             except LostWorker as error:
                 if ranks.world_size > 1:  # the others wait for this one within a step
                     raise
@@ -305,8 +301,8 @@ class Run:
                 self.scheduler.step(self.epoch)
             self.save(*["best.pth"] * is_best, "last.pth")
         if self.best >= 0:
-            best = f"best top-1 {self.best:.2f} %{' in validation' * (self.tested != 'test')}"
-            logger.info(f"{best}: {typed(self.folder / 'best.pth')}")
+            of = " in validation" * (self.tested != "test")
+            logger.info(f"best top-1 {self.best:.2f} %{of}: {typed(self.folder / 'best.pth')}")
         return 0
 
     def own_record(self):
@@ -362,8 +358,8 @@ def check_rates(cfg, peak):
     """UserError for a learning rate that never comes down."""
     if 0 < cfg.warmup_epochs >= cfg.epochs or cfg.min_lr > peak:
         said = f"epochs {cfg.epochs}, warmup_epochs {cfg.warmup_epochs:g}, lr {peak:g}"
-        said = f"{said} and min_lr {cfg.min_lr:g}: the learning rate never comes down"
-        raise UserError(f"{said}; warmup_epochs must be below epochs, min_lr at most lr")
+        said = f"{said} and min_lr {cfg.min_lr:g}"
+        raise UserError(f"{said}: warmup_epochs must be below epochs, min_lr at most lr")
 
 
 def set_up_torch(cfg, data, rank):
