@@ -295,12 +295,14 @@ def test_weights_of_another_network():
 def test_T_of_a_file():
     steps_of = cifar10.build.steps_of
     for args in (argparse.Namespace(time_step=6), {"time_step": 6}, argparse.Namespace(T=6)):
-        assert steps_of({"args": args}, "ms_qk_10-384_T4.pth.tar") == 6
-    assert steps_of({"args": argparse.Namespace(time_step="6")}, "ms_qk_10-384_T4.pth.tar") == 4
-    assert steps_of({}, "a/ms_qk_10-768_T1.pth.tar") == 1
-    assert steps_of({}, "weights.pth") is None
-    with pytest.raises(UserError, match="T is 9999, from its name"):
-        steps_of({}, "a_T9999.pth")
+        assert steps_of({"args": args}, "ms_qk_10-384_T4.pth.tar") == {"time_step": 6}
+    text = {"args": argparse.Namespace(time_step="6")}
+    assert steps_of(text, "ms_qk_10-384_T4.pth.tar") == {"time_step": 4}
+    assert steps_of({}, "a/ms_qk_10-768_T1.pth.tar") == {"time_step": 1}
+    assert steps_of({}, "weights.pth") == {}
+    weights = cifar10.model.QKFormer(embed_dims=32, num_heads=2).state_dict()
+    with pytest.raises(UserError, match="its time_step is 9999; it must be a whole number from 1"):
+        recorded(cifar10, {"model": weights}, "a_T9999.pth")
 
 
 def test_a_file_of_membrane_shortcuts_needs_no_flag(tmp_path):

@@ -137,4 +137,4 @@ def test_short_names(monkeypatch):
     paths = [modules.folder.fetch(name) for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")]
     start = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints/ms_qk_10-"
     assert urls == [f"{start}384_T4.pth.tar", f"{start}768_T1.pth.tar"]
-    assert [modules.build.steps_of({}, path) for path in paths] == [4, 1]
+    assert [modules.build.steps_of({}, path)["time_step"] for path in paths] == [4, 1]

@@ -61,9 +61,7 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
     read_shapes(options, checkpoint["model"], path, recorded)  # an error for another folder's file
     config, args = checkpoint.get("config"), read_args(Path(path).parent)
     if not isinstance(config, dict):
-        if (steps := steps_of(checkpoint, path)) is not None:
-            recorded["time_step"] = steps
-        config = {}
+        config = steps_of(checkpoint, path)
     for name, key in options.KEYS.items():
         for spelled in {name, *key.aliases} & config.keys() if key.back else ():
             try:
@@ -76,9 +74,10 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
             elif isinstance(args.get(name), str) and os.path.isdir(args[name]):
                 recorded[name] = args[name]
             elif data and key.back == "data" and value not in (None, key.default):
-                left = "which is not there, or not in the args.yaml beside it"
-                said = f"its {name} is {value}, {left}; what is set here counts"
-                logger.info(f"warning: {path}: {said}")
+                left = (
+                    f"its {name} is {value}, which is not there, or not in the args.yaml beside it"
+                )
+                logger.info(f"warning: {path}: {left}; what is set here counts")
     return recorded | read_shapes(options, checkpoint["model"], path, recorded)
 
 
@@ -113,20 +112,17 @@ def classes_of(weights):
 
 
 def steps_of(checkpoint, path):
-    """T of a file without our configuration, from its args or its name; None if neither has it."""
+    """{"time_step": T} of a file without our configuration, from its args or its name; else {}."""
     args = checkpoint.get("args")
     args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
     found = [(args[n], f"its args.{n}") for n in ("time_step", "T") if type(args.get(n)) is int]
     found += [(int(named[1]), "its name")] if named else []
-    if not found:
-        logger.info(f"{path}: does not tell T; the T of the configuration is used")
-        return None
-    steps, origin = found[0]
-    if not 1 <= steps <= 1024:
-        raise UserError(f"{path}: damaged: T is {steps}, from {origin}")
-    logger.info(f"{path}: T is {steps}, from {origin}")
-    return steps
+    for steps, origin in found:
+        logger.info(f"{path}: T is {steps}, from {origin}")
+        return {"time_step": steps}
+    logger.info(f"{path}: does not tell T; the T of the configuration is used")
+    return {}
 
 
 def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
@@ -139,9 +135,9 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
     if not isinstance(recorded, (bool, type(None))):
         raise UserError(f"{path}: its cross_sample_lif is {recorded!r}, neither true nor false")
     if setting == "auto" and recorded is None:
-        taken = "does not record its semantics, so it is taken for one of the release's"
+        why = f"{path} does not record its semantics, so it is taken for one of the release's"
         other = "set cross_sample_lif: false if it was trained with the paper's"
-        return True, f"warning: {path} {taken}: {LEAK[True]}; {other}"
+        return True, f"warning: {why}: {LEAK[True]}; {other}"
     value = recorded if setting == "auto" else setting == "true"
     if checkpoint and recorded not in (None, value):
         return value, f"warning: {LEAK[value]}, as set, but {path} was trained with {recorded}"
@@ -205,13 +201,12 @@ def check_classes(checkpoint, path, classes, strict=True):
     had = len(names) or classes_of(checkpoint["model"])
     if strict and had and had != len(classes):
         raise UserError(f"{path} has {had} classes, but the data has {len(classes)}")
-    for number, (name, here) in enumerate(zip(names, classes, strict=False)):
-        if name != str(here):
+    for number, (name, here) in enumerate(zip(names, map(str, classes), strict=False)):
+        if name != here and had == len(classes):
             other = f"{path}: class {number} is {name!r}, but in the data it is {here!r}"
             if strict:
                 raise UserError(other)
-            if had == len(classes):
-                logger.info(f"warning: {other}; its head is kept all the same")
+            logger.info(f"warning: {other}; its head is kept all the same")
             break
 
 
