@@ -198,6 +198,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, room):
 
     monkeypatch.setattr(cifar10.folder, "open", File, raising=False)
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match=r"last\.pth: can't be written .*No space"):
+    with pytest.raises(UserError, match=r"last\.pth: can't be written: .*No space"):
         cifar10.checkpoint.save_checkpoint({"a": torch.zeros(9999)}, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import stat
 import time
 import urllib.parse
 from pathlib import Path
@@ -24,22 +23,6 @@ from .log import HERE, UserError, logger
 
 MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
 ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
-
-CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
-    "train_loss": "loss/train",
-    "test_loss": "loss/test",
-    "test_acc1": "accuracy/top1",
-    "test_acc5": "accuracy/top5",
-    "val_loss": "loss/validation",
-    "val_acc1": "accuracy/top1",
-    "val_acc5": "accuracy/top5",
-    "ema_acc1": "accuracy/top1_ema",
-    "lr": "lr/epoch",
-    "train_lr": "lr/epoch",
-    "images_per_second": "speed/images_per_second",
-    "seconds": "speed/seconds_per_epoch",
-    "peak_memory_mb": "memory/peak_mb",
-}
 
 
 def fetch(name: str | Path) -> Path:
@@ -91,17 +74,15 @@ def find_resumed(settings):
     """The checkpoint to resume, or None. auto: of the named experiment, the yml's or the newest."""
     if settings.resume != "auto":
         return settings.resume and Path(settings.resume)
-    experiment = settings.name or settings.file.stem
-    path = newest(settings, "last.pth", experiment)
-    if path is None and not settings.name and (path := newest(settings, "last.pth", None)):
-        logger.info(f"resume: auto takes the newest run, since there is none of {experiment}")
+    path, named = newest(settings, "last.pth", settings.name), settings.experiment or settings.named
+    if path is None and not named and (path := newest(settings, "last.pth", None)):
+        logger.info(f"resume: auto takes the newest run, since there is none of {settings.name}")
     return path
 
 
-def read_text(path, most=2**24):
+def read_text(path):
     """The text of a file; OSError for a pipe, which would never end, and for too many bytes."""
-    info = os.stat(path)
-    if not stat.S_ISREG(info.st_mode) or info.st_size > most:
+    if not path.is_file() or path.stat().st_size > 2**24:
         raise OSError(f"{path.name} is no file of a run")
     return path.read_text(errors="replace")
 
@@ -125,17 +106,17 @@ def open_run(settings):
     from its own last.pth writes to a folder that holds a run, and where that is in use it is an
     error; any other gets a number behind its name.
     """
-    root, experiment = Path(settings.output or HERE / "output"), settings.name or settings.file.stem
-    if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", experiment):
-        raise UserError(f"experiment is {experiment!r}; letters, digits and -_.+=, name a folder")
-    resume, folder = find_resumed(settings), root / experiment
+    root, name = Path(settings.output or HERE / "output"), settings.name
+    if not re.fullmatch(r"[\w.+=,-]*\w[\w.+=,-]*", name):
+        raise UserError(f"experiment is {name!r}; letters, digits and -_.+=, name a folder")
+    resume, folder = find_resumed(settings), root / name
     own = resume and resume.name == "last.pth" and not is_new(resume.parent)
     if own or (settings.resume == "auto" and is_new(folder)):
         folder = resume.parent if own else folder
         if not claim(folder):
             raise UserError(f"{folder} is in use by another run; stop it, or set experiment")
         return folder, resume
-    for folder in map(root.joinpath, numbered(experiment)):
+    for folder in map(root.joinpath, numbered(name)):
         # Its user may have come and gone between the first look and the claim.
         if is_new(folder) and claim(folder) and is_new(folder):
             return folder, resume
@@ -216,8 +197,11 @@ def writing(path):
     """What goes wrong within with a file or folder, as on a full disk, becomes one line."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
+            error = error.__context__
+        fault = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: can't be written: {fault}") from None
 
 
 class RunLog:
@@ -230,9 +214,8 @@ class RunLog:
         with writing(folder):
             lines = read_text(self.path).splitlines() if self.path.exists() else []
             # A line that a crash has cut short has no epoch, and is dropped.
-            before = [dict_in(line, json.loads).get("epoch") in range(epoch) for line in lines]
-            kept = [f"{line}\n" for line, keep in zip(lines, before, strict=True) if keep]
-            write_whole(self.path, "".join(kept).encode())
+            kept = [n for n in lines if dict_in(n, json.loads).get("epoch") in range(epoch)]
+            write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
 
@@ -242,15 +225,14 @@ class RunLog:
             self.steps.add_point(f"step/{name}", value, step)
 
     def epoch(self, record):
-        """An epoch's line and points."""
+        """An epoch's line, and a point of each of its numbers."""
+        rates = {f"firing_rate_{stage}": n for stage, n in record.get("firing_rate", {}).items()}
         with writing(self.folder):
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            for name, curve in CURVES.items():
-                if name in record:
-                    self.epochs.add_point(curve, record[name], record["epoch"])
-            for stage, rate in record.get("firing_rate", {}).items():
-                self.epochs.add_point(f"firing_rate/{stage}", rate, record["epoch"])
+            for name, value in {**record, **rates}.items():
+                if name not in ("epoch", "firing_rate"):
+                    self.epochs.add_point(f"epoch/{name}", value, record["epoch"])
 
 
 class Curves:

@@ -12,21 +12,20 @@ import os
 import pickle
 import reprlib
 import zipfile
-from pathlib import Path, PosixPath, PurePosixPath
+from pathlib import Path, PosixPath
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .folder import dict_in, replacing
+from .folder import dict_in, replacing, writing
 from .log import UserError, first_line, logger
 
 # Arguments, paths and NumPy's numbers: plain data that torch.load does not take by itself.
 HARMLESS = [
     argparse.Namespace,
     PosixPath,
-    PurePosixPath,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
@@ -42,14 +41,10 @@ MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has 
 
 def save_checkpoint(state: dict, path: Path):
     """Write a checkpoint: after a crash `path` is the old file or the whole new one."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
-            error = error.__context__
-        raise UserError(f"{path}: can't be written ({error}); an older one is as it was") from None
 
 
 def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
@@ -138,15 +133,12 @@ def check_records(archive):
 
 def check_values(checkpoint):
     """ValueError for more values than there can be, such as of a list that is in itself."""
-    count, left = 0, [checkpoint]
-    while left:
-        value = left.pop()
+    values = [checkpoint]
+    for value in values:  # which grows
         value = vars(value) if isinstance(value, argparse.Namespace) else value
-        inner = value.values() if isinstance(value, dict) else value
         if isinstance(value, (dict, list, tuple, set)):
-            count += len(inner)
-            left.extend(inner)
-        if count > MOST_VALUES:
+            values.extend(value.values() if isinstance(value, dict) else value)
+        if len(values) > MOST_VALUES:
             raise ValueError(f"it shows more than {MOST_VALUES:,} values")
 
 
@@ -155,8 +147,7 @@ def own_names(weights, path):
     counters = ("total_ops", "total_params")  # of operations, left there by a tool
     weights = {n: v for n, v in weights.items() if isinstance(n, str) and not n.endswith(counters)}
     if not any(map(torch.is_tensor, weights.values())):
-        places = ", ".join(WEIGHTS + EMA)
-        raise UserError(f"{path}: holds no weights, neither by themselves nor under {places}")
+        raise UserError(f"{path}: no weights by themselves, nor under {', '.join(WEIGHTS + EMA)}")
     while wrappers := [p for p in PREFIXES if all(name.startswith(p) for name in weights)]:
         weights = {name.removeprefix(wrappers[0]): value for name, value in weights.items()}
     if larger_than_memory(weights.values()):
@@ -234,21 +225,20 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
             if not math.isfinite(saved["scale"]):
                 raise ValueError(f"the scaler's scale is {saved['scale']}")
     except Exception as error:  # whatever the file has there
-        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        why = f"no fitting optimizer state ({reason}); --finetune takes its weights alone"
-        raise UserError(f"{path}: {why}") from None
+        why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(
+            f"{path}: no fitting optimizer state ({why}); --finetune needs none"
+        ) from None
 
 
 def check_optimizer(optimizer):
     """ValueError where a state that was loaded can't be gone on with."""
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    # of others some keep sums of their own, such as NovoGrad's one number for each parameter
-    whole = {"exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
     for parameter, state in optimizer.state.items():
-        if state and adam and (lacking := {"step", *whole} - state.keys()):
+        if state and adam and (lacking := {"step", "exp_avg", "exp_avg_sq"} - state.keys()):
             raise ValueError(f"no {min(lacking)}")
         for name, value in state.items():
             if torch.is_tensor(value) and not value.isfinite().all():
                 raise ValueError(f"{name} is not finite")
-            if torch.is_tensor(value) and name in whole and value.shape != parameter.shape:
+            if adam and name.startswith("exp_avg") and value.shape != parameter.shape:
                 raise ValueError(f"{name} is of another shape than its parameter")
