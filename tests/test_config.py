@@ -208,7 +208,7 @@ def test_which_yml(tmp_path, monkeypatch):
     settings = read("-c", "quickstart.yml")
     assert (settings.dataset, settings.dim) == ("torch/cifar10", 64)
     assert read("-c", "cifar10.yml").dim == 32
-    assert (read().dim, read().name) == (384, None)
+    assert (read().dim, read().name) == (384, "cifar10")
 
 
 def test_base(tmp_path):
@@ -274,7 +274,7 @@ def test_test_py_uses_what_its_help_shows(trained_on_images, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("folder", "script", "flag", "line"),
     [
-        ("cifar10", "train", "--checkpoint", "train.py; --finetune or --resume is meant"),
+        ("cifar10", "train", "--checkpoint", "train.py$"),
         ("imagenet", "train", "--use-ema", "train.py$"),
         ("cifar10", "test", "--epochs", "test.py$"),
         ("imagenet", "test", "--blr", "test.py$"),

@@ -181,8 +181,7 @@ def set_rng_state(states, ranks, path, statistics=()):
     try:
         if len(states) != ranks.world_size:
             if states:
-                many = f"{len(states)} ranks, here are {ranks.world_size}"
-                logger.info(f"warning: {path} is of {many}: random numbers begin anew")
+                logger.info(f"warning: {path} is of {len(states)} ranks: random numbers begin anew")
             return
         state = states[ranks.rank]
         random.setstate(state["python"])

@@ -148,8 +148,8 @@ class Settings(argparse.Namespace):
 
     @property
     def name(self):
-        """The experiment that was named, by its key or by -c; None if nothing was."""
-        return self.experiment or (self.file.stem if self.named else None)
+        """The run's: the experiment, or the yml's."""
+        return self.experiment or self.file.stem
 
     def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
         """The configuration; a line or UserError for each value that goes over a checkpoint's.
@@ -218,8 +218,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             continue
         scripts = keys[name].scripts
         if scripts and script not in (None, *scripts) and not source:
-            meant = "; --finetune or --resume is meant" if name == "checkpoint" else ""
-            raise UserError(f"{where}: --{spelled} is not read by {script}.py{meant}")
+            raise UserError(f"{where}: --{spelled} is not read by {script}.py")
         try:
             value = keys[name].convert(text)
         except ValueError as wanted:
@@ -266,12 +265,17 @@ def read_yml(path, above=()):
     entries, of_bases = [], []
     for key_node, node in root.value:
         where = f"{file}, line {key_node.start_mark.line + 1}"
-        key = str(scalar_of(key_node, where, "a key"))
         many = isinstance(node, yaml.SequenceNode)
-        items = [scalar_of(item, where, shown(key)) for item in (node.value if many else [node])]
+        nodes = [key_node, *(node.value if many else [node])]
+        if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
+            raise UserError(
+                f"{where}: a key is a word, its value a word, a number or a list of them"
+            )
+        nulls = "", "~", "null", "Null", "NULL"
+        key, *items = [None if n.style is None and n.value in nulls else n.value for n in nodes]
         value = items if many else items[0]
         if key != "base":
-            entries.append((key, value, where, path))
+            entries.append((str(key), value, where, path))
         elif value is not None:
             base = path.parent / str(value)
             known = os.path.isfile(base)
@@ -280,14 +284,6 @@ def read_yml(path, above=()):
                 raise UserError(f"{where}: base is {shown(value)}: {fault} in {path.parent}")
             of_bases = read_yml(base.resolve(), (path, *above))
     return of_bases + entries
-
-
-def scalar_of(node, where, name):
-    """A node's text, or None for null."""
-    if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{where}: {name} must be a word, a number or a list of these")
-    plain_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
-    return None if plain_null else node.value
 
 
 def shown(value):

@@ -52,8 +52,7 @@ class Ranks:
             try:
                 torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
             except (ValueError, RuntimeError) as error:
-                by = f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT ({first_line(error)})"
-                raise UserError(f"the ranks do not find each other by {by}") from None
+                raise UserError(f"the ranks do not find each other: {first_line(error)}") from None
             # For from_main, which needs no GPU, and for what takes rank 0 hours there.
             self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
             self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")
@@ -128,11 +127,10 @@ class StopSignal:
         os.close(writer)
 
     def _read(self, reader):
-        first = None
         while number := os.read(reader, 1):
             if number[0] not in self.before[0]:
                 continue
-            if first is None:
+            if not self:
                 first, self.number = time.monotonic(), number[0]
             elif time.monotonic() - first > SAME_SIGNAL:
                 os._exit(128 + number[0])
@@ -160,12 +158,10 @@ def run(main):
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         except Exception as error:
-            reason = explain(error)
-            if reason is None:
+            if (reason := explain(error)) is None:
                 raise
             sys.unraisablehook = lambda _: None  # what was half made may complain as it is deleted
             sys.stderr.write(f"error: {escaped(reason)}\n")  # in one piece: other ranks write too
-            sys.stderr.flush()
             code = 1
     except KeyboardInterrupt:  # while another rank's end is told, too
         code = 130

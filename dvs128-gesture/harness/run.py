@@ -104,7 +104,7 @@ class Run:
         if self.resumed and before and before["file"] != self.given["file"]:
             self.given = before
         # A run that goes on keeps its name, whatever its folder is called.
-        name = read_args(self.folder).get("experiment") or settings.name or settings.file.stem
+        name = read_args(self.folder).get("experiment") or settings.name
         return settings.resolve(purpose, recorded, self.path, before, experiment=str(name))
 
     def load_data(self, checkpoint):
@@ -211,9 +211,7 @@ class Run:
                 f"warning: {path} is of {before[0]} training {self.samples}, {now} begins again"
             )
         elif steps:
-            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
-            if self.seed != cfg.seed:
-                logger.info(f"seed {cfg.seed} counts from the next epoch on")
+            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)  # of this epoch
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             total = number(checkpoint, "loss_total", 0.0, path)
