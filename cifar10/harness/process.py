@@ -39,7 +39,7 @@ class Ranks:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             if self.device.index is None:
-                self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0)))
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             elif self.world_size > 1:
                 raise UserError(f"device is {self.device}; with several ranks say cuda")
             if self.device.index >= (count := torch.cuda.device_count()):
@@ -102,7 +102,7 @@ def slurm_ranks(env):
     }
 
 
-class StopSignal:
+class StopSignal(contextlib.ExitStack):
     """Within `with StopSignal() as stop`, signals that end a run make `stop` true and its `number`
     theirs; one that is ignored, as nohup has it, stays so. A second one ends the process at once.
     """
@@ -111,24 +111,20 @@ class StopSignal:
 
     def __enter__(self):
         reader, writer = os.pipe()
+        self.callback(os.close, writer)
         os.set_blocking(writer, False)
         heard = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
-        handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
-        self.before = handlers, signal.set_wakeup_fd(writer, warn_on_full_buffer=False), writer
+        for number in heard:
+            self.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.callback(signal.set_wakeup_fd, before)
         # Python's own handlers would wait while the main thread is in a call of C.
-        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+        threading.Thread(target=self._read, args=(reader, heard), daemon=True).start()
         return self
 
-    def __exit__(self, *_):
-        handlers, wakeup, writer = self.before
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(writer)
-
-    def _read(self, reader):
+    def _read(self, reader, heard):
         while number := os.read(reader, 1):
-            if number[0] not in self.before[0]:
+            if number[0] not in heard:
                 continue
             if not self:
                 first, self.number = time.monotonic(), number[0]

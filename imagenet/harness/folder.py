@@ -243,8 +243,8 @@ class Curves:
 
     def __init__(self, folder, first):
         folder.mkdir(parents=True, exist_ok=True)
-        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
-        number = 1 + max((int(name[1]) for name in names if name), default=0)
+        numbers = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        number = 1 + max(map(int, numbers), default=0)
         file = open(folder / f"events.out.tfevents.{number:010}", "xb", buffering=0)
         self.records = RecordWriter(file)
         self.write(file_version="brain.Event:2", step=first)
