@@ -71,8 +71,7 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     elif use_ema:
         raise UserError(f"{path}: holds no averaged weights ({', '.join(EMA)}); leave use_ema out")
     given = extra.get("given", {"yml": {}, "file": ""})
-    whole = isinstance(given, dict) and isinstance(given.get("yml"), dict) and "file" in given
-    if not whole or any(map(torch.is_tensor, given["yml"].values())):
+    if not isinstance(given, dict) or not isinstance(given.get("yml"), dict):
         raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
     if use_ema or plain is None:
         return {**extra, "model": extra["model_ema"]}
@@ -168,10 +167,9 @@ def larger_than_memory(values):
 
 def fault_of(name, value):
     """What is wrong with an entry of a state dict, or None."""
-    if not torch.is_tensor(value):
-        return f"is no tensor but a {type(value).__name__}"
-    if value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided:
-        return "is no plain tensor (sparse, quantised, nested or without data)"
+    plain = torch.is_tensor(value) and value.layout == torch.strided
+    if not plain or value.is_meta or value.is_nested:
+        return "is no tensor, or one that is sparse, nested or without data"
     if value.dtype not in (COUNTS if name.endswith("num_batches_tracked") else FLOATS):
         return f"is of type {value.dtype}, which weights are not"
     return None if value.isfinite().all() else "has values that are not finite numbers"

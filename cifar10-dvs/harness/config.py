@@ -136,7 +136,8 @@ class Config(argparse.Namespace):
 
 class Settings(argparse.Namespace):
     """What the yml and the flags say, before it is known what a checkpoint says. A key's value as
-    far as it is known is an attribute: of what the run needs to find its checkpoint.
+    far as it is known is an attribute: of what the run needs to find its checkpoint. `name` is the
+    run's: the experiment, or the yml's.
     """
 
     def __init__(self, keys, file, named):
@@ -146,11 +147,6 @@ class Settings(argparse.Namespace):
         self.said = {}  # {name: (value, where)} of what goes over a checkpoint
         self.notes = []  # lines on names without effect
 
-    @property
-    def name(self):
-        """The run's: the experiment, or the yml's."""
-        return self.experiment or self.file.stem
-
     def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
         """The configuration; a line or UserError for each value that goes over a checkpoint's.
 
@@ -159,7 +155,7 @@ class Settings(argparse.Namespace):
         known otherwise.
         """
         values = {name: vars(self)[name] for name in self.keys}
-        then = then["yml"] if then and then["file"] == self.file.name else {}
+        then = then["yml"] if then and then.get("file") == self.file.name else {}
         for name, had in (recorded or {}).items():
             value, (_, where) = values[name], self.said.get(name, (None, None))
             if self.keys[name].back not in BACK[purpose].split() or value == had:
@@ -231,6 +227,7 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             settings.yml[name] = value
         if named or not source:
             settings.said[name] = value, file.name if source else where
+    settings.name = settings.experiment or file.stem
     return settings
 
 

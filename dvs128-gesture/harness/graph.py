@@ -129,9 +129,8 @@ class Replay(torch.autograd.Function):
 @contextlib.contextmanager
 def restored(model, x):
     """Passes within leave no trace in running statistics and random state."""
-    buffers, state = [b.clone() for b in model.buffers()], torch.cuda.get_rng_state(x.device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.cuda.get_rng_state(x.device)
     yield
-    with torch.no_grad():
-        for buffer, kept in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(kept)
+    model.load_state_dict(buffers, strict=False)
     torch.cuda.set_rng_state(state, x.device)

@@ -59,7 +59,7 @@ class Run:
         self.folder, last = ranks.from_main(lambda: open_run(settings))
         path = last or settings.finetune
         self.path, self.resumed = path and Path(path), last is not None  # else it is fine-tuned
-        checkpoint = load_checkpoint(self.path) if path else None
+        checkpoint = load_checkpoint(self.path) if path else {}
         self.cfg = cfg = self.configure(settings, options, checkpoint)
         data.check(cfg)
         set_up_torch(cfg, data, ranks.rank)
@@ -95,13 +95,10 @@ class Run:
 
     def configure(self, settings, options, checkpoint):
         """See build.recorded_values, for what a checkpoint brings back, and Settings.resolve."""
-        purpose, recorded, before = "train", {}, None
-        if checkpoint:
-            purpose = "resume" if self.resumed else "finetune"
-            recorded = recorded_values(options, checkpoint, self.path, data=self.resumed)
-            before = checkpoint.get("given")
+        purpose, before = "resume" if self.resumed else "finetune", checkpoint.get("given")
+        recorded = checkpoint and recorded_values(options, checkpoint, self.path, self.resumed)
         self.given = {"file": settings.file.name, "yml": settings.yml}  # as checkpoints record it
-        if self.resumed and before and before["file"] != self.given["file"]:
+        if self.resumed and before and before.get("file") != self.given["file"]:
             self.given = before
         # A run that goes on keeps its name, whatever its folder is called.
         name = read_args(self.folder).get("experiment") or settings.name

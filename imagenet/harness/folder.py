@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import itertools
 import json
 import os
@@ -39,7 +38,7 @@ def fetch(name: str | Path) -> Path:
         if not path.is_file():
             cache.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), known and known[1])
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
+    except Exception as error:  # whatever the network and the disk make of it
         raise UserError(f"{url}: can't be downloaded: {error}") from None
     checksum = "its checksum fits" if known else "no checksum of it is known here"
     logger.info(f"{url}: {path}; {checksum}")
