@@ -147,19 +147,15 @@ def resolve_semantics(setting, checkpoint, path, model="QKFormer"):
 def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> torch.nn.Module:
     """The configuration's model, on this rank's device."""
     *_, channels, height, width = shape = data.input_shape(cfg)
-    keywords = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
+    values = {KEYWORDS[key]: getattr(cfg, key, None) for key in KEYWORDS}
+    keywords = {name: value for name, value in values.items() if value is not None}
+    keywords |= {"img_size_h": height, "img_size_w": width, "in_channels": channels}
+    keywords |= {"num_classes": num_classes, "cross_sample_lif": cross_sample_lif}
     try:
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend, cfg.time_step)
-        model = options.MODELS[cfg.model](
-            img_size_h=height,
-            img_size_w=width,
-            in_channels=channels,
-            num_classes=num_classes,
-            cross_sample_lif=cross_sample_lif,
-            **{name: value for name, value in keywords.items() if value is not None},
-        )
+        model = options.MODELS[cfg.model](**keywords)
         model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None

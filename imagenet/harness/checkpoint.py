@@ -73,9 +73,8 @@ def load_checkpoint(path: Path, use_ema: bool = False) -> dict:
     given = extra.get("given", {"yml": {}, "file": ""})
     if not isinstance(given, dict) or not isinstance(given.get("yml"), dict):
         raise UserError(f"{path}: damaged: its given is {reprlib.repr(given)}")
-    if use_ema or plain is None:
-        return {**extra, "model": extra["model_ema"]}
-    return {**extra, "model": own_names(plain, path)}
+    weights = extra["model_ema"] if use_ema or plain is None else own_names(plain, path)
+    return {**extra, "model": weights}
 
 
 def digest(path):
@@ -177,10 +176,9 @@ def fault_of(name, value):
 
 def load_weights(model: torch.nn.Module, weights: dict, path: Path):
     """Load weights; UserError that names keys and shapes where they are of another network."""
-    have, want = dict(weights), model.state_dict()
-    for name in want:
-        if name.endswith("num_batches_tracked"):  # old files lack them; nothing depends on them
-            have.setdefault(name, want[name])
+    want = model.state_dict()
+    # Old files lack these; nothing depends on them.
+    have = {n: v for n, v in want.items() if n.endswith("num_batches_tracked")} | weights
     both = [name for name in want if name in have and have[name].shape != want[name].shape]
     differ = {
         "missing": [name for name in want if name not in have],
@@ -197,8 +195,7 @@ def number(checkpoint, name, default, path, low=-1):
     """A number of the default's type, from `low` on, in a checkpoint; the default if it lacks."""
     value = checkpoint.get(name, default)
     if type(value) is not type(default) or not low <= value < 1e15:
-        said = reprlib.repr(value)
-        raise UserError(f"{path}: its {name} is {said}; --finetune takes its weights alone")
+        raise UserError(f"{path}: its {name} is {reprlib.repr(value)}; --finetune needs none")
     return value
 
 
