@@ -94,7 +94,7 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
         monkeypatch.setattr(time, "time", lambda now=clock: now)
         log, clock = runs.RunLog(tmp_path, first // 3, first), clock - 1e8
         for step in range(first, done):
-            log.add_point("loss", math.sqrt(step), step)
+            log.steps.add_point("step/loss", math.sqrt(step), step)
             if step % 3 == 2:
                 log.epoch({"epoch": step // 3, "lr": float(step)})
         first = done // 3 * 3  # of the checkpoint that it goes on from

@@ -162,7 +162,7 @@ class Run:
     def add_point(self, name, value, step):
         """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
         if self.log:
-            self.log.add_point(name, value, self.epoch * self.steps + step)
+            self.log.steps.add_point(f"step/{name}", value, self.epoch * self.steps + step)
 
     def state(self):
         """What a checkpoint holds."""

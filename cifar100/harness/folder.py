@@ -218,20 +218,14 @@ class RunLog:
             self.epochs = Curves(folder, epoch)
             self.steps = Curves(folder / "steps", step)
 
-    def add_point(self, name, value, step):
-        """A point of a curve over the steps of all epochs, counted from 0."""
-        with writing(self.folder):
-            self.steps.add_point(f"step/{name}", value, step)
-
     def epoch(self, record):
         """An epoch's line, and a point of each of its numbers."""
         rates = {f"firing_rate_{stage}": n for stage, n in record.get("firing_rate", {}).items()}
-        with writing(self.folder):
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            for name, value in {**record, **rates}.items():
-                if name not in ("epoch", "firing_rate"):
-                    self.epochs.add_point(f"epoch/{name}", value, record["epoch"])
+        with writing(self.folder), open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in {**record, **rates}.items():
+            if name not in ("epoch", "firing_rate"):
+                self.epochs.add_point(f"epoch/{name}", value, record["epoch"])
 
 
 class Curves:
@@ -241,6 +235,7 @@ class Curves:
     """
 
     def __init__(self, folder, first):
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         numbers = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
         number = 1 + max(map(int, numbers), default=0)
@@ -250,7 +245,8 @@ class Curves:
         self.write(session_log=SessionLog(status=SessionLog.START), step=first)
 
     def write(self, **what):
-        self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
+        with writing(self.folder):
+            self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
     def add_point(self, name, value, x):
         self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)

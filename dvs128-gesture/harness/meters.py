@@ -96,8 +96,8 @@ def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
     if not rows:
         raise UserError("there is nothing to test on: no test sample could be read, as said above")
     loss, top1, top5, count = (math.fsum(column) for column in zip(*rows, strict=True))
-    seconds = time.perf_counter() - start
-    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, count / seconds)
+    speed = count / (time.perf_counter() - start)
+    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count, speed)
 
 
 class LossMeter:

@@ -151,8 +151,16 @@ def own_names(weights, path):
     if larger_than_memory(weights.values()):
         raise UserError(f"{path}: damaged: its weights are views of less memory than they show")
     for name, value in weights.items():
-        if fault := fault_of(name, value):
-            raise UserError(f"{path}: {name} {fault}")
+        plain = torch.is_tensor(value) and value.layout == torch.strided
+        if not plain or value.is_meta or value.is_nested:
+            fault = "is no tensor, or one that is sparse, nested or without data"
+        elif value.dtype not in (COUNTS if name.endswith("num_batches_tracked") else FLOATS):
+            fault = f"is of type {value.dtype}, which weights are not"
+        elif not value.isfinite().all():
+            fault = "has values that are not finite numbers"
+        else:
+            continue
+        raise UserError(f"{path}: {name} {fault}")
     return weights
 
 
@@ -162,16 +170,6 @@ def larger_than_memory(values):
     plain = [v for v in plain if not (v.is_nested or v.is_meta)]
     memory = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in plain}
     return sum(v.numel() * v.element_size() for v in plain) > sum(memory.values())
-
-
-def fault_of(name, value):
-    """What is wrong with an entry of a state dict, or None."""
-    plain = torch.is_tensor(value) and value.layout == torch.strided
-    if not plain or value.is_meta or value.is_nested:
-        return "is no tensor, or one that is sparse, nested or without data"
-    if value.dtype not in (COUNTS if name.endswith("num_batches_tracked") else FLOATS):
-        return f"is of type {value.dtype}, which weights are not"
-    return None if value.isfinite().all() else "has values that are not finite numbers"
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path: Path):
@@ -205,9 +203,8 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
     ours = "initial_lr weight_decay betas eps momentum lr_scale maximize amsgrad nesterov "
     ours += "differentiable decoupled_weight_decay capturable foreach fused"
     try:
-        config = checkpoint.get("config")
-        if isinstance(config, dict) and config.get("opt", opt) != opt:
-            raise ValueError(f"it is of {config['opt']}, opt is {opt}")
+        if (had := (checkpoint.get("config") or {}).get("opt", opt)) != opt:
+            raise ValueError(f"it is of {had}, opt is {opt}")
         state = checkpoint["optimizer"]
         if larger_than_memory(tree_leaves(state["state"])):
             raise ValueError("its tensors are views of less memory than they show")
