@@ -263,7 +263,7 @@ def frozen_trainer(narrow, tmp_path, *flags, before=lambda trainer: None):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = lambda mode=True, module=module: module
-    with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False, "")):
+    with mock.patch.object(imagenet.run, "load_model", lambda *args, **how: (model, False)):
         trainer = imagenet.train.Trainer(settings, imagenet.data, imagenet.options)
     trainer.train_set.read = imagenet.images.read_image
     trainer.train_set.transform = imagenet.data.build_transform(trainer.cfg, train=False)

@@ -39,7 +39,7 @@ def test_run_and_its_folder(whole):
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["dim"] == 16 and args["mixup"] == 0.5 and set(args) == set(cifar10.options.KEYS)
     checkpoint = torch.load(folder / "last.pth", weights_only=True)
-    names = "model optimizer scheduler scaler epoch best rng config cross_sample_lif"
+    names = "model optimizer scaler epoch best rng config cross_sample_lif"
     assert set(names.split()) <= set(checkpoint) and checkpoint["epoch"] == 2
 
     # the first and the last step of each epoch, a log being no terminal, with the loss so far

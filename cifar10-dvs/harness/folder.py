@@ -40,8 +40,7 @@ def fetch(name: str | Path) -> Path:
             torch.hub.download_url_to_file(url, str(path), known and known[1])
     except Exception as error:  # whatever the network and the disk make of it
         raise UserError(f"{url}: can't be downloaded: {error}") from None
-    checksum = "its checksum fits" if known else "no checksum of it is known here"
-    logger.info(f"{url}: {path}; {checksum}")
+    logger.info(f"{url}: {path}; {'its checksum fits' if known else 'no checksum of it is known'}")
     return path
 
 

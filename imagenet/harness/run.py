@@ -169,7 +169,6 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            **({"scheduler": self.scheduler.state_dict()} if self.scheduler else {}),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch - 1,  # the last one finished
             "step": self.meter.steps,  # done of the next epoch
