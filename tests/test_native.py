@@ -278,9 +278,14 @@ def test_activations_stay_as_they_lie(make, on, request):
 # The library --------------------------------------------------------------------------------------
 
 
+@compiled
 def test_library(monkeypatch, tmp_path):
     """It is built once for all; where it can't be, a line says why."""
     lines, build = [], kernels.layers_error.__wrapped__
+    assert kernels.layers_error() is None
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "other"))
+    assert build() is None and not (tmp_path / "other").exists()  # it is there: not loaded again
+    monkeypatch.setattr(kernels, "NAME", f"{kernels.NAME}x")  # one that is not there
     monkeypatch.setattr(kernels, "say", lines.append)
     monkeypatch.setattr(kernels, "compile_to", lambda path, *args: path.write_bytes(b"no library"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
@@ -292,6 +297,7 @@ def test_library(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     assert "File exists" in build()
     monkeypatch.undo()
+    monkeypatch.setattr(kernels, "NAME", f"{kernels.NAME}x")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert "/nowhere/c++" in build()

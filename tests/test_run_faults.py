@@ -104,7 +104,7 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
     assert [point.value for point in points] == pytest.approx(
         [math.sqrt(step) for step in range(12)]
     )
-    assert [(point.step, point.value) for point in curves[1].Scalars("epoch/lr")] == [
+    assert [(point.step, point.value) for point in curves[1].Scalars("lr/epoch")] == [
         (0, 2),
         (1, 5),
         (2, 8),

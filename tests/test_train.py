@@ -33,7 +33,6 @@ def test_run_and_its_folder(whole):
     assert [line["epoch"] for line in log] == [0, 1, 2]
     fields = "lr train_loss test_loss test_acc1 test_acc5 seconds images_per_second peak_memory_mb"
     assert all({*fields.split(), "firing_rate"} <= set(line) for line in log)
-    rates = [f"firing_rate_{stage}" for stage in log[0]["firing_rate"]]
     best = max(log, key=lambda line: line["test_acc1"])
     assert f"best top-1 {best['test_acc1']:.2f} %" in text
     args = yaml.safe_load((folder / "args.yaml").read_text())
@@ -56,7 +55,8 @@ def test_run_and_its_folder(whole):
         assert epoch["train_loss"] == pytest.approx(mean) and 1 < mean < 4  # chance is 2.3
     assert [float(line[2]) for line in lines[1::2]] == [round(e["train_loss"], 4) for e in log]
     names = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
-    assert names == {f"epoch/{name}" for name in [*fields.split(), *rates]}
+    assert {"loss/train", "loss/test", "accuracy/top1", "speed/images_per_second"} <= names
+    assert all("/" in name for name in names)  # in groups
 
     code, text = train("-c", folder / "args.yaml", main=cifar10.test.main)
     result = json.loads((folder / "test-best.json").read_text())

@@ -122,8 +122,8 @@ def test_what_a_value_means(yml_of, text, name, value):
         ("aa: rnd-m9", "it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1, or none"),
         ("aa: rand-m9-inc", "aa is rand-m9-inc"),  # timm passes over what it does not know
         ("data_dir: ''", "data_dir is ''; it must be a path"),
-        ("epochs: 1\nepochs: 2", "line 2: epochs and epochs are one key, but their values differ"),
-        ("batch_size: 1\nbatch-size: 2", "line 2: batch_size and batch_size are one key"),
+        ("epochs: 1\nepochs: 2", "line 2: epochs is there already, with another value"),
+        ("batch_size: 1\nbatch-size: 2", "line 2: batch_size is there already"),
         ("workers: 1\nnum_workers: 2", "line 2: workers and num_workers are one key"),
         ("lr: {peak: 1}", "line 1: a key is a word, its value a word, a number or a list of them"),
         (
@@ -176,7 +176,7 @@ def test_files_that_are_no_yml(tmp_path):
     (tmp_path / "secret.yml").write_text("lr: 1\n")
     (tmp_path / "secret.yml").chmod(0)
     if not os.access(tmp_path / "secret.yml", os.R_OK):
-        assert "not a yml: [Errno 13] Permission denied" in fault("-c", tmp_path / "secret.yml")
+        assert "not a yml: Permission denied" in fault("-c", tmp_path / "secret.yml")
 
 
 def test_chains_and_loops_of_bases(tmp_path):

@@ -207,7 +207,9 @@ class Run:
                 f"warning: {path} is of {before[0]} training {self.samples}, {now} begins again"
             )
         elif steps:
-            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)  # of this epoch
+            self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
+            if self.seed != cfg.seed:
+                logger.info(f"seed {cfg.seed} counts from the next epoch on")
             # The epoch's order of samples is the same for every batch size and number of ranks.
             self.meter.steps = steps * had // self.global_batch
             total = number(checkpoint, "loss_total", 0.0, path)

@@ -23,6 +23,22 @@ from .log import HERE, UserError, logger
 MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
 ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
 
+CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
+    "train_loss": "loss/train",
+    "test_loss": "loss/test",
+    "test_acc1": "accuracy/top1",
+    "test_acc5": "accuracy/top5",
+    "val_loss": "loss/validation",
+    "val_acc1": "accuracy/top1",
+    "val_acc5": "accuracy/top5",
+    "ema_acc1": "accuracy/top1_ema",
+    "lr": "lr/epoch",
+    "train_lr": "lr/epoch",
+    "images_per_second": "speed/images_per_second",
+    "seconds": "speed/seconds_per_epoch",
+    "peak_memory_mb": "memory/peak_mb",
+}
+
 
 def fetch(name: str | Path) -> Path:
     """The file that a name means: a path, a folder of tools/export.py, or a URL or key of ASSETS,
@@ -218,13 +234,13 @@ class RunLog:
             self.steps = Curves(folder / "steps", step)
 
     def epoch(self, record):
-        """An epoch's line, and a point of each of its numbers."""
-        rates = {f"firing_rate_{stage}": n for stage, n in record.get("firing_rate", {}).items()}
+        """An epoch's line and points."""
         with writing(self.folder), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in {**record, **rates}.items():
-            if name not in ("epoch", "firing_rate"):
-                self.epochs.add_point(f"epoch/{name}", value, record["epoch"])
+        points = {curve: record[name] for name, curve in CURVES.items() if name in record}
+        points |= {f"firing_rate/{stage}": n for stage, n in record.get("firing_rate", {}).items()}
+        for curve, value in points.items():
+            self.epochs.add_point(curve, value, record["epoch"])
 
 
 class Curves:
@@ -236,8 +252,8 @@ class Curves:
     def __init__(self, folder, first):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-        number = 1 + max(map(int, numbers), default=0)
+        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
+        number = 1 + max((int(name[1]) for name in names if name), default=0)
         file = open(folder / f"events.out.tfevents.{number:010}", "xb", buffering=0)
         self.records = RecordWriter(file)
         self.write(file_version="brain.Event:2", step=first)

@@ -29,8 +29,8 @@ class Ranks:
     def __init__(self, device: str, timeout_minutes: float = 10, alone: bool = False):
         if "RANK" not in os.environ and not alone:
             os.environ.update(slurm_ranks(os.environ))
-        env = {} if alone else os.environ
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        self.rank = 0 if alone else variable("RANK", 0)
+        self.world_size = 1 if alone else variable("WORLD_SIZE", 1)
         self.main = self.rank == 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ class Ranks:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             if self.device.index is None:
-                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+                self.device = torch.device("cuda", variable("LOCAL_RANK", 0))
             elif self.world_size > 1:
                 raise UserError(f"device is {self.device}; with several ranks say cuda")
             if self.device.index >= (count := torch.cuda.device_count()):
@@ -83,6 +83,14 @@ class Ranks:
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]
+
+
+def variable(name, default):
+    """A number that a launcher has set."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < default:
+        raise UserError(f"the variable {name} is {text!r}; a launcher sets it, or none does")
+    return int(text)
 
 
 def slurm_ranks(env):

@@ -221,6 +221,8 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
             raise UserError(f"{where}: {spelled} is {shown(text)}; it must be {wanted}") from None
         other, before = seen.setdefault((source, name), (spelled, value))
         if before != value:
+            if other == spelled:
+                raise UserError(f"{where}: {spelled} is there already, with another value")
             raise UserError(f"{where}: {other} and {spelled} are one key, but their values differ")
         setattr(settings, name, value)
         if source:
@@ -253,7 +255,7 @@ def read_yml(path, above=()):
     except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or first_line(error)
+        problem = getattr(error, "problem", getattr(error, "strerror", None)) or first_line(error)
         raise UserError(f"{file}{place}: not a yml: {problem}") from None
     if root is None or root.value == "":
         return []  # nothing but comments

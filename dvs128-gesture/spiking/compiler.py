@@ -191,6 +191,8 @@ def layers_error():
     TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Their own loader, torch.utils.cpp_extension,
     would need ninja.
     """
+    if hasattr(getattr(torch.ops, NAME), "layer"):  # another folder has loaded it
+        return None
     try:
         cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
         path = Path(cache, f"{NAME}.so")

@@ -36,6 +36,7 @@ EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTS = (torch.int32, torch.int64)
+MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
 MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 
 
@@ -94,7 +95,10 @@ def read_file(path, sha256=None):
         if not zipped and not sha256:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)  # which bounds the size of the header
+            with open(path, "rb") as file:
+                if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
+                    raise ValueError(f"its header has {size:,} bytes")
+            return safetensors.torch.load_file(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
                 check_records(archive)
@@ -106,11 +110,11 @@ def read_file(path, sha256=None):
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # damaged bytes can make the reader fail in any way
-        why, what = "not a checkpoint, or not whole", first_line(error)
+        why, what = "not a checkpoint, or not whole; get or make it again", first_line(error)
         if isinstance(error, pickle.UnpicklingError) and zipped:
             why = "not loaded, since doing so could run code in it"
             what = first_line(str(error).split("WeightsUnpickler error:")[-1])
-        raise UserError(f"{path}: {why}: {what.split('. ')[0]}") from None
+        raise UserError(f"{path}: {why} ({what.split('. ')[0]})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, no weights")
     return checkpoint
