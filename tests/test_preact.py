@@ -1,4 +1,4 @@
-"""MS-QKFormer's layers, cifar10/layer.py: the fused path against the plain one."""
+"""MS-QKFormer's layers, spiking/layer.py: the fused path against the plain one."""
 
 import copy
 

@@ -280,7 +280,7 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
     if (!plan.fires) {
         const Tensor out = at::empty_like(y);
         pass.run(NORMALISE, y.numel() / C, C, y, out, norm);
-        return out;
+        return Steps(y, x.sizes(), x.size(0)).of(out);
     }
     const Steps steps(y, x.sizes(), plan.T);
     if (x.size(0) == plan.T) {  // over y, which no gradient needs
@@ -354,7 +354,7 @@ std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan&
 }
 
 struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
-    // {spikes, and as bytes where x is saved}, or BatchNorm's output as `convolve` returns
+    // {spikes of T steps, and as bytes where x is saved}, or BatchNorm's output for the steps of x
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& saved,
                                  const std::optional<Tensor>& rates, at::TensorList tensors,
                                  at::ScalarType dtype, int64_t plan_at, int64_t stream) {
@@ -383,8 +383,9 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             if (saved) out.push_back(steps.empty(y, at::kByte));
             fire(pooled, out[0], saved ? out[1] : none, norm, rates.value_or(none), pass);
         } else {
-            out.push_back(at::empty_like(pooled));
-            pass.run(NORMALISE, pooled.numel() / C, C, pooled, out[0], norm);
+            const Tensor normal = at::empty_like(pooled);
+            pass.run(NORMALISE, pooled.numel() / C, C, pooled, normal, norm);
+            out.push_back(Steps(normal, x.sizes(), x.size(0)).of(normal));
         }
         if (saved) {
             const auto [bits, values] = events ? find_events(input, plan) : NOTHING;
@@ -428,7 +429,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             grad = at::empty_like(pooled);
             partial = fire_backward(grads[0], pooled, grad, norm, rates, pass);
         } else {
-            grad = dense(grad, plan);
+            grad = plan.product ? pixels(grad).contiguous() : rows(grad);
             const int64_t parts = pass.parts(GRADIENT_SUMS);
             partial = empty({parts, 2, C}, y, pass.real());
             pass.run(GRADIENT_SUMS, pooled.numel() / C, C, parts, pooled, grad, norm, partial);

@@ -1,4 +1,4 @@
-// The kernels of ops.py, in the words of portable.cuh. compiler.py says with -D what STEPS and
+// The kernels of layer.cpp, in the words of portable.cuh. compiler.py says with -D what STEPS and
 // CHARGE are, and writes derivative(x, alpha), the surrogate of a spike's, in front. Tensors are in
 // memory rows of channels.
 

@@ -114,7 +114,8 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     rates = None
     if fires and lifs[0].kind == "plif":
         pairs = zip(lifs, tensors, strict=True)
-        rates = join([native.rates_of(lif, x, weight.shape[0]) for lif, (weight, *_) in pairs])
+        rates = [native.rates_of(lif, x, weight.shape[0]) for lif, (weight, *_) in pairs]
+        rates = torch.cat(rates)
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     momenta = tuple([float(bn.momentum) for bn in bns])
     options = Options(T, layer, pool, fires, by_events, dtype, momenta)
@@ -122,11 +123,7 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     out, *small = native.layer(x, saved, rates, options, tensors)
     if small:
         set_mark(out, 1, small[0])
-    return out if fires else steps(out, x.shape).expand(T, -1, -1, -1, -1)
-
-
-def join(tensors):
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return out if fires else out.expand(T, -1, -1, -1, -1)
 
 
 def takes_events(x, weight, dtype, training):
@@ -139,11 +136,3 @@ def takes_events(x, weight, dtype, training):
         return False
     frames = len(x) > 1 and not x.requires_grad  # of event data
     return not training or largest(x) is not None or frames
-
-
-def steps(y, x_shape):
-    """What layer.cpp returns without a neuron, [N, C, H, W] or [pixels, C], as [T, B, C, H, W]."""
-    B, (C, *size) = x_shape[1], y.shape[1:]
-    if size:
-        return y.view(-1, B, C, *size)
-    return y.view(-1, B, *x_shape[3:], C).permute(0, 1, 4, 2, 3)
