@@ -26,7 +26,7 @@ def measured(run, capsys, *argv):
         text = capsys.readouterr().out
     except SystemExit as end:
         text = end.code
-    files = [*run.glob("test-*.json")]
+    files = [*run.glob("shifted-*.json")]
     found = [json.loads(file.read_text()) for file in files]
     for file in files:
         file.unlink()
@@ -174,7 +174,7 @@ def test_a_released_file(tmp_path, narrow, photo_data, monkeypatch):
             photo.unlink()
     flags = "--num_heads 2 --num_workers 0 --fused no --device cpu".split()
     shifted.main([path, tmp_path / "own", "--folder", "imagenet", "--", *flags])
-    found = json.loads((tmp_path / "test-released.json").read_text())
+    found = json.loads((tmp_path / "shifted-released.json").read_text())
     labels = torch.tensor([0] * 9 + [1] * 9)
     right = probabilities(model, photographs)[:, [3, 7]].argmax(1) == labels
     assert found["top1"] == 100 * right.double().mean().item() > 0 and found["samples"] == 18

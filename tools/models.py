@@ -87,6 +87,8 @@ def open_checkpoint(path, folder, flags, say=True):
     """
     path = Path(path).absolute()
     path = path / "model.safetensors" if (path / "model.safetensors").is_file() else path
+    if not path.exists():
+        raise SystemExit(f"error: no such checkpoint: {path}")
     above = [one.parent.name for one in path.parents if one.name == "output"]
     folder = folder or next((name for name in above if name in DATA_SETS), None)
     if folder is None:

@@ -103,7 +103,9 @@ def main(argv=None):
     parser.add_argument(
         "--predictions", type=Path, default="predict.csv", help="new file; default: predict.csv"
     )
-    parser.add_argument("--labels", type=Path, help="text file with a class's name on each line")
+    parser.add_argument(
+        "--labels", type=Path, help="text file, a line for each class, whose first word is its name"
+    )
     args = parser.parse_args(argv)
     folder, path = args.images.absolute(), args.predictions.absolute()
     labels = args.labels and args.labels.absolute()

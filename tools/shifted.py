@@ -7,8 +7,8 @@ Usage, from anywhere:
 The test set is a folder of class folders (no train/ or val/), with images or, for event data,
 frames as in frames_number_16_split_by_number/test; or, for cifar10/ and cifar100/, an array of
 CIFAR-10-C, beside its labels.npy. Classes are found by name or, where all are numbers, by these; of
-a model with more, only the logits of these are compared. What was found goes to a JSON beside the
-checkpoint, like that of test.py.
+a model with more, only the logits of these are compared. What was found goes to shifted-best.json
+beside best.pth, like that of test.py.
 """
 
 import sys

@@ -170,11 +170,14 @@ def write_args(folder, values, classes):
 
 
 def write_result(path, result):
-    """test-NAME.json beside NAME.pth, or a line; -2 where another test's is there, and so on."""
+    """test-NAME.json beside NAME.pth (of another test set shifted-NAME.json), or a line; -2 where
+    another test's is there, and so on.
+    """
     text = json.dumps(result, indent=1)
     figures = ("loss", "top1", "top5", "images_per_second", "sha256")
     figures = {name: result[name] for name in figures if name in result}
-    for name in numbered(f"test-{path.stem}"):
+    kind = "shifted" if "test_path" in result else "test"
+    for name in numbered(f"{kind}-{path.stem}"):
         file = path.with_name(f"{name}.json")
         there = dict_in(file, json.loads)
         if not there or there | figures == json.loads(text):

@@ -1,5 +1,10 @@
-"""What every run needs around its model; the same in every data set folder. It sets what torch
-reads from the environment, so a script imports it first.
+"""What every run needs around its model; the same in every data set folder.
+
+run.py the run; config.py keys, ymls, flags; build.py from a checkpoint to a model and its accuracy;
+checkpoint.py files of weights; folder.py a run's folder; batches.py loaders and splits; meters.py
+losses, metrics, progress; process.py ranks and signals; graph.py CUDA graphs; hub.py several
+folders in one process; log.py lines and errors. It sets what torch reads from the environment, so
+a script imports it first.
 """
 
 import os

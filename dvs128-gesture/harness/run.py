@@ -352,10 +352,11 @@ class Run:
 
 def check_rates(cfg, peak):
     """UserError for a learning rate that never comes down."""
-    if 0 < cfg.warmup_epochs >= cfg.epochs or cfg.min_lr > peak:
-        said = f"epochs {cfg.epochs}, warmup_epochs {cfg.warmup_epochs:g}, lr {peak:g}"
-        said = f"{said} and min_lr {cfg.min_lr:g}"
-        raise UserError(f"{said}: warmup_epochs must be below epochs, min_lr at most lr")
+    if 0 < cfg.warmup_epochs >= cfg.epochs:
+        said = f"warmup_epochs is {cfg.warmup_epochs:g}, epochs {cfg.epochs}"
+        raise UserError(f"{said}; it must be less, or 0")
+    if cfg.min_lr > peak:
+        raise UserError(f"min_lr is {cfg.min_lr:g}, but lr {peak:g}; it must not be more")
 
 
 def set_up_torch(cfg, data, rank):

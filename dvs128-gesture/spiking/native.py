@@ -204,7 +204,7 @@ def stream_of(device):
 
 
 def layer(x, saved, rates, options, tensors):
-    """[spikes of all layers [T, B, C, H, W] or, without a neuron, BatchNorm's output for x's steps];
+    """[spikes of all layers [T, B, C, H, W] or, without a neuron, BatchNorm's output of x's steps];
     behind it spikes as bytes, where `saved`, x as it waits for the backward pass, is not None.
     Running statistics move on in training. rates: PLIF's, of all channels. tensors: see can_fuse.
     """
