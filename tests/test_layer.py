@@ -53,7 +53,8 @@ def both(kind, x, dtype, device="cpu", autocast=None):
     grad = None
     for on in (True, False):
         modules, pool = make_layer(kind, dtype, device, fused=on)
-        assert bool(layer.can_fuse(x, *([module] for module in modules))) == on
+        with torch.autocast(device, dtype=autocast) if autocast else nullcontext():
+            assert bool(layer.can_fuse(x, *([module] for module in modules))) == on
         leaf = x.detach().requires_grad_()
         with torch.autocast(device, dtype=autocast) if autocast else nullcontext():
             spikes = layer.conv_bn_lif(leaf, *modules, pool=pool)

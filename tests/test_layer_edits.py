@@ -109,6 +109,29 @@ def test_edits_are_seen(edit):
             assert one is other
 
 
+@compiled
+@pytest.mark.parametrize("edit", ["meta", "double", "int32", "float"])
+def test_what_no_kernel_can_read(edit):
+    """A weight elsewhere or of another type is PyTorch's matter; counters of other types count."""
+    x = torch.randn(4, 3, 12, 8, 6)
+    modules, plain = (make_layer("1x1", torch.float32, fused=on)[0] for on in (True, False))
+    for conv, bn, _ in (modules, plain):
+        conv.bias = None
+        if edit in ("meta", "double"):
+            conv.weight = nn.Parameter(conv.weight.to(edit if edit == "meta" else torch.double))
+        else:
+            bn.num_batches_tracked = torch.tensor([-1, 0], dtype=getattr(torch, edit))[0]
+    if edit == "meta":
+        assert not layer.can_fuse(x, *([module] for module in modules))
+    elif edit == "double":
+        with pytest.raises(RuntimeError):
+            layer.conv_bn_lif(x, *modules)
+    else:
+        spikes, want = (layer.conv_bn_lif(x, *each) for each in (modules, plain))
+        assert torch.equal(spikes, want)
+        assert modules[1].num_batches_tracked == plain[1].num_batches_tracked == 0
+
+
 def test_another_neuron_is_seen():
     one, other = ([[m] for m in make_layer("1x1", torch.float32)[0]] for _ in range(2))
     other[2][0].v_threshold = 0.25

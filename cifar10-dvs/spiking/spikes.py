@@ -18,19 +18,19 @@ def wants_bytes():
     """Whether spikes are marked now: something may be saved, and not by torch.compile, which does
     not see every write in place.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    saves = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return saves and not torch.compiler.is_compiling()
 
 
-def mark(x, largest=1, small=None):
-    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x.
-    `small`: x as bytes, if its maker has them; None or empty.
-    """
+def mark(x, largest=1):
+    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x."""
     if largest is not None and wants_bytes():
-        set_mark(x, largest, small)
+        set_mark(x, largest)
     return x
 
 
 def set_mark(x, largest, small=None):
+    """`small`: x as bytes, if its maker has them."""
     x.spikes = largest, x._version, small
 
 
@@ -55,7 +55,7 @@ def save(x):
     if found is None or found[0] > 255:
         return x
     small = found[1].spikes[2]
-    if small is None or not small.numel():
+    if small is None:
         small = x.to(torch.uint8)
     elif found[1] is not x:
         small = small.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -23,6 +23,7 @@ using torch::autograd::variable_list;
 using In = const Tensor&;
 
 const auto LAST = at::MemoryFormat::ChannelsLast;
+const int NO_CONTEXT = 201;  // of CUDA's errors
 // Above this share of inputs that are not 0 the dense gradient of the weight takes less time.
 const double DENSE = 0.4;
 
@@ -87,6 +88,7 @@ int64_t slot(const Arg& arg) {
 struct Pass {
     const Plan& plan;
     at::ScalarType dtype;
+    at::Device device;
     void* stream;
 
     at::ScalarType real() const { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
@@ -120,16 +122,25 @@ struct Pass {
         void* places[sizeof...(args)];
         for (size_t i = 0; i < sizeof...(args); ++i) places[i] = slots + i;
         const unsigned *grid = kernel.grid, *block = kernel.block;
-        const int code = plan.driver(kernel.address, across, grid[1], 1, block[0], block[1], 1, 0,
-                                     stream, places, nullptr);
+        const auto start = [&] {
+            return plan.driver(kernel.address, across, grid[1], 1, block[0], block[1], 1, 0, stream,
+                               places, nullptr);
+        };
+        int code = start();
+        if (code == NO_CONTEXT) {  // in a thread in which PyTorch has run no kernel yet
+            at::zeros({1}, at::TensorOptions(device));
+            code = start();
+        }
         TORCH_CHECK(code == 0, "CUDA refuses to launch a kernel (error ", code, ")");
     }
 
     int64_t parts(int index) const { return plan.kernels[index].grid[1]; }
 };
 
-Pass pass_of(int64_t plan, at::ScalarType dtype, int64_t stream) {
-    return {*reinterpret_cast<Plan*>(plan), dtype, reinterpret_cast<void*>(stream)};
+// `plan`: its bytes. A node of autograd keeps them, and so the Plan.
+Pass pass_of(In plan, at::ScalarType dtype, at::Device device, int64_t stream) {
+    const void* place = plan.const_data_ptr();
+    return {*static_cast<const Plan*>(place), dtype, device, reinterpret_cast<void*>(stream)};
 }
 
 // Layouts ----------------------------------------------------------------------------------------
@@ -160,6 +171,9 @@ struct Steps {
 };
 
 Tensor dense(In y, const Plan& plan) { return plan.product ? y.contiguous() : y.contiguous(LAST); }
+
+// A GPU loads several neighbours at once; a gradient may begin anywhere.
+Tensor aligned(In x) { return uintptr_t(x.const_data_ptr()) % 16 ? x.clone() : x; }
 
 // Convolutions of spikes -------------------------------------------------------------------------
 
@@ -199,19 +213,21 @@ std::array<Tensor, 2> find_events(In x, const Plan& plan) {
 
 // The x, of such a shape, whose bits and values these are
 Tensor unpack(at::IntArrayRef shape, In bits, In values, const Plan& plan) {
-    if (values.defined()) return values;
+    if (values.defined()) return rows(values);
     const Tensor x = at::empty(shape, bits.options().dtype(at::kByte).memory_format(LAST));
     plan.events.unpack(shape[0] * shape[2], shape[3] * shape[1], bits.const_data_ptr(),
                        x.data_ptr());
     return x;
 }
 
-Tensor weight_gradient(at::IntArrayRef x, In bits, In values, In grad, In kernel,
+Tensor weight_gradient(at::IntArrayRef x, In bits, In saved, In grad, In kernel,
                        const Plan& plan) {
+    const Tensor values = saved.defined() ? rows(saved) : saved;
     const Shape shape = shape_of(x, kernel, plan);
     const Tensor out = at::empty_like(kernel, kernel.options().memory_format(LAST));
-    plan.events.weight_gradient(&shape, bits.const_data_ptr(), in_c<float>(values),
-                                is_bytes(values), grad.const_data_ptr(), out.data_ptr(),
+    const void* place = values.defined() ? values.const_data_ptr() : nullptr;
+    plan.events.weight_gradient(&shape, bits.const_data_ptr(), place, is_bytes(values),
+                                grad.const_data_ptr(), out.data_ptr(),
                                 at::get_num_threads());
     return out;
 }
@@ -299,7 +315,7 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
 // [parts, 3, C], the last for their gradient.
 Tensor fire_backward(In grad_spikes, In y, In grad, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
-    const Tensor spikes = grad_spikes.permute({0, 1, 3, 4, 2}).contiguous();
+    const Tensor spikes = aligned(grad_spikes.permute({0, 1, 3, 4, 2}).contiguous());
     const int64_t C = y.size(1), parts = pass.parts(FIRE_BACKWARD);
     const int64_t count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
@@ -308,6 +324,18 @@ Tensor fire_backward(In grad_spikes, In y, In grad, In norm, In rates, const Pas
              plan.threshold, plan.alpha, partial);
     return partial;
 }
+
+// In a backward pass types are those of the forward pass, whatever autocast is now; the device is
+// the gradient's.
+struct Backward {
+    at::AutoDispatchBelowADInplaceOrView below;
+    c10::impl::ExcludeDispatchKeyGuard without{c10::autocast_dispatch_keyset};
+    c10::OptionalDeviceGuard device;
+
+    explicit Backward(In grad) {
+        if (grad.defined()) device.reset_device(grad.device());
+    }
+};
 
 void no_second_derivative() {
     TORCH_CHECK(!at::GradMode::is_enabled(), "fused layers have no second derivative; fused: false "
@@ -357,9 +385,9 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
     // {spikes of T steps, and as bytes where x is saved}, or BatchNorm's output for the steps of x
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& saved,
                                  const std::optional<Tensor>& rates, at::TensorList tensors,
-                                 at::ScalarType dtype, int64_t plan_at, int64_t stream) {
+                                 at::ScalarType dtype, In plan_bytes, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
-        const Pass pass = pass_of(plan_at, dtype, stream);
+        const Pass pass = pass_of(plan_bytes, dtype, x.device(), stream);
         const Plan& plan = pass.plan;
         const bool events = plan.events.convolve;
         const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight, pass);
@@ -393,11 +421,11 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             ctx->save_for_backward({bits.defined() ? values : *saved, bits, plan.small ? none : y,
                                     weight, plan.product ? kernel : none, rates.value_or(none),
                                     norm});
-            std::vector<int64_t> at = {plan_at, int64_t(dtype), stream, int64_t(x.scalar_type())};
-            at.insert(at.end(), x.sizes().begin(), x.sizes().end());
-            ctx->saved_data["at"] = at;
+            std::vector<int64_t> numbers = {int64_t(dtype), stream};
+            numbers.insert(numbers.end(), x.sizes().begin(), x.sizes().end());
+            ctx->saved_data["numbers"] = numbers;
+            ctx->saved_data["plan"] = plan_bytes;
         }
-        if (out.size() == 2) ctx->mark_non_differentiable({out[1]});
         ctx->set_materialize_grads(false);  // none of the bytes
         return out;
     }
@@ -405,16 +433,19 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
         const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
-        at::AutoDispatchBelowADInplaceOrView below;
-        const auto at = ctx->saved_data["at"].toIntVector();
-        const Pass pass = pass_of(at[0], at::ScalarType(at[1]), at[2]);
+        const Backward context(grads[0]);
+        const auto numbers = ctx->saved_data["numbers"].toIntVector();
+        const Tensor plan_bytes = ctx->saved_data["plan"].toTensor();
+        const Pass pass = pass_of(plan_bytes, at::ScalarType(numbers[0]), saved[3].device(),
+                                  numbers[1]);
         const Plan& plan = pass.plan;
         if (!grads[0].defined()) return variable_list(6 + plan.layers * TENSORS);
-        const auto shape = at::IntArrayRef(at).slice(4);
+        const auto shape = at::IntArrayRef(numbers).slice(2);
         const int64_t images[] = {shape[0] * shape[1], shape[2], shape[3], shape[4]};
-        const Tensor x = saved[0], bits = saved[1], weight = saved[3];
+        const auto plain = [](In x) { return x.defined() ? x.contiguous() : x; };
+        const Tensor x = saved[0], bits = plain(saved[1]), weight = saved[3];
         const Tensor kernel = saved[4].defined() ? saved[4] : kernel_of(weight, pass);
-        const Tensor rates = saved[5], norm = saved[6];
+        const Tensor rates = plain(saved[5]), norm = plain(saved[6]);
         Tensor y = saved[2];
         if (!plan.small) y = dense(y, plan);
         else if (bits.defined()) y = convolve_events(unpack(images, bits, x, plan), kernel, plan);
@@ -429,7 +460,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             grad = at::empty_like(pooled);
             partial = fire_backward(grads[0], pooled, grad, norm, rates, pass);
         } else {
-            grad = plan.product ? pixels(grad).contiguous() : rows(grad);
+            grad = aligned(plan.product ? pixels(grad).contiguous() : rows(grad));
             const int64_t parts = pass.parts(GRADIENT_SUMS);
             partial = empty({parts, 2, C}, y, pass.real());
             pass.run(GRADIENT_SUMS, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
@@ -459,7 +490,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         }
         if (wanted) {
             grad_x = dense(grad_x, plan);  // not every convolution leaves channels innermost
-            grad_x = Steps(grad_x, shape, shape[0]).of(grad_x).to(at::ScalarType(at[3]));
+            grad_x = Steps(grad_x, shape, shape[0]).of(grad_x);
         }
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());
@@ -486,11 +517,11 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
 
 std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
                           const std::optional<Tensor>& rates, at::TensorList tensors,
-                          at::ScalarType dtype, int64_t plan, int64_t stream) {
+                          at::ScalarType dtype, In plan, int64_t stream) {
     // Types are those of autocast already.
     c10::impl::ExcludeDispatchKeyGuard without(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard device(x.device());
-    const Pass pass = pass_of(plan, dtype, stream);
+    const Pass pass = pass_of(plan, dtype, x.device(), stream);
     if (pass.plan.training) return ConvBNLIF::apply(x, saved, rates, tensors, dtype, plan, stream);
     at::AutoDispatchBelowADInplaceOrView below;
     return {in_evaluation(x, rates.value_or(Tensor()), tensors, pass)};
@@ -508,17 +539,17 @@ struct Fire : torch::autograd::Function<Fire> {
 
     // {spikes, and as bytes, if they are wanted}
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& rates,
-                                 bool bytes, int64_t plan_at, int64_t stream) {
+                                 bool bytes, In plan, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
-        const Pass pass = pass_of(plan_at, x.scalar_type(), stream);
+        const Pass pass = pass_of(plan, x.scalar_type(), x.device(), stream);
         const Tensor y = rows(x), own = rates.value_or(Tensor());
         const Steps steps(y, x.sizes(), pass.plan.T);
         variable_list out = {steps.empty(y, pass.dtype)};
         if (bytes) out.push_back(steps.empty(y, at::kByte));
         fire(y, out[0], bytes ? out[1] : Tensor(), identity(y, pass), own, pass);
         ctx->save_for_backward({x, own});
-        ctx->saved_data["at"] = at::IntArrayRef({plan_at, stream});
-        if (bytes) ctx->mark_non_differentiable({out[1]});
+        ctx->saved_data["plan"] = plan;
+        ctx->saved_data["stream"] = stream;
         ctx->set_materialize_grads(false);
         return out;
     }
@@ -526,19 +557,22 @@ struct Fire : torch::autograd::Function<Fire> {
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
         const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
-        at::AutoDispatchBelowADInplaceOrView below;
-        const auto at = ctx->saved_data["at"].toIntVector();
+        const Backward context(grads[0]);
         if (!grads[0].defined()) return variable_list(5);
         const Tensor x = saved[0], y = rows(x), grad = at::empty_like(y);
-        const Pass pass = pass_of(at[0], x.scalar_type(), at[1]);
-        const Tensor sums = fire_backward(grads[0], y, grad, identity(y, pass), saved[1], pass);
-        const Tensor of_rates = saved[1].defined() ? sums.select(1, 2).sum(0) : Tensor();
+        const Tensor rates = saved[1].defined() ? saved[1].contiguous() : Tensor();
+        const Tensor plan = ctx->saved_data["plan"].toTensor();
+        const Pass pass = pass_of(plan, x.scalar_type(), x.device(),
+                                  ctx->saved_data["stream"].toInt());
+        const Tensor sums = fire_backward(grads[0], y, grad, identity(y, pass), rates, pass);
+        const Tensor of_rates = rates.defined() ? sums.select(1, 2).sum(0) : Tensor();
         return {Steps(y, x.sizes(), x.size(0)).of(grad), of_rates, {}, {}, {}};
     }
 };
 
-std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rates, bool bytes, int64_t plan,
+std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rates, bool bytes, In plan,
                                int64_t stream) {
+    const c10::DeviceGuard device(x.device());
     return Fire::apply(x, rates, bytes, plan, stream);
 }
 
@@ -557,38 +591,40 @@ Tensor like_steps(In x) {
 // Of any number of steps and any shape, PLIF's rate being the layer's
 struct Integrate : torch::autograd::Function<Integrate> {
     static Tensor forward(AutogradContext* ctx, In x_, const std::optional<Tensor>& rate,
-                          int64_t channels, int64_t plan_at, int64_t stream) {
+                          int64_t channels, In plan, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
-        const Pass pass = pass_of(plan_at, x_.scalar_type(), stream);
+        const Pass pass = pass_of(plan, x_.scalar_type(), x_.device(), stream);
         const Tensor x = time_major(x_), spikes = like_steps(x), own = rate.value_or(Tensor());
         const int64_t rows = x.numel() / (x.size(0) * channels);
         pass.run(INTEGRATE, rows, channels, x.size(0), x.stride(0), x, spikes, own, pass.plan.rate,
                  pass.plan.threshold);
         ctx->save_for_backward({x, own});
-        ctx->saved_data["at"] = at::IntArrayRef({plan_at, stream, channels});
+        ctx->saved_data["plan"] = plan;
+        ctx->saved_data["numbers"] = at::IntArrayRef({stream, channels});
         return spikes;
     }
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
         no_second_derivative();
         const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
-        at::AutoDispatchBelowADInplaceOrView below;
-        const auto at = ctx->saved_data["at"].toIntVector();
-        const Tensor x = saved[0], own = saved[1], grad = like_steps(x);
-        const Pass pass = pass_of(at[0], x.scalar_type(), at[1]);
+        const Backward context(grads[0]);
+        const auto numbers = ctx->saved_data["numbers"].toIntVector();
+        const Tensor x = time_major(saved[0]), own = saved[1], grad = like_steps(x);
+        const Tensor plan = ctx->saved_data["plan"].toTensor();
+        const Pass pass = pass_of(plan, x.scalar_type(), x.device(), numbers[0]);
         const bool same = grads[0].strides() == grad.strides();
-        const Tensor upstream = same ? grads[0] : like_steps(x).copy_(grads[0]);
-        const int64_t size = x.numel() / x.size(0), channels = at[2];
+        const Tensor upstream = aligned(same ? grads[0] : like_steps(x).copy_(grads[0]));
+        const int64_t size = x.numel() / x.size(0), channels = numbers[1];
         const Tensor slopes = own.defined() ? empty({size}, x, pass.real()) : Tensor();
         pass.run(INTEGRATE_BACKWARD, size / channels, channels, x.size(0), x.stride(0), x, upstream,
                  grad, own, pass.plan.rate, pass.plan.threshold, pass.plan.alpha, slopes);
         Tensor grad_rate;
-        if (own.defined()) grad_rate = slopes.sum(at::kDouble).to(own.scalar_type());
+        if (own.defined()) grad_rate = slopes.sum(at::kDouble);
         return {grad, grad_rate, {}, {}, {}};
     }
 };
 
-Tensor integrate(In x, const std::optional<Tensor>& rate, int64_t channels, int64_t plan,
+Tensor integrate(In x, const std::optional<Tensor>& rate, int64_t channels, In plan,
                  int64_t stream) {
     const c10::DeviceGuard device(x.device());
     return Integrate::apply(x, rate, channels, plan, stream);
@@ -647,9 +683,9 @@ Tensor product(In a, In b, In saved_a, In saved_b, bool matmul, int64_t function
 
 TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("layer(Tensor x, Tensor? saved, Tensor? rates, Tensor[] tensors, ScalarType dtype, "
-          "int plan, int stream) -> Tensor[]");
-    m.def("fire(Tensor x, Tensor? rates, bool bytes, int plan, int stream) -> Tensor[]");
-    m.def("integrate(Tensor x, Tensor? rate, int channels, int plan, int stream) -> Tensor");
+          "Tensor plan, int stream) -> Tensor[]");
+    m.def("fire(Tensor x, Tensor? rates, bool bytes, Tensor plan, int stream) -> Tensor[]");
+    m.def("integrate(Tensor x, Tensor? rate, int channels, Tensor plan, int stream) -> Tensor");
     m.def("product(Tensor a, Tensor b, Tensor saved_a, Tensor saved_b, bool matmul, int function) "
           "-> Tensor");
     const auto key = c10::DispatchKey::CompositeImplicitAutograd;

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -179,8 +180,8 @@ LAYER_OPTIONS = ["-O1", "-std=c++20", "-w", f"-I{ROOT}/include", f"-L{ROOT}/lib"
 LAYER_OPTIONS += [f"-I{ROOT}/include/torch/csrc/api/include", "-lc10", "-ltorch_cpu"]
 LAYER_OPTIONS += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
 # Of the library and its operators; folders whose layers are equal share them.
-NAME = hashlib.sha256(f"{LAYERS}{torch.__version__}{LAYER_OPTIONS}".encode()).hexdigest()
-NAME = f"qkformer_{NAME[:16]}"
+NAME = f"{LAYERS}{torch.__version__}{LAYER_OPTIONS}{platform.machine()}"
+NAME = f"qkformer_{hashlib.sha256(NAME.encode()).hexdigest()[:16]}"
 
 
 @functools.cache
@@ -196,13 +197,15 @@ def layers_error():
     try:
         cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
         path = Path(cache, f"{NAME}.so")
-        if not path.exists():
-            say("compiling spiking/layer.cpp, once: about 20 s")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
-                part = Path(folder, path.name)
-                compile_to(part, LAYERS, *LAYER_OPTIONS, f"-DNAMESPACE={NAME}")
-                part.replace(path)
+        with contextlib.suppress(OSError):  # it is not there, or of another system
+            torch.ops.load_library(path)
+            return None
+        say("compiling spiking/layer.cpp, once: about 20 s")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
+            part = Path(folder, path.name)
+            compile_to(part, LAYERS, *LAYER_OPTIONS, f"-DNAMESPACE={NAME}")
+            part.replace(path)
         torch.ops.load_library(path)
     except (OSError, ValueError, RuntimeError) as failure:  # RuntimeError: there is no home
         return f"layer.cpp can't be built: {first_line(failure)}"

@@ -33,9 +33,8 @@ NAMES += ("integrate", "integrate_backward")
 OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
 CHUNK = 16  # steps of `integrate_backward` in registers
 
-# Plans that are kept: a schedule of alpha or of a momentum makes new ones in each step, of some
-# kilobytes. A backward pass, which has the address alone, comes long before so many others.
-PLANS = 2**14
+# Plans that are kept, of some kilobytes each: a schedule of alpha makes new ones in each step.
+PLANS = 2**12
 
 
 class Constants(NamedTuple):
@@ -93,7 +92,7 @@ class Plan(ctypes.Structure):
 
 @functools.lru_cache(PLANS)
 def plan_of(options, x_shape, weights, device):
-    """The Plan of layers that read such an x, with its address.
+    """The bytes of the Plan of layers that read such an x.
 
     options: see layer.Options. weights: shapes.
     """
@@ -106,7 +105,7 @@ def plan_of(options, x_shape, weights, device):
         padded = f"an input of {size}, padded by {list(layer.padding)}"
         raise ValueError(f"a kernel of {list(kernel)} does not fit in {padded}")
     rows = steps * B * math.prod(out)
-    if layer.training and rows * options.T == steps:
+    if layer.training and B * math.prod(out) * options.T == 1:
         raise ValueError(f"a single value per channel, in {[steps * B, C, *out]}, has no variance")
     out = [(length + 1) // 2 for length in out] if options.pool else out
     fired, large, dtype = B * math.prod(out), rows * C * options.T >= 2**30, options.dtype
@@ -133,17 +132,15 @@ def plan_of(options, x_shape, weights, device):
     for name in ("has_bias", "training", "small", "eps", "stride", "padding"):
         setattr(plan, name, getattr(layer, name))
     plan.pool, plan.fires = options.pool, options.fires
-    return plan, ctypes.addressof(plan)
+    return torch.frombuffer(plan, dtype=torch.uint8)  # which keeps the Plan
 
 
 @functools.lru_cache(PLANS)
 def plan_of_neuron(constants, dtype, T, size, channels, device, names):
-    """The Plan of `size` neurons, with its address. channels: of them in a row for the kernels
-    `names`.
-    """
+    """The bytes of the Plan of `size` neurons, `channels` of them in a row, for kernels `names`."""
     args = dtype, T, constants.neuron, size // channels, channels, size * T >= 2**30
     plan = Plan(constants, T, dict.fromkeys(names, args), device)
-    return plan, ctypes.addressof(plan)
+    return torch.frombuffer(plan, dtype=torch.uint8)
 
 
 # What there is ------------------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def layer(x, saved, rates, options, tensors):
     Running statistics move on in training. rates: PLIF's, of all channels. tensors: see can_fuse.
     """
     device, weights = x.get_device(), tuple([own[0].shape for own in tensors])
-    _, plan = plan_of(options, x.shape, weights, device)
+    plan = plan_of(options, x.shape, weights, device)
     flat = [own[0] if tensor is None else tensor for own in tensors for tensor in own]
     args = flat, options.dtype, plan, stream_of(device)
     return operators().layer.default(x, saved, rates, *args)
@@ -221,7 +218,7 @@ def fire(x, T, rates, constants, bytes_too):
     """
     device, names = x.get_device(), ("fire", "fire_backward")
     size, channels = x[0].numel(), x.shape[2]
-    _, plan = plan_of_neuron(constants, x.dtype, T, size, channels, device, names)
+    plan = plan_of_neuron(constants, x.dtype, T, size, channels, device, names)
     return operators().fire.default(x, rates, bytes_too, plan, stream_of(device))
 
 
@@ -230,7 +227,7 @@ def integrate(x, rate, constants):
     device, size, names = x.get_device(), x[0].numel(), ("integrate", "integrate_backward")
     # Rows begin at multiples of it in memory: a GPU loads several channels at such places alone.
     channels = math.gcd(size, x.stride(0), x.storage_offset(), 1024)
-    _, plan = plan_of_neuron(constants, x.dtype, CHUNK, size, channels, device, names)
+    plan = plan_of_neuron(constants, x.dtype, CHUNK, size, channels, device, names)
     return operators().integrate.default(x, rate, channels, plan, stream_of(device))
 
 

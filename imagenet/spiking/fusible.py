@@ -80,8 +80,13 @@ def can_fuse(x, convs, bns, lifs):
         return None
     dtype = autocast_type(x)
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    for weight, *rows, _ in tensors:
+    cast = torch.is_autocast_enabled(device_type)
+    for weight, *rows, batches in tensors:
         channels = weight.shape[:1]
+        if weight.device != device or not (cast or weight.dtype == dtype):
+            return None
+        if batches.device != device or batches.dtype != torch.int64:
+            return None
         for row in rows:  # kernels read them as they are; where one does not fit PyTorch says so
             if row is None:
                 continue

@@ -18,7 +18,7 @@ from . import native, plain
 from .compiler import events_available
 from .fusible import Layer, autocast_type, can_fuse, changed
 from .observers import observed
-from .spikes import largest, masked, save, set_mark
+from .spikes import largest, masked, save, set_mark, wants_bytes
 
 
 def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
@@ -119,7 +119,7 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     momenta = tuple([float(bn.momentum) for bn in bns])
     options = Options(T, layer, pool, fires, by_events, dtype, momenta)
-    saved = save(x) if layer.training and torch.is_grad_enabled() else None
+    saved = save(x) if layer.training and wants_bytes() else None
     out, *small = native.layer(x, saved, rates, options, tensors)
     if small:
         set_mark(out, 1, small[0])

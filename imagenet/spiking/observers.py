@@ -1,6 +1,7 @@
 """Who looks on: what must see modules, and operators of PyTorch, called one after another."""
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
@@ -24,6 +25,8 @@ def observed(x):
     if torch.compiler.is_compiling() or traced():  # torch.compile fuses in its own way
         return ""
     if type(x) not in PLAIN:  # such as a FakeTensor, which has no memory
+        return ""
+    if forward_ad._current_level >= 0:  # no kernel has derivatives forward
         return ""
     before = hooks._global_forward_pre_hooks
     if before or hooks._global_forward_hooks or hooks._global_backward_hooks:
