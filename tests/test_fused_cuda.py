@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import by_hand as fused
+import on_gpus
 from conftest import ROOT, Golden, load
 from test_fused import SIZES, check_kernels, check_pooling, check_running_statistics, compiled
 
@@ -170,7 +171,7 @@ def cuda_on_host(monkeypatch, tmp_path):
         run(Dim(*how[:2]), Dim(*how[3:5]), pointer(how[8]))
         return 0
 
-    fused.forget()
+    on_gpus.forget()
     place = ctypes.cast(driver, ctypes.c_void_p).value
     changes = {"CUDA_PARTS": 3, "THREADS": 24, "COLUMNS": (8, 16), "driver": lambda: place}
     changes |= {"address_of": address_of, "on_gpu": lambda device: True}
@@ -179,7 +180,7 @@ def cuda_on_host(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10.layer, "takes_events", lambda *args: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     yield launched
-    fused.forget()
+    on_gpus.forget()
 
 
 @pytest.mark.long

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from by_hand import stand_in
 from conftest import ROOT, load, resolve_in
+from on_gpus import stand_in
 from on_graphs import FORBIDDEN, RECIPES, name_of
 from test_bench import bench
 from test_layer import compiled

@@ -10,8 +10,8 @@ from spikingjelly.activation_based import surrogate
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from by_hand import stand_in
 from conftest import load
+from on_gpus import stand_in
 
 cifar10 = load("cifar10")
 lif, kernels, layer = cifar10.neuron, cifar10.compiler, cifar10.layer

@@ -11,8 +11,8 @@ from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from spikingjelly.activation_based.surrogate import S2NN
 from torch import nn
 
-from by_hand import stand_in
 from conftest import load
+from on_gpus import stand_in
 
 cifar10 = load("cifar10")
 lif, native, kernels = cifar10.neuron, cifar10.native, cifar10.compiler

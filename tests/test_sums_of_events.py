@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import by_hand
+import on_gpus
 from conftest import load
 
 cifar10 = load("cifar10")
@@ -217,9 +218,9 @@ def calls(monkeypatch):
         return SimpleNamespace(**{**others, "weight_gradient": kind(weight_gradient)})
 
     monkeypatch.setattr(native, "events_library", library)
-    by_hand.forget()
+    on_gpus.forget()
     yield found
-    by_hand.forget()
+    on_gpus.forget()
 
 
 def test_a_step(calls):
