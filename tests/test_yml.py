@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import load
+from conftest import ROOT, load
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
 cifar10 = load("cifar10")
@@ -122,6 +122,7 @@ def test_what_a_value_means(yml_of, text, name, value):
         ("aa: rnd-m9", "it must be a policy of timm's, as in rand-m9-n1-mstd0.4-inc1, or none"),
         ("aa: rand-m9-inc", "aa is rand-m9-inc"),  # timm passes over what it does not know
         ("data_dir: ''", "data_dir is ''; it must be a path"),
+        (f"base: {ROOT}/cifar10/cifar10.yml\nbase: other.yml", "line 2: base is there already"),
         ("epochs: 1\nepochs: 2", "line 2: epochs is there already, with another value"),
         ("batch_size: 1\nbatch-size: 2", "line 2: batch_size is there already"),
         ("workers: 1\nnum_workers: 2", "line 2: workers and num_workers are one key"),

@@ -275,6 +275,8 @@ def read_yml(path, above=()):
         value = items if many else items[0]
         if key != "base":
             entries.append((str(key), value, where, path))
+        elif of_bases:
+            raise UserError(f"{where}: base is there already")
         elif value is not None:
             base = path.parent / str(value)
             known = os.path.isfile(base)
