@@ -6,14 +6,13 @@ Tensors are rows of C channels in memory: [N, C, H, W] in channels_last, [N, C],
 """
 
 import ctypes
-import math
 
 import torch
 
 from conftest import load
 
 compiler, native = load("cifar10").compiler, load("cifar10").native
-CHUNK, constants_of, rates_of = native.CHUNK, native.constants_of, native.rates_of
+constants_of, rates_of = native.constants_of, native.rates_of
 
 
 def real(y):
@@ -129,57 +128,6 @@ def fire_backward(grad_spikes, y, grad, norm, rates, neuron, rate, v_threshold, 
     return partial
 
 
-def time_major(x):
-    """x with each x[t] a dense block of memory, dimensions in any order; copied only if need be."""
-    dense = 1
-    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
-        if size > 1 and stride != dense:
-            return x.contiguous()
-        dense *= size
-    return x
-
-
-def like_steps(x):
-    """Memory for [T, ...] that is dense over T too, its steps laid out like those of x."""
-    return x.new_empty_strided(x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
-
-
-def sizes_in_time(x):
-    """rows, channels, T and the distance between steps, for `integrate`: any order of memory."""
-    size, channels = math.prod(x.shape[1:]), channels_in_time(x)
-    return size // channels, channels, x.shape[0], x.stride(0)
-
-
-def channels_in_time(x):
-    """The length of rows for `integrate`, all of which begin at multiples of it in memory: a GPU
-    loads several channels at once, from such places alone.
-    """
-    return math.gcd(math.prod(x.shape[1:]), x.stride(0), x.storage_offset(), 1024)
-
-
-def integrate(x, own, neuron, rate, v_threshold):
-    """Spikes of x, [T, ...], T and the layout as they may be; `own` is the layer's rate of PLIF."""
-    x = time_major(x)
-    spikes = like_steps(x)
-    if x.numel():
-        args = (x, spikes, own, rate, v_threshold)
-        launch("integrate", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
-    return spikes
-
-
-def integrate_backward(grad_spikes, x, own, neuron, rate, v_threshold, alpha):
-    """The gradients of x, and of `own` a part from each neuron; no part where it is None."""
-    x = time_major(x)
-    grad, upstream = like_steps(x), grad_spikes
-    if upstream.stride() != grad.stride():
-        upstream = like_steps(x).copy_(grad_spikes)
-    slopes = x.new_empty(0 if own is None else math.prod(x.shape[1:]), dtype=real(x))
-    if x.numel():
-        args = (x, upstream, grad, own, rate, v_threshold, alpha, None if own is None else slopes)
-        launch("integrate_backward", x, *sizes_in_time(x), *args, T=CHUNK, neuron=neuron)
-    return grad, slopes
-
-
 # BatchNorm ----------------------------------------------------------------------------------------
 
 
@@ -269,10 +217,10 @@ def pool_backward(grad, taps, y, sums):
 
 
 def every_kernel(y, shape):
-    """Launches all kernels of a layer with a max-pool, one without, and a neuron alone, for y
-    [T*B, C, H, W] in channels_last, whose spikes have this shape.
+    """Launches all kernels of a layer with a max-pool, and of one without, for y [T*B, C, H, W] in
+    channels_last, whose spikes have this shape.
     """
-    C, T = y.shape[1], shape[0]
+    C = y.shape[1]
     row, norm = torch.rand(C, dtype=real(y), device=y.device), y.new_empty(5, C, dtype=real(y))
     neuron, alpha = (None, "MULTIPLY sigmoid", 0.5, 1.0), 4.0
     batches = torch.zeros((), dtype=torch.long, device=y.device)
@@ -286,8 +234,6 @@ def every_kernel(y, shape):
     gradient_sums(grad, y, norm)
     pooled, taps = pool(y, norm, True)
     pool_backward(pooled, taps, y, sums)
-    x = y.unflatten(0, (T, -1))
-    integrate_backward(integrate(x, *neuron), x, *neuron, alpha)
 
 
 # Convolutions of spikes on a CPU ------------------------------------------------------------------

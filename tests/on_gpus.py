@@ -70,8 +70,6 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
     for module in (modules.layer, modules.spikes):
         monkeypatch.setattr(module, "takes_events", lambda *args: False)
-    monkeypatch.setattr(modules.neuron, "resolve_backend", lambda *args: "cupy")
-    monkeypatch.setattr(modules.neuron.MultiStep, "runs_fused", lambda neuron, x: False)
     forget()
     yield launches
     forget()

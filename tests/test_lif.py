@@ -94,7 +94,8 @@ def test_compiles_without_graph_breaks(monkeypatch):
     other = x.detach().clone().requires_grad_()
     z = node(other) * 2
     z.sum().backward()
-    assert torch.equal(y, z) and torch.equal(x.grad, other.grad)
+    assert torch.equal(y, z)
+    torch.testing.assert_close(x.grad, other.grad)
 
 
 def test_spikingjelly_tools():
@@ -143,7 +144,7 @@ def test_log_line(caplog):
     lif.say.cache_clear()
     with caplog.at_level(logging.INFO, logger="qkformer"):
         for backend in ("torch", "auto", "torch"):
-            lif.MultiStepLIF(backend=backend)(torch.zeros(2, 2))
+            lif.MultiStepLIF(backend=backend, fused=False)(torch.zeros(2, 2))
     assert [record.getMessage() for record in caplog.records] == [
         "neurons run on the torch backend"
     ]
@@ -173,11 +174,11 @@ def layouts(x):
 
 
 def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
-    """cupy's operators on x, in any layout, against the torch backend; returns the strides of the
+    """The kernels on x, in any layout, against the torch backend; returns the strides of the
     output.
     """
     ours, plain = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
-    y, z = lif.cupy_lif(ours, tau, v_threshold), lif.torch_lif(plain, tau, v_threshold)
+    y, z = lif.kernel_lif(ours, tau, v_threshold)[0], lif.torch_lif(plain, tau, v_threshold)
     y.backward(grad)
     z.backward(grad)
     assert y.dtype == x.dtype and torch.equal(y, z) and 0 < z.float().mean() < 1
@@ -191,7 +192,7 @@ def check_against_torch(x, grad, tau=2.0, v_threshold=1.0):
 
 @pytest.mark.parametrize("dtype", KERNEL_TYPES)
 @pytest.mark.parametrize(
-    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (37, 2, 1, 3, 2)]
+    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (7, 2, 1, 3, 2)]
 )
 def test_kernels_on_host(stand_in, dtype, shape):
     torch.manual_seed(sum(shape))
@@ -202,10 +203,9 @@ def test_kernels_on_host(stand_in, dtype, shape):
             strides = check_against_torch(x, grads.clone().contiguous(), tau, v_threshold)
         if shape[0] > 1 and index in (1, 2):
             assert strides == x.stride()  # the layout is kept
-        copied = stand_in[-2].args[4] != x.data_ptr()  # of rows, channels, T, step, x, ...
-        assert copied == (
-            index == 4 and shape[0] > 1 and shape[1] > 1
-        )  # and nothing is copied that is dense
+        copied = stand_in[-2].args[3] != x.data_ptr()  # of rows, channels, step, x, ...
+        # and nothing is copied that is dense, the steps outermost
+        assert copied == (shape[0] > 1 and (index == 3 or (index == 4 and shape[1] > 1)))
 
 
 def test_broadcast_input_is_not_copied(stand_in):
@@ -213,8 +213,8 @@ def test_broadcast_input_is_not_copied(stand_in):
     image = (2 * torch.randn(3, 5, 4)).requires_grad_()
     frames = image.expand(4, 3, 5, 4)
     grad = torch.randn(4, 3, 5, 4)
-    y = lif.cupy_lif(frames, 2.0, 1.0)
-    assert stand_in[-1].args[3:5] == (0, image.data_ptr())
+    (y,) = lif.kernel_lif(frames, 2.0, 1.0)
+    assert stand_in[-1].args[2:4] == (0, image.data_ptr())
     y.backward(grad)
     ours, image.grad = image.grad, None
     z = lif.torch_lif(frames, 2.0, 1.0)
@@ -229,7 +229,7 @@ def test_cupy_within_torch_compile():
     compiled = torch.compile(lambda x: node(x * 1.5), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), lif.torch_lif(x * 1.5, 2.0, 1.0))
     with torch.inference_mode():
-        assert torch.equal(lif.cupy_lif(x, 2.0, 1.0), lif.torch_lif(x, 2.0, 1.0))
+        assert torch.equal(lif.kernel_lif(x, 2.0, 1.0)[0], lif.torch_lif(x, 2.0, 1.0))
 
 
 # On a GPU -----------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_cupy_within_torch_compile():
 @gpu
 @pytest.mark.parametrize("dtype", kernels.CTYPES)
 @pytest.mark.parametrize(
-    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (128, 8, 64, 7, 7)]
+    "shape", [(4, 3, 5, 2, 7), (1, 2, 3, 4, 5), (16, 1, 2, 3, 3), (64, 8, 64, 7, 7)]
 )
 def test_cupy(dtype, shape):
     torch.manual_seed(sum(shape))
@@ -246,7 +246,7 @@ def test_cupy(dtype, shape):
     for x in layouts(values):
         for tau, v_threshold in ((2.0, 1.0), (3.7, 0.8)):
             check_against_torch(x, grads, tau, v_threshold)
-    assert lif.resolve_backend("auto", "cuda", dtype) == "cupy"
+    assert load("cifar10").native.available("cuda", dtype, "auto")
 
 
 @gpu
@@ -257,7 +257,7 @@ def test_cupy_on_another_stream_and_compiled(monkeypatch):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = lif.cupy_lif(x * 1.5, 2.0, 1.0)
+        (got,) = lif.kernel_lif(x * 1.5, 2.0, 1.0)
     stream.synchronize()
     assert torch.equal(got, want)
     node = lif.MultiStepLIF(backend="cupy")

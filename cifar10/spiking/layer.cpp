@@ -34,8 +34,7 @@ struct Kernel {
 };
 
 enum { STATISTICS, BATCH_NORM, RUNNING_NORM, POOL, FIRE, NORMALISE, FIRE_BACKWARD, GRADIENT_SUMS,
-       BATCH_NORM_BACKWARD, POOL_BACKWARD, NORMALISE_BACKWARD, INTEGRATE, INTEGRATE_BACKWARD,
-       KERNELS };
+       BATCH_NORM_BACKWARD, POOL_BACKWARD, NORMALISE_BACKWARD, KERNELS };
 
 // As in events.cpp, of whose functions these are the addresses; null for dense convolutions.
 struct Shape {
@@ -277,7 +276,7 @@ std::array<Tensor, 2> max_pool(In y, In norm, bool with_taps, const Pass& pass) 
 // Spikes of y into memory of `spikes`, and of `bytes` if that is defined
 void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
-    const int64_t C = y.size(1), count = spikes.numel() / (plan.T * C);
+    const int64_t C = norm.size(1), count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
     pass.run(FIRE, count, C, step, y, spikes, bytes, norm, rates, plan.rate, plan.threshold);
 }
@@ -310,17 +309,16 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
 
 // The backward pass ------------------------------------------------------------------------------
 
-// Writes the gradient of scale * y + shift into grad, which is like y. Returns [parts, 2, C], whose
-// sums over parts are those of that gradient and of its product with y - mean; with `rates`
-// [parts, 3, C], the last for their gradient.
-Tensor fire_backward(In grad_spikes, In y, In grad, In norm, In rates, const Pass& pass) {
+// Writes the gradient of scale * y + shift into grad, which is like y; `spikes` is that of the spikes.
+// Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
+// y - mean; with `rates` [parts, 3, C], the last for their gradient.
+Tensor fire_backward(In spikes, In y, In grad, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
-    const Tensor spikes = aligned(grad_spikes.permute({0, 1, 3, 4, 2}).contiguous());
-    const int64_t C = y.size(1), parts = pass.parts(FIRE_BACKWARD);
+    const int64_t C = norm.size(1), parts = pass.parts(FIRE_BACKWARD);
     const int64_t count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
     const Tensor partial = empty({parts, rates.defined() ? 3 : 2, C}, y, pass.real());
-    pass.run(FIRE_BACKWARD, count, C, parts, step, y, spikes, grad, norm, rates, plan.rate,
+    pass.run(FIRE_BACKWARD, count, C, parts, step, y, aligned(spikes), grad, norm, rates, plan.rate,
              plan.threshold, plan.alpha, partial);
     return partial;
 }
@@ -458,7 +456,8 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         }
         if (plan.fires) {
             grad = at::empty_like(pooled);
-            partial = fire_backward(grads[0], pooled, grad, norm, rates, pass);
+            const Tensor spikes = grads[0].permute({0, 1, 3, 4, 2}).contiguous();
+            partial = fire_backward(spikes, pooled, grad, norm, rates, pass);
         } else {
             grad = aligned(plan.product ? pixels(grad).contiguous() : rows(grad));
             const int64_t parts = pass.parts(GRADIENT_SUMS);
@@ -529,27 +528,46 @@ std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
 
 // Neurons ----------------------------------------------------------------------------------------
 
-// Of a few steps, [T, B, C, H, W], by the kernels of layers: a BatchNorm with scale 1 and shift 0
+// Memory for T steps, the steps outermost and the rest in x's order
+Tensor like_steps(In x, int64_t T, at::ScalarType dtype) {
+    auto sizes = x.sizes().vec(), strides = x.strides().vec();
+    sizes[0] = T, strides[0] = x.numel() / x.size(0);
+    return at::empty_strided(sizes, strides, x.options().dtype(dtype));
+}
+
+// x in such memory, copied only if need be
+Tensor in_steps(In x) {
+    if (!x.select(0, 0).is_non_overlapping_and_dense()) return x.contiguous();
+    const bool outermost = x.size(0) == 1 || x.stride(0) == x.numel() / x.size(0);
+    return outermost ? x : like_steps(x, x.size(0), x.scalar_type()).copy_(x);
+}
+
+// A neuron alone, of any shape: a layer's kernels, with a BatchNorm of scale 1 and shift 0, and rows of
+// `channels` places in memory. x has T steps, or one that stands for all; PLIF's rate is the layer's.
 struct Fire : torch::autograd::Function<Fire> {
-    static Tensor identity(In y, const Pass& pass) {
-        const Tensor norm = at::zeros({5, y.size(1)}, y.options().dtype(pass.real()));
+    static Tensor identity(int64_t channels, In x, const Pass& pass) {
+        const Tensor norm = at::zeros({5, channels}, x.options().dtype(pass.real()));
         norm[3].fill_(1);
         return norm;
     }
 
+    static Tensor rates_of(In rate, int64_t channels) {
+        return rate.defined() ? rate.expand({channels}).contiguous() : rate;
+    }
+
     // {spikes, and as bytes, if they are wanted}
-    static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& rates,
-                                 bool bytes, In plan, int64_t stream) {
+    static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& rate_,
+                                 int64_t channels, bool bytes, In plan, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan, x.scalar_type(), x.device(), stream);
-        const Tensor y = rows(x), own = rates.value_or(Tensor());
-        const Steps steps(y, x.sizes(), pass.plan.T);
-        variable_list out = {steps.empty(y, pass.dtype)};
-        if (bytes) out.push_back(steps.empty(y, at::kByte));
-        fire(y, out[0], bytes ? out[1] : Tensor(), identity(y, pass), own, pass);
-        ctx->save_for_backward({x, own});
+        const Tensor y = in_steps(x), rate = rate_.value_or(Tensor());
+        variable_list out = {like_steps(y, pass.plan.T, pass.dtype)};
+        if (bytes) out.push_back(like_steps(y, pass.plan.T, at::kByte));
+        fire(y, out[0], bytes ? out[1] : Tensor(), identity(channels, y, pass),
+             rates_of(rate, channels), pass);
+        ctx->save_for_backward({x, rate});
         ctx->saved_data["plan"] = plan;
-        ctx->saved_data["stream"] = stream;
+        ctx->saved_data["numbers"] = at::IntArrayRef({stream, channels});
         ctx->set_materialize_grads(false);
         return out;
     }
@@ -558,76 +576,23 @@ struct Fire : torch::autograd::Function<Fire> {
         no_second_derivative();
         const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
         const Backward context(grads[0]);
-        if (!grads[0].defined()) return variable_list(5);
-        const Tensor x = saved[0], y = rows(x), grad = at::empty_like(y);
-        const Tensor rates = saved[1].defined() ? saved[1].contiguous() : Tensor();
-        const Tensor plan = ctx->saved_data["plan"].toTensor();
-        const Pass pass = pass_of(plan, x.scalar_type(), x.device(),
-                                  ctx->saved_data["stream"].toInt());
-        const Tensor sums = fire_backward(grads[0], y, grad, identity(y, pass), rates, pass);
-        const Tensor of_rates = rates.defined() ? sums.select(1, 2).sum(0) : Tensor();
-        return {Steps(y, x.sizes(), x.size(0)).of(grad), of_rates, {}, {}, {}};
-    }
-};
-
-std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rates, bool bytes, In plan,
-                               int64_t stream) {
-    const c10::DeviceGuard device(x.device());
-    return Fire::apply(x, rates, bytes, plan, stream);
-}
-
-// x [T, ...] with each x[t] dense, its dimensions in any order; copied only if need be
-Tensor time_major(In x) {
-    return x.select(0, 0).is_non_overlapping_and_dense() ? x : x.contiguous();
-}
-
-// Memory of the same order, dense over T too
-Tensor like_steps(In x) {
-    auto strides = x.strides().vec();
-    strides[0] = x.numel() / x.size(0);
-    return at::empty_strided(x.sizes(), strides, x.options());
-}
-
-// Of any number of steps and any shape, PLIF's rate being the layer's
-struct Integrate : torch::autograd::Function<Integrate> {
-    static Tensor forward(AutogradContext* ctx, In x_, const std::optional<Tensor>& rate,
-                          int64_t channels, In plan, int64_t stream) {
-        at::AutoDispatchBelowADInplaceOrView below;
-        const Pass pass = pass_of(plan, x_.scalar_type(), x_.device(), stream);
-        const Tensor x = time_major(x_), spikes = like_steps(x), own = rate.value_or(Tensor());
-        const int64_t rows = x.numel() / (x.size(0) * channels);
-        pass.run(INTEGRATE, rows, channels, x.size(0), x.stride(0), x, spikes, own, pass.plan.rate,
-                 pass.plan.threshold);
-        ctx->save_for_backward({x, own});
-        ctx->saved_data["plan"] = plan;
-        ctx->saved_data["numbers"] = at::IntArrayRef({stream, channels});
-        return spikes;
-    }
-
-    static variable_list backward(AutogradContext* ctx, variable_list grads) {
-        no_second_derivative();
-        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
-        const Backward context(grads[0]);
+        if (!grads[0].defined()) return variable_list(6);
         const auto numbers = ctx->saved_data["numbers"].toIntVector();
-        const Tensor x = time_major(saved[0]), own = saved[1], grad = like_steps(x);
-        const Tensor plan = ctx->saved_data["plan"].toTensor();
-        const Pass pass = pass_of(plan, x.scalar_type(), x.device(), numbers[0]);
-        const bool same = grads[0].strides() == grad.strides();
-        const Tensor upstream = aligned(same ? grads[0] : like_steps(x).copy_(grads[0]));
-        const int64_t size = x.numel() / x.size(0), channels = numbers[1];
-        const Tensor slopes = own.defined() ? empty({size}, x, pass.real()) : Tensor();
-        pass.run(INTEGRATE_BACKWARD, size / channels, channels, x.size(0), x.stride(0), x, upstream,
-                 grad, own, pass.plan.rate, pass.plan.threshold, pass.plan.alpha, slopes);
-        Tensor grad_rate;
-        if (own.defined()) grad_rate = slopes.sum(at::kDouble);
-        return {grad, grad_rate, {}, {}, {}};
+        const Tensor y = in_steps(saved[0]), plan = ctx->saved_data["plan"].toTensor();
+        const Pass pass = pass_of(plan, y.scalar_type(), y.device(), numbers[0]);
+        Tensor spikes = like_steps(y, pass.plan.T, pass.dtype);
+        spikes = grads[0].strides() == spikes.strides() ? grads[0] : spikes.copy_(grads[0]);
+        const Tensor grad = at::empty_like(y), rates = rates_of(saved[1], numbers[1]);
+        const Tensor sums = fire_backward(spikes, y, grad, identity(numbers[1], y, pass), rates, pass);
+        const Tensor of_rate = rates.defined() ? sums.select(1, 2).sum(at::kDouble) : Tensor();
+        return {grad, of_rate, {}, {}, {}, {}};
     }
 };
 
-Tensor integrate(In x, const std::optional<Tensor>& rate, int64_t channels, In plan,
-                 int64_t stream) {
+std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rate, int64_t channels, bool bytes,
+                               In plan, int64_t stream) {
     const c10::DeviceGuard device(x.device());
-    return Integrate::apply(x, rate, channels, plan, stream);
+    return Fire::apply(x, rate, channels, bytes, plan, stream);
 }
 
 // Products ---------------------------------------------------------------------------------------
@@ -684,13 +649,12 @@ Tensor product(In a, In b, In saved_a, In saved_b, bool matmul, int64_t function
 TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("layer(Tensor x, Tensor? saved, Tensor? rates, Tensor[] tensors, ScalarType dtype, "
           "Tensor plan, int stream) -> Tensor[]");
-    m.def("fire(Tensor x, Tensor? rates, bool bytes, Tensor plan, int stream) -> Tensor[]");
-    m.def("integrate(Tensor x, Tensor? rate, int channels, Tensor plan, int stream) -> Tensor");
+    m.def("fire(Tensor x, Tensor? rate, int channels, bool bytes, Tensor plan, int stream) -> "
+          "Tensor[]");
     m.def("product(Tensor a, Tensor b, Tensor saved_a, Tensor saved_b, bool matmul, int function) "
           "-> Tensor");
     const auto key = c10::DispatchKey::CompositeImplicitAutograd;
     m.impl("layer", key, TORCH_FN(layer));
     m.impl("fire", key, TORCH_FN(fire_alone));
-    m.impl("integrate", key, TORCH_FN(integrate));
     m.impl("product", key, TORCH_FN(product));
 }

@@ -29,9 +29,7 @@ from .plain import rate_of
 # The kernels, in the order of layer.cpp.
 NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "normalise", "fire_backward")
 NAMES += ("gradient_sums", "batch_norm_backward", "pool_backward", "normalise_backward")
-NAMES += ("integrate", "integrate_backward")
 OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
-CHUNK = 16  # steps of `integrate_backward` in registers
 
 # Plans that are kept, of some kilobytes each: a schedule of alpha makes new ones in each step.
 PLANS = 2**12
@@ -113,7 +111,7 @@ def plan_of(options, x_shape, weights, device):
     def args(rows, T=1, neuron="MULTIPLY sigmoid", dtype=dtype):
         return dtype, T, neuron, rows, C, large
 
-    kernels = dict.fromkeys(NAMES[:-2], args(rows))
+    kernels = dict.fromkeys(NAMES, args(rows))
     kernels |= dict.fromkeys(("pool", "normalise", "gradient_sums"), args(steps * fired))
     of_neuron = args(fired, options.T, layer.neuron.neuron)
     kernels |= dict.fromkeys(("fire", "fire_backward"), of_neuron)
@@ -136,10 +134,10 @@ def plan_of(options, x_shape, weights, device):
 
 
 @functools.lru_cache(PLANS)
-def plan_of_neuron(constants, dtype, T, size, channels, device, names):
-    """The bytes of the Plan of `size` neurons, `channels` of them in a row, for kernels `names`."""
+def plan_of_neuron(constants, dtype, T, size, channels, device):
+    """The bytes of the Plan of `size` neurons, `channels` of them in a row."""
     args = dtype, T, constants.neuron, size // channels, channels, size * T >= 2**30
-    plan = Plan(constants, T, dict.fromkeys(names, args), device)
+    plan = Plan(constants, T, dict.fromkeys(("fire", "fire_backward"), args), device)
     return torch.frombuffer(plan, dtype=torch.uint8)
 
 
@@ -152,11 +150,11 @@ def cupy_error():
     try:
         constants = Constants("MULTIPLY sigmoid", 0.5, 0.5, 4.0)
         for dtype in CTYPES:
-            compiler.cuda_module(Build(dtype, CHUNK)).compile()  # without CuPy: says so first
+            compiler.cuda_module(Build(dtype)).compile()  # without CuPy: says so first
             if (error := layers_error()) is not None:
                 return error
             x = torch.ones(1, 8, dtype=dtype, device="cuda")
-            if not torch.equal(integrate(x, None, constants), x):
+            if not torch.equal(fire(x, None, constants)[0], x):
                 raise RuntimeError(f"a kernel computes other numbers in {dtype}")
     except Exception as error:  # whatever a broken CUDA or CuPy installation throws
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -212,23 +210,16 @@ def layer(x, saved, rates, options, tensors):
     return operators().layer.default(x, saved, rates, *args)
 
 
-def fire(x, T, rates, constants, bytes_too):
-    """[spikes of T steps] of x [T, B, C, H, W], or [1, ...] that stands for all steps; behind it
-    the same as bytes, if they are wanted.
+def fire(x, rate, constants, bytes_too=False):
+    """[spikes of x [T, ...] of any shape]; behind it the same as bytes, if they are wanted. rate:
+    PLIF's, one number.
     """
-    device, names = x.get_device(), ("fire", "fire_backward")
-    size, channels = x[0].numel(), x.shape[2]
-    plan = plan_of_neuron(constants, x.dtype, T, size, channels, device, names)
-    return operators().fire.default(x, rates, bytes_too, plan, stream_of(device))
-
-
-def integrate(x, rate, constants):
-    """Spikes of x [T, ...], T, shape and layout as they may be. rate: PLIF's, one number."""
-    device, size, names = x.get_device(), x[0].numel(), ("integrate", "integrate_backward")
+    T, x = len(x), x[:1] if x.stride(0) == 0 else x  # the same input at every step
+    device, size = x.get_device(), x[0].numel()
     # Rows begin at multiples of it in memory: a GPU loads several channels at such places alone.
-    channels = math.gcd(size, x.stride(0), x.storage_offset(), 1024)
-    plan = plan_of_neuron(constants, x.dtype, CHUNK, size, channels, device, names)
-    return operators().integrate.default(x, rate, channels, plan, stream_of(device))
+    channels = math.gcd(size, x.storage_offset(), 1024)
+    plan = plan_of_neuron(constants, x.dtype, T, size, channels, device)
+    return operators().fire.default(x, rate, channels, bytes_too, plan, stream_of(device))
 
 
 def product(a, b, saved_a, saved_b, matmul, by_events=False):

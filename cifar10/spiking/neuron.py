@@ -135,13 +135,12 @@ class MultiStep:
         tau, w = (self.tau if self.kind == "lif" else 0.0), getattr(self, "w", None)
         return tau, self.v_threshold, self.alpha, self.kind, w, self.surrogate
 
-    def runs_fused(self, x):
-        """Whether a kernel of layers computes it, on a CPU; on a GPU cupy's is as good."""
-        may = self.fused and x.device.type == "cpu" and x.dim() == 5 and x.numel()
-        if not may or len(x) > compiler.MAX_T:
+    def has_kernel(self, x):
+        """Whether a kernel computes it: on a GPU cupy's, on a CPU that of layers, if `fused`."""
+        if not x.numel() or len(x) > compiler.MAX_T or not (self.fused or x.is_cuda):
             return False
         neuron = native.constants_of(*self.constants()).neuron
-        return native.available("cpu", x.dtype, self.backend, len(x), neuron)
+        return native.available(x.device.type, x.dtype, self.backend, len(x), neuron)
 
     def multi_step_forward(self, x_seq):
         if not self.is_usual():
@@ -152,16 +151,19 @@ class MultiStep:
         if traced():
             return traced_lif(x_seq, *self.constants())
         seen = observed(x_seq) is not None  # operators of PyTorch are wanted
-        if not seen and self.runs_fused(x_seq):
-            return fused_neuron(x_seq, self)
+        if not seen and self.has_kernel(x_seq):
+            as_bytes = self.fused and wants_bytes()
+            spikes, *small = kernel_lif(x_seq, *self.constants(), as_bytes)
+            if small:
+                set_mark(spikes, 1, small[0])
+            return spikes
         if torch.compiler.is_compiling():  # it takes no `out` of another layout
             return torch_lif(x_seq.contiguous(), *self.constants())
         backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
-        if backend == "spikingjelly":
+        if backend == "spikingjelly" and not (seen and self.backend != backend):
             spikes, _ = spikingjelly_lif(x_seq, self)
         else:
-            function = torch_lif if backend == "torch" or seen else cupy_lif
-            spikes = function(x_seq, *self.constants())
+            spikes = torch_lif(x_seq, *self.constants())
         return mark(spikes) if self.fused else spikes
 
 
@@ -203,21 +205,15 @@ neuron_maker = partial(plain.neuron_maker, kinds=NEURONS)
 
 @cache
 def resolve_backend(backend, device_type, dtype):
-    """The implementation that `backend` means for tensors of this device and type."""
-    if backend == "auto":
-        if device_type != "cuda" or dtype == torch.float64:
-            return "torch"
-        error = cupy_error()
-        if error is None:
-            return "cupy"
-        say(f"neurons run on spikingjelly's backend: {error}")
-        return "spikingjelly"
+    """What computes tensors of this device and type where no kernel does."""
     if backend == "cupy":
         error = "needs a CUDA tensor" if device_type != "cuda" else cupy_error()
         if error is None and dtype not in CTYPES:
             error = f"does not take {dtype}"
         if error is not None:
             raise RuntimeError(f"the cupy backend of the LIF neuron can't run: {error}")
+    if backend in ("auto", "cupy"):
+        return "spikingjelly" if device_type == "cuda" and dtype in CTYPES else "torch"
     say(f"neurons run on the {backend} backend")
     return backend
 
@@ -257,24 +253,12 @@ def spikingjelly_lif(x, node):
     return spikes.to(x.dtype), v_seq
 
 
-# cupy: a thread for each neuron, of any number of steps -------------------------------------------
+# kernels: a thread for each neuron, on a GPU and on a CPU -----------------------------------------
 
 
-def cupy_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
-    if not x.numel():
-        return torch_lif(x, tau, v_threshold, alpha, kind, w, surrogate)
+def kernel_lif(
+    x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid", bytes_too=False
+):
+    """[spikes of x [T, ...]]; behind it the same as bytes, if they are wanted."""
     constants = native.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
-    return native.integrate(x, rate_of(x, w), constants)
-
-
-# fused: one pass over memory on a CPU, without a layer around it ----------------------------------
-
-
-def fused_neuron(x, lif):
-    """Spikes of x [T, B, C, H, W], marked as such."""
-    T, x = len(x), x[:1] if x.stride(0) == 0 else x
-    rates, constants = native.rates_of(lif, x, x.shape[2]), native.constants_of(*lif.constants())
-    spikes, *small = native.fire(x, T, rates, constants, wants_bytes())
-    if small:
-        set_mark(spikes, 1, small[0])
-    return spikes
+    return native.fire(x, rate_of(x, w), constants, bytes_too)
