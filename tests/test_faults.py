@@ -233,7 +233,7 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
         return library(build)
 
     monkeypatch.setattr(cifar10.compiler, "host_library", broken)
-    cifar10.compiler.host_error.cache_clear()
+    cifar10.compiler.fault.cache_clear()
     cifar10.native.available.cache_clear()
     caplog.set_level(logging.INFO)
     try:
@@ -253,7 +253,7 @@ def test_kernels_that_do_not_compile_for_a_T(monkeypatch, caplog):
         )
         assert cifar10.native.available("cpu", torch.float32, "auto", 2)
     finally:
-        cifar10.compiler.host_error.cache_clear()
+        cifar10.compiler.fault.cache_clear()
         cifar10.native.available.cache_clear()
 
 

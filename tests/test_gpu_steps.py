@@ -245,19 +245,25 @@ def test_a_step_waits_for_nothing(name, trainer, monkeypatch):
 def test_what_to_install_is_in_the_log(monkeypatch, capsys):
     """The line as a run prints it: no fast path on a GPU."""
     cifar10.log.set_up_log(cifar10.process.Ranks("cpu"))
-    reason = "No module named 'cupy'; pip install cupy-cuda12x, for this test"
-    monkeypatch.setattr(cifar10.native, "cupy_error", lambda: reason)
+    reason = "No module named 'cupy', for this test"
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+
+    def check_cupy():
+        raise ImportError(reason)
+
+    monkeypatch.setattr(cifar10.native, "check_cupy", check_cupy)
     asked_anew = cifar10.native.available.__wrapped__
     monkeypatch.setattr(cifar10.native, "available", asked_anew)
+    said = f"ImportError: {reason}; pip install cupy-cuda12x"
     for _ in range(2):
         assert not cifar10.native.available("cuda", torch.float32, "auto")
-    assert capsys.readouterr().out == f"layers run module by module on cuda: {reason}\n"
+    assert capsys.readouterr().out == f"layers run module by module on cuda: {said}\n"
 
 
 def test_a_missing_cupy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    reason = cifar10.native.cupy_error.__wrapped__()
+    reason = cifar10.compiler.fault.__wrapped__(cifar10.native.check_cupy)
     assert reason.startswith("ModuleNotFoundError: ")
     assert reason.endswith("cupy halted; None in sys.modules; pip install cupy-cuda12x")
 

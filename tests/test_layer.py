@@ -290,7 +290,7 @@ def test_tensors_of_other_kinds():
 
 def forget(kernels):
     """What is known of the compiler."""
-    for function in (kernels.host_library, kernels.host_error, native.available):
+    for function in (kernels.host_library, kernels.fault, native.available):
         function.cache_clear()
 
 

@@ -4,6 +4,7 @@ stand in for them; and how the library comes to be.
 
 import copy
 import ctypes
+from functools import partial
 
 import pytest
 import torch
@@ -281,8 +282,7 @@ def test_activations_stay_as_they_lie(make, on, request):
 @compiled
 def test_library(monkeypatch, tmp_path):
     """It is built once for all; where it can't be, a line says why."""
-    lines, build = [], kernels.layers_error.__wrapped__
-    assert kernels.layers_error() is None
+    lines, build = [], partial(kernels.fault.__wrapped__, kernels.load_layers)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "other"))
     assert build() is None and not (tmp_path / "other").exists()  # it is there: not loaded again
     monkeypatch.setattr(kernels, "NAME", f"{kernels.NAME}x")  # one that is not there
@@ -306,9 +306,12 @@ def test_library(monkeypatch, tmp_path):
 
 def test_without_the_library(monkeypatch):
     """Layers, neurons and products run plain, with a line."""
-    monkeypatch.setattr(native, "layers_error", lambda: "layer.cpp can't be built: no headers")
-    for module in (kernels, cifar10.spikes):
-        monkeypatch.setattr(module, "layers_error", native.layers_error)
+
+    def load_layers():
+        raise OSError("no headers")
+
+    for module in (kernels, native, cifar10.spikes):
+        monkeypatch.setattr(module, "load_layers", load_layers)
     lines, known = [], (native.available, kernels.events_available)
     for module in (kernels, native):
         monkeypatch.setattr(module, "say", lines.append)
@@ -325,4 +328,4 @@ def test_without_the_library(monkeypatch):
     finally:
         for function in known:
             function.cache_clear()
-    assert lines[0] == "layers run module by module on cpu: layer.cpp can't be built: no headers"
+    assert lines[0] == "layers run module by module on cpu: no headers"

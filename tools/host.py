@@ -171,7 +171,7 @@ def main(args=None):
     args = parser.parse_args(args)
     torch.set_num_threads(1)
     modules = load("imagenet")
-    if error := modules.compiler.layers_error():
+    if error := modules.compiler.fault(modules.compiler.load_layers):
         print(error, file=sys.stderr)
         return 1
     pretend(modules)

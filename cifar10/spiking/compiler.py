@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -85,11 +84,28 @@ class Build(NamedTuple):
 @functools.cache
 def host_library(build):
     """The kernels as a shared library, compiled in a fraction of a second."""
+    keep_memory()
     return build_library(build.source(), *HOST_OPTIONS, *build.defines(HOST_CTYPES))
 
 
+@functools.cache
+def events_library(dtype):
+    """Convolutions of spikes on a CPU, whose time falls with the firing rate."""
+    options = [*HOST_OPTIONS, "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
+    return build_library(EVENTS, *options)
+
+
+@functools.cache
+def cuda_module(build):
+    import cupy  # here, so that a machine without CuPy can use the rest
+
+    module = cupy.RawModule(code=build.source(), options=(*NVRTC_OPTIONS, *build.defines(CTYPES)))
+    module.compile()
+    return module
+
+
 def build_library(source, *options):
-    """C++ as a shared library. Raises OSError or ValueError where that can't be built."""
+    """C++ as a shared library; see compile_to."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fused.so")
         compile_to(path, source, *options, "-lm")
@@ -97,28 +113,17 @@ def build_library(source, *options):
 
 
 def compile_to(path, source, *options):
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """Write C++ as a shared library. Raises OSError where the system's compiler can't."""
+    cxx = os.environ.get("CXX") or "g++"
     files = ["-shared", "-fPIC", "-x", "c++", "-", "-o", path]
-    run_alone([*compiler, *files, *options], source, COMPILER_SECONDS)
-
-
-def run_alone(command, text, seconds):
-    """Run a command that reads `text`. In a session of its own it does not get the signals that end
-    a run after a step. Raises OSError with what it says where it fails or takes longer.
-    """
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    options = {"start_new_session": True, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, **pipes, **options) as process:
-        try:
-            _, said = process.communicate(text, seconds)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise OSError(f"{command[0]} takes more than {seconds} s") from None
-            raise
-    if process.returncode:
-        raise OSError(said.strip() or f"{command[0]} ends with {process.returncode}")
+    how = {"text": True, "errors": "replace", "timeout": COMPILER_SECONDS, "capture_output": True}
+    # In a session of its own it does not get the signals that end a run after a step.
+    how |= {"check": True, "start_new_session": True}
+    try:
+        subprocess.run([*shlex.split(cxx), *files, *options], input=source, **how)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = first_line(getattr(error, "stderr", None) or error)
+        raise OSError(f"no working C++ compiler ({said}, CXX={cxx})") from None
 
 
 def keep_memory():
@@ -137,40 +142,16 @@ def first_line(error):
 
 
 @functools.cache
-def host_error(build):
-    """None where the system's C++ compiler builds the kernels, else the reason in one line."""
+def fault(build, *args):
+    """Why build(*args) can't be had, in one line; None where it can."""
     try:
-        host_library(build)
-        keep_memory()
-    except (OSError, ValueError) as error:  # ValueError: of shlex
-        cxx = f", CXX={os.environ['CXX']}" if "CXX" in os.environ else ""
-        return f"no working C++ compiler ({first_line(error)}{cxx})"
+        build(*args)
+    except Exception as error:  # whatever a broken compiler, CUDA or CuPy throws
+        if isinstance(error, ImportError):
+            kind = f"cupy-cuda{(torch.version.cuda or '13')[:2]}x"
+            return f"{type(error).__name__}: {first_line(error)}; pip install {kind}"
+        return first_line(error)
     return None
-
-
-@functools.cache
-def cuda_module(build):
-    import cupy  # here, so that a machine without CuPy can use the rest
-
-    options = (*NVRTC_OPTIONS, *build.defines(CTYPES))
-    return cupy.RawModule(code=build.source(), options=options)
-
-
-@functools.cache
-def cuda_error(build):
-    """None where NVRTC builds the kernels, else the reason in one line."""
-    try:
-        cuda_module(build).compile()
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None
-
-
-@functools.cache
-def events_library(dtype):
-    """Convolutions of spikes on a CPU, whose time falls with the firing rate."""
-    options = [*HOST_OPTIONS, "-ffp-contract=fast", f"-Dscalar_t={HOST_CTYPES[dtype]}"]
-    return build_library(EVENTS, *options)
 
 
 # layer.cpp ----------------------------------------------------------------------------------------
@@ -184,32 +165,26 @@ NAME = f"{LAYERS}{torch.__version__}{LAYER_OPTIONS}{platform.machine()}"
 NAME = f"qkformer_{hashlib.sha256(NAME.encode()).hexdigest()[:16]}"
 
 
-@functools.cache
-def layers_error():
-    """None where the compiler builds layer.cpp and PyTorch loads it, else why not, in one line.
+def load_layers():
+    """Builds layer.cpp, for PyTorch to load; OSError or RuntimeError where that can't be.
 
     It takes some twenty seconds, once: the library is kept among PyTorch's extensions, in
     TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions. Their own loader, torch.utils.cpp_extension,
     would need ninja.
     """
     if hasattr(getattr(torch.ops, NAME), "layer"):  # another folder has loaded it
-        return None
-    try:
-        cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
-        path = Path(cache, f"{NAME}.so")
-        with contextlib.suppress(OSError):  # it is not there, or of another system
-            torch.ops.load_library(path)
-            return None
-        say("compiling spiking/layer.cpp, once: about 20 s")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
-            part = Path(folder, path.name)
-            compile_to(part, LAYERS, *LAYER_OPTIONS, f"-DNAMESPACE={NAME}")
-            part.replace(path)
-        torch.ops.load_library(path)
-    except (OSError, ValueError, RuntimeError) as failure:  # RuntimeError: there is no home
-        return f"layer.cpp can't be built: {first_line(failure)}"
-    return None
+        return
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
+    path = Path(cache, f"{NAME}.so")
+    with contextlib.suppress(OSError):  # it is not there, or of another system
+        return torch.ops.load_library(path)
+    say("compiling spiking/layer.cpp, once: about 20 s")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other ranks do the same
+        part = Path(folder, path.name)
+        compile_to(part, LAYERS, *LAYER_OPTIONS, f"-DNAMESPACE={NAME}")
+        part.replace(path)
+    torch.ops.load_library(path)
 
 
 @functools.cache
@@ -217,11 +192,7 @@ def events_available(device_type, dtype):
     """Whether convolutions of such tensors can be sums of events; logged once if they can't."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
         return False
-    try:
-        events_library(dtype)
-        error = layers_error()
-    except (OSError, ValueError) as failure:  # ValueError: of shlex
-        error = first_line(failure)
+    error = fault(events_library, dtype) or fault(load_layers)
     if error is not None:
         say(f"convolutions of spikes are dense: {error}")
     return error is None

@@ -16,12 +16,10 @@ from .compiler import (
     CTYPES,
     HOST_CTYPES,
     Build,
-    cuda_error,
     events_library,
-    first_line,
-    host_error,
+    fault,
     kernel_at,
-    layers_error,
+    load_layers,
     say,
 )
 from .plain import rate_of
@@ -144,24 +142,15 @@ def plan_of_neuron(constants, dtype, T, size, channels, device):
 # What there is ------------------------------------------------------------------------------------
 
 
-@functools.cache
-def cupy_error():
-    """None where CuPy compiles and runs the kernels, else the reason in one line."""
-    try:
-        constants = Constants("MULTIPLY sigmoid", 0.5, 0.5, 4.0)
-        for dtype in CTYPES:
-            compiler.cuda_module(Build(dtype)).compile()  # without CuPy: says so first
-            if (error := layers_error()) is not None:
-                return error
-            x = torch.ones(1, 8, dtype=dtype, device="cuda")
-            if not torch.equal(fire(x, None, constants)[0], x):
-                raise RuntimeError(f"a kernel computes other numbers in {dtype}")
-    except Exception as error:  # whatever a broken CUDA or CuPy installation throws
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, ImportError):
-            reason += f"; pip install cupy-cuda{(torch.version.cuda or '13')[:2]}x"
-        return reason
-    return None
+def check_cupy():
+    """Any error where CuPy does not compile and run the kernels."""
+    constants = Constants("MULTIPLY sigmoid", 0.5, 0.5, 4.0)
+    for dtype in CTYPES:
+        compiler.cuda_module(Build(dtype))  # without CuPy: says so first
+        load_layers()
+        x = torch.ones(1, 8, dtype=dtype, device="cuda")
+        if not torch.equal(fire(x, None, constants)[0], x):
+            raise RuntimeError(f"a kernel computes other numbers in {dtype}")
 
 
 @functools.cache
@@ -169,14 +158,13 @@ def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
     All kernels that they launch on a CPU are there then.
     """
-    if backend not in ("auto", "cupy"):
-        return False
-    if device_type == "cuda" and dtype in CTYPES:
-        error = cupy_error() or cuda_error(Build(dtype, T, neuron))
+    build = Build(dtype, T, neuron)
+    if device_type == "cuda" and dtype in CTYPES and backend in ("auto", "cupy"):
+        error = fault(check_cupy) or fault(compiler.cuda_module, build)
     elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        real = torch.promote_types(dtype, torch.float32)
-        builds = Build(dtype, T, neuron), Build(dtype), Build(real)
-        error = next(filter(None, map(host_error, builds)), None) or layers_error()
+        builds = build, Build(dtype), Build(torch.promote_types(dtype, torch.float32))
+        faults = (fault(compiler.host_library, each) for each in builds)
+        error = next(filter(None, faults), None) or fault(load_layers)
     else:
         return False
     if error is None:

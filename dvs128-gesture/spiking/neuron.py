@@ -7,8 +7,7 @@ from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
 
 from . import compiler, native, plain
-from .compiler import CTYPES, say
-from .native import cupy_error
+from .compiler import CTYPES, fault, say
 from .observers import observed, traced
 from .plain import membrane_type, rate_of, torch_lif
 from .spikes import mark, set_mark, wants_bytes
@@ -207,7 +206,7 @@ neuron_maker = partial(plain.neuron_maker, kinds=NEURONS)
 def resolve_backend(backend, device_type, dtype):
     """What computes tensors of this device and type where no kernel does."""
     if backend == "cupy":
-        error = "needs a CUDA tensor" if device_type != "cuda" else cupy_error()
+        error = "needs a CUDA tensor" if device_type != "cuda" else fault(native.check_cupy)
         if error is None and dtype not in CTYPES:
             error = f"does not take {dtype}"
         if error is not None:

@@ -283,9 +283,34 @@ ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, cons
 
 // Max-pooling, 3x3 with stride 2 and padding 1 ---------------------------------------------------
 
+// LANES channels of a window, whose nine pixels begin at `pixel`, into `largest` and, with TAPS, which
+// of them it is, the first of equals.
+template <bool TAPS>
+INLINE void pool_some(const scalar_t* const (&pixel)[9], const int (&tap)[9], index_t c,
+                      const real_t* scale, scalar_t* largest, byte_t* taps) {
+    Pack value = load(pixel[0] + c);
+    Bytes which;
+    real_t best[LANES];
+    EACH_LANE(k) {
+        best[k] = (scale[c + k] < 0 ? -1 : 1) * real(value.lane[k]);
+        which.lane[k] = tap[0];
+    }
+    UNROLL for (int j = 1; j < 9; ++j) {
+        const Pack next = load(pixel[j] + c);
+        EACH_LANE(k) {
+            const real_t x = (scale[c + k] < 0 ? -1 : 1) * real(next.lane[k]);
+            const bool larger = x > best[k] || x != x;
+            best[k] = larger ? x : best[k];
+            if (TAPS) which.lane[k] = larger ? tap[j] : which.lane[k];
+        }
+    }
+    EACH_LANE(k) set(value.lane[k], (scale[c + k] < 0 ? -1 : 1) * best[k]);
+    store(largest + c, value);
+    if (TAPS) store(taps + c, which);
+}
+
 // Of y in front of BatchNorm, what would be the largest of a window behind it: where BatchNorm's
-// scale is negative, the smallest. A tap is which of the nine it is, the first of equals. With `taps`
-// null there are values alone.
+// scale is negative, the smallest. With `taps` null there are values alone.
 ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const scalar_t* y,
            const real_t* __restrict__ norm, scalar_t* pooled, byte_t* taps) {
     const real_t* scale = norm + 3 * channels;
@@ -301,48 +326,11 @@ ENTRY pool(index_t rows, index_t channels, index_t height, index_t width, const 
             pixel[j] = y + ((n * height + h) * width + w) * channels;
             tap[j] = (h - 2 * oh + 1) * 3 + w - 2 * ow + 1;
         }
-        if (!taps) {
-            CHANNELS(c) {
-                Pack largest = load(pixel[0] + c);
-                EACH_LANE(k) {
-                    const real_t sign = scale[c + k] < 0 ? -1 : 1;
-                    real_t best = sign * real(largest.lane[k]);
-                    UNROLL for (int j = 1; j < 9; ++j) {
-                        const real_t value = sign * real(load(pixel[j] + c).lane[k]);
-                        best = value > best || value != value ? value : best;
-                    }
-                    set(largest.lane[k], sign * best);
-                }
-                store(pooled + r * channels + c, largest);
-            }
-            continue;
-        }
-        CHANNELS(c) {
-            const Pack first = load(pixel[0] + c);
-            real_t sign[LANES], best[LANES];
-            int place[LANES];
-            EACH_LANE(k) {
-                sign[k] = scale[c + k] < 0 ? -1 : 1;
-                best[k] = sign[k] * real(first.lane[k]);
-                place[k] = tap[0];
-            }
-            UNROLL for (int j = 1; j < 9; ++j) {
-                const Pack next = load(pixel[j] + c);
-                EACH_LANE(k) {
-                    const real_t value = sign[k] * real(next.lane[k]);
-                    const bool larger = value > best[k] || value != value;
-                    best[k] = larger ? value : best[k];
-                    place[k] = larger ? tap[j] : place[k];
-                }
-            }
-            Pack largest;
-            Bytes which;
-            EACH_LANE(k) {
-                set(largest.lane[k], sign[k] * best[k]);
-                which.lane[k] = place[k];
-            }
-            store(pooled + r * channels + c, largest);
-            store(taps + r * channels + c, which);
+        scalar_t* largest = pooled + r * channels;
+        if (taps) {
+            CHANNELS(c) pool_some<true>(pixel, tap, c, scale, largest, taps + r * channels);
+        } else {
+            CHANNELS(c) pool_some<false>(pixel, tap, c, scale, largest, taps);
         }
     }
 }
