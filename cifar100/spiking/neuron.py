@@ -9,7 +9,7 @@ from spikingjelly.activation_based import surrogate as functions
 from . import compiler, native, plain
 from .compiler import CTYPES, fault, say
 from .observers import observed, traced
-from .plain import membrane_type, rate_of, torch_lif
+from .plain import membrane_type, potentials, rate_of, torch_lif
 from .spikes import mark, set_mark, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
@@ -147,8 +147,10 @@ class MultiStep:
                 raise ValueError("the neuron's v was set, but calls start from v_reset; reset() it")
             spikes, self.v_seq = spikingjelly_lif(x_seq, self)
             return spikes
-        if traced():
-            return traced_lif(x_seq, *self.constants())
+        *constants, w, surrogate = self.constants()
+        if traced():  # spikes without a gradient, in PyTorch's own operators
+            h = potentials(x_seq, rate_of(x_seq, w), (*constants, surrogate))
+            return (h >= self.v_threshold).to(x_seq.dtype)
         seen = observed(x_seq) is not None  # operators of PyTorch are wanted
         if not seen and self.has_kernel(x_seq):
             as_bytes = self.fused and wants_bytes()
@@ -215,23 +217,6 @@ def resolve_backend(backend, device_type, dtype):
         return "spikingjelly" if device_type == "cuda" and dtype in CTYPES else "torch"
     say(f"neurons run on the {backend} backend")
     return backend
-
-
-# torch: on any device -----------------------------------------------------------------------------
-
-
-def traced_lif(x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid"):
-    """The formulas in PyTorch's own operators, for exported graphs: spikes without a gradient."""
-    v, spikes = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32)), []
-    rate = rate_of(x, w)
-    for step in x.unbind():
-        if kind == "if":
-            h = v + step
-        else:
-            h = v + ((step - v) / tau if kind == "lif" else (step - v) * rate)
-        spikes.append(h >= v_threshold)
-        v = h.masked_fill(spikes[-1], 0.0)
-    return torch.stack(spikes).to(x.dtype)
 
 
 # spikingjelly: the baseline -----------------------------------------------------------------------

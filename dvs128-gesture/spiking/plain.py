@@ -93,6 +93,21 @@ def rate_of(x, w):
     return None if w is None else w.to(membrane_type(x)).sigmoid()
 
 
+def potentials(x, rate, constants):
+    """h of x [T, ...] in the membrane's type; rate, constants: see TorchLIF."""
+    tau, v_threshold, _, kind, _ = constants
+    h, v = [], torch.zeros_like(x[0], dtype=membrane_type(x))
+    # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
+    divisor = v.new_full((), tau)
+    for step in x.unbind():
+        if kind == "if":
+            h.append(v + step)
+        else:
+            h.append(v + ((step - v) / divisor if kind == "lif" else (step - v) * rate))
+        v = h[-1].masked_fill(h[-1] >= v_threshold, 0.0)
+    return torch.stack(h)
+
+
 class TorchLIF(torch.autograd.Function):
     """(x, PLIF's rate or None, (tau, v_threshold, alpha, kind, a key of SURROGATES)) -> spikes of
     x's shape and type.
@@ -100,22 +115,10 @@ class TorchLIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rate, constants):
-        tau, v_threshold, _, kind, _ = constants
-        h = torch.empty_like(x, dtype=membrane_type(x))
-        v = torch.zeros_like(h[0])
-        # A tensor, not a number: on CUDA, x / number is x * (1 / number), which rounds differently.
-        divisor = h.new_full((), tau)
-        for t in range(len(x)):
-            if kind == "if":
-                torch.add(x[t], v, out=h[t])
-            elif kind == "lif":
-                torch.sub(x[t], v, out=h[t]).div_(divisor).add_(v)
-            else:
-                torch.sub(x[t], v, out=h[t]).mul_(rate).add_(v)
-            v = h[t].masked_fill(h[t] >= v_threshold, 0.0)
-        ctx.save_for_backward(h, *((x, rate) if kind == "plif" else ()))
+        h = potentials(x, rate, constants)
+        ctx.save_for_backward(h, *((x, rate) if constants[3] == "plif" else ()))
         ctx.constants, ctx.dtype = constants, x.dtype
-        return (h >= v_threshold).to(x.dtype)
+        return (h >= constants[1]).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_spikes):
