@@ -12,7 +12,7 @@ The rest of spiking/ computes the same in less time and memory.
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]; heads=n: each as
                                     [T, B, H, W, n, channels]
     add(x, y), matmul(x, y, lif)    x + y, x @ y
-    linear(x, layer, lif)           layer(x)
+    linear(x, layer)                layer(x)
 """
 
 from functools import partial
@@ -331,7 +331,7 @@ class HST(spiking.Stages):
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
-        return x.mean(0) if pre_logits else linear(x.mean(0), self.head, self.lif)
+        return x.mean(0) if pre_logits else linear(x.mean(0), self.head)
 
 
 CFG = {  # a pretrained_cfg of timm's

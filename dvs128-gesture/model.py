@@ -11,7 +11,7 @@ The rest of spiking/ computes the same in less time and memory.
     conv_bn_lif_each(x, *layers)    [conv_bn_lif(x, *layer) for layer in layers]; heads=n: each as
                                     [T, B, H, W, n, channels]
     add(x, y), matmul(x, y, lif)    x + y, x @ y
-    linear(x, layer, lif)           layer(x)
+    linear(x, layer)                layer(x)
 """
 
 from functools import partial
@@ -281,7 +281,7 @@ class HST(spiking.Stages):
             {"num_chs": embed_dims >> (1 - i), "reduction": 8 * 2**i, "module": f"stage{i + 1}"}
             for i in range(2)
         ]
-        lif = self.lif = spiking.neuron_maker(**neurons)
+        lif = spiking.neuron_maker(**neurons)
         rates = iter([drop_path * i / max(depths - 1, 1) for i in range(depths)])
 
         def stage(index, dim, blocks):
@@ -351,7 +351,7 @@ class HST(spiking.Stages):
         x = self.pool(x) if self.global_pool else x
         if self.per_step and self.training:
             return self.head(x)
-        return x.mean(0) if pre_logits else linear(x.mean(0), self.head, self.lif)
+        return x.mean(0) if pre_logits else linear(x.mean(0), self.head)
 
 
 CFG = {  # a pretrained_cfg of timm's; frames are counts, so nothing is normalised

@@ -38,16 +38,14 @@ def say_plain(layer, reason):
 class Layer(NamedTuple):
     """What layers that read the same x, and are joined, have in common.
 
-    tokens: whether the convolution is a Conv1d. pointwise: whether its kernel is one pixel, taken
-    at each. small: whether it is computed again in the backward pass. events: whether it may be a
-    sum of events.
+    tokens: whether the convolution is a Conv1d. small: whether it is computed again in the backward
+    pass. events: whether it may be a sum of events.
     """
 
     tokens: bool
     kernel: tuple
     stride: tuple
     padding: tuple
-    pointwise: bool
     has_bias: bool
     training: bool
     eps: float
@@ -213,8 +211,7 @@ def layer_of(conv, bn, lif):
         return None
     if tokens and shape != ((1,), (1,), (0,)):
         return None
-    pixel = (1, 1), (1, 1), (0, 0)
-    kernel, stride, padding = pixel if tokens else shape
+    kernel, stride, padding = ((1, 1), (1, 1), (0, 0)) if tokens else shape
     tau = lif.tau if lif.kind == "lif" else 0.0  # PLIF's differ, and are tensors
     neuron = constants_of(tau, lif.v_threshold, lif.alpha, lif.kind, None, lif.surrogate)
     return Layer(
@@ -222,7 +219,6 @@ def layer_of(conv, bn, lif):
         kernel=kernel,
         stride=stride,
         padding=padding,
-        pointwise=(kernel, stride, padding) == pixel,
         has_bias=conv.bias is not None,
         training=bn.training,
         eps=float(bn.eps),

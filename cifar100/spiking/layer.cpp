@@ -59,8 +59,7 @@ struct Plan {
     Events events;
     const int64_t* channels;  // of each layer
     const double* momenta;
-    int64_t layers, has_bias, training, product, pool, fires, small, T, columns, stride[2],
-        padding[2];
+    int64_t layers, has_bias, training, pool, fires, small, T, columns, stride[2], padding[2];
     double eps, rate, threshold, alpha;
 };
 
@@ -151,16 +150,12 @@ Tensor empty(at::IntArrayRef shape, In like, at::ScalarType dtype) {
 // [T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last; copied only if need be
 Tensor rows(In x) { return x.flatten(0, -4).contiguous(LAST); }
 
-// [T, B, C, H, W] -> [T*B*H*W, C]
-Tensor pixels(In x) { return x.permute({0, 1, 3, 4, 2}).reshape({-1, x.size(2)}); }
-
 // [T, B, C, H, W] with channels innermost, for a y as `convolve` returns it, or its maxima
 struct Steps {
     int64_t T, B, C, H, W;
 
-    Steps(In y, at::IntArrayRef x, int64_t steps) : T(steps), B(x[1]), C(y.size(1)) {
-        H = y.dim() == 4 ? y.size(2) : x[3], W = y.dim() == 4 ? y.size(3) : x[4];
-    }
+    Steps(In y, int64_t batch, int64_t steps)
+        : T(steps), B(batch), C(y.size(1)), H(y.size(2)), W(y.size(3)) {}
     std::array<int64_t, 5> shape() const { return {T, B, C, H, W}; }
     std::array<int64_t, 5> strides() const { return {B * H * W * C, H * W * C, 1, W * C, C}; }
     Tensor of(In y) const { return y.as_strided(shape(), strides()); }
@@ -168,8 +163,6 @@ struct Steps {
         return at::empty_strided(shape(), strides(), y.options().dtype(dtype));
     }
 };
-
-Tensor dense(In y, const Plan& plan) { return plan.product ? y.contiguous() : y.contiguous(LAST); }
 
 // A GPU loads several neighbours at once; a gradient may begin anywhere.
 Tensor aligned(In x) { return uintptr_t(x.const_data_ptr()) % 16 ? x.clone() : x; }
@@ -245,21 +238,16 @@ Tensor weight_of(at::TensorList tensors, const Plan& plan) {
     return at::cat(weights);
 }
 
-// The weight as `convolve` takes it: a matrix for a product, else that of a Conv2d
-Tensor kernel_of(In weight, const Pass& pass) {
-    if (pass.plan.product) return weight.to(pass.dtype).flatten(1);
-    return weight.dim() == 4 ? weight : weight.unsqueeze(3);
-}
+// The weight of a Conv1d as that of a Conv2d
+Tensor kernel_of(In weight) { return weight.dim() == 4 ? weight : weight.unsqueeze(3); }
 
-// [T*B, C', H', W'] in channels_last or, with `product`, [T*B*H*W, C'], without a bias
+// [T*B, C', H', W'] in channels_last, without a bias
 Tensor convolve(In x, In kernel, const Pass& pass) {
     const Plan& plan = pass.plan;
     if (plan.events.convolve) return convolve_events(rows(x), kernel, plan);
-    const Tensor input = x.to(pass.dtype);
-    if (plan.product) return at::mm(pixels(input), kernel.t());
     const Tensor cast = kernel.to(pass.dtype, false, false, LAST);
-    return at::convolution(rows(input), cast, {}, plan.stride, plan.padding, {1, 1}, false, {0, 0},
-                           1).contiguous(LAST);
+    return at::convolution(rows(x.to(pass.dtype)), cast, {}, plan.stride, plan.padding, {1, 1},
+                           false, {0, 0}, 1).contiguous(LAST);
 }
 
 // {maxima of the BatchNorm's output, or minima of its input where that turns them round; where they
@@ -283,7 +271,7 @@ void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
 
 Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
     const Plan& plan = pass.plan;
-    Tensor y = convolve(x, kernel_of(weight_of(tensors, plan), pass), pass);
+    Tensor y = convolve(x, kernel_of(weight_of(tensors, plan)), pass);
     const int64_t C = y.size(1);
     const Tensor norm = empty({5, C}, y, pass.real());
     for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
@@ -295,9 +283,9 @@ Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
     if (!plan.fires) {
         const Tensor out = at::empty_like(y);
         pass.run(NORMALISE, y.numel() / C, C, y, out, norm);
-        return Steps(y, x.sizes(), x.size(0)).of(out);
+        return Steps(y, x.size(1), x.size(0)).of(out);
     }
-    const Steps steps(y, x.sizes(), plan.T);
+    const Steps steps(y, x.size(1), plan.T);
     if (x.size(0) == plan.T) {  // over y, which no gradient needs
         fire(y, y, {}, norm, rates, pass);
         return steps.of(y);
@@ -388,7 +376,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const Pass pass = pass_of(plan_bytes, dtype, x.device(), stream);
         const Plan& plan = pass.plan;
         const bool events = plan.events.convolve;
-        const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight, pass);
+        const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight);
         const Tensor input = events ? rows(saved.value_or(x)) : x, none;
         const Tensor y = convolve(input, kernel, pass);
         const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
@@ -404,21 +392,19 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const Tensor pooled = plan.pool ? max_pool(y, norm, false, pass)[0] : y;
         variable_list out;
         if (plan.fires) {
-            const Steps steps(pooled, x.sizes(), plan.T);
+            const Steps steps(pooled, x.size(1), plan.T);
             out.push_back(steps.empty(y, dtype));
             if (saved) out.push_back(steps.empty(y, at::kByte));
             fire(pooled, out[0], saved ? out[1] : none, norm, rates.value_or(none), pass);
         } else {
             const Tensor normal = at::empty_like(pooled);
             pass.run(NORMALISE, pooled.numel() / C, C, pooled, normal, norm);
-            out.push_back(Steps(normal, x.sizes(), x.size(0)).of(normal));
+            out.push_back(Steps(normal, x.size(1), x.size(0)).of(normal));
         }
         if (saved) {
             const auto [bits, values] = events ? find_events(input, plan) : NOTHING;
-            // Of a product the kernel is cast already; of others its layout is the larger part.
             ctx->save_for_backward({bits.defined() ? values : *saved, bits, plan.small ? none : y,
-                                    weight, plan.product ? kernel : none, rates.value_or(none),
-                                    norm});
+                                    weight, rates.value_or(none), norm});
             std::vector<int64_t> numbers = {int64_t(dtype), stream};
             numbers.insert(numbers.end(), x.sizes().begin(), x.sizes().end());
             ctx->saved_data["numbers"] = numbers;
@@ -442,10 +428,9 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const int64_t images[] = {shape[0] * shape[1], shape[2], shape[3], shape[4]};
         const auto plain = [](In x) { return x.defined() ? x.contiguous() : x; };
         const Tensor x = saved[0], bits = plain(saved[1]), weight = saved[3];
-        const Tensor kernel = saved[4].defined() ? saved[4] : kernel_of(weight, pass);
-        const Tensor rates = plain(saved[5]), norm = plain(saved[6]);
+        const Tensor kernel = kernel_of(weight), rates = plain(saved[4]), norm = plain(saved[5]);
         Tensor y = saved[2];
-        if (!plan.small) y = dense(y, plan);
+        if (!plan.small) y = y.contiguous(LAST);
         else if (bits.defined()) y = convolve_events(unpack(images, bits, x, plan), kernel, plan);
         else y = convolve(x, kernel, pass);
         const int64_t C = y.size(1), count = y.numel() / C;
@@ -459,7 +444,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             const Tensor spikes = grads[0].permute({0, 1, 3, 4, 2}).contiguous();
             partial = fire_backward(spikes, pooled, grad, norm, rates, pass);
         } else {
-            grad = aligned(plan.product ? pixels(grad).contiguous() : rows(grad));
+            grad = aligned(rows(grad));
             const int64_t parts = pass.parts(GRADIENT_SUMS);
             partial = empty({parts, 2, C}, y, pass.real());
             pass.run(GRADIENT_SUMS, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
@@ -479,17 +464,14 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
             grad_weight = weight_gradient(images, bits, x, grad_y, kernel, plan);
             const Tensor unread = at::empty(images, grad_y.options().memory_format(LAST));
             grad_x = convolution_backward(grad_y, unread, kernel, plan, {wanted, false})[0];
-        } else if (plan.product) {
-            grad_weight = sum_over_rows(grad_y, pixels(x.to(pass.dtype)));
-            if (wanted) grad_x = at::mm(grad_y, kernel);
         } else {
             const Tensor input = rows(x.to(pass.dtype));
             auto found = convolution_backward(grad_y, input, kernel, plan, {wanted, true});
             grad_x = found[0], grad_weight = found[1];
         }
         if (wanted) {
-            grad_x = dense(grad_x, plan);  // not every convolution leaves channels innermost
-            grad_x = Steps(grad_x, shape, shape[0]).of(grad_x);
+            grad_x = grad_x.contiguous(LAST);  // not every convolution leaves channels innermost
+            grad_x = Steps(grad_x, shape[1], shape[0]).of(grad_x);
         }
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());

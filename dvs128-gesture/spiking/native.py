@@ -72,7 +72,7 @@ class Plan(ctypes.Structure):
     _fields_ += [("events", ctypes.c_void_p * len(OF_EVENTS))]
     _fields_ += [("channels", ctypes.POINTER(ctypes.c_longlong))]
     _fields_ += [("momenta", ctypes.POINTER(ctypes.c_double))]
-    numbers = "layers has_bias training product pool fires small T columns".split()
+    numbers = "layers has_bias training pool fires small T columns".split()
     _fields_ += [(name, ctypes.c_longlong) for name in numbers]
     _fields_ += [(name, ctypes.c_longlong * 2) for name in ("stride", "padding")]
     _fields_ += [(name, ctypes.c_double) for name in ("eps", "rate", "threshold", "alpha")]
@@ -87,12 +87,14 @@ class Plan(ctypes.Structure):
 
 
 @functools.lru_cache(PLANS)
-def plan_of(options, x_shape, weights, device):
+def plan_of(layer, dtype, T, pool, fires, events, momenta, x_shape, weights, device):
     """The bytes of the Plan of layers that read such an x.
 
-    options: see layer.Options. weights: shapes.
+    layer: see Layer in fusible.py. dtype: that they compute in. T: steps of the spikes. pool:
+    whether a max-pool comes behind BatchNorm. fires: whether a neuron comes last. events: whether
+    the convolution is a sum of events. momenta: of BatchNorms. weights: shapes.
     """
-    layer, (steps, B, _, *size) = options.layer, x_shape
+    steps, B, _, *size = x_shape
     channels = [shape[0] for shape in weights]
     C, kernel = sum(channels), (1, 1) if layer.tokens else weights[0][2:]
     spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
@@ -101,33 +103,31 @@ def plan_of(options, x_shape, weights, device):
         padded = f"an input of {size}, padded by {list(layer.padding)}"
         raise ValueError(f"a kernel of {list(kernel)} does not fit in {padded}")
     rows = steps * B * math.prod(out)
-    if layer.training and B * math.prod(out) * options.T == 1:
+    if layer.training and B * math.prod(out) * T == 1:
         raise ValueError(f"a single value per channel, in {[steps * B, C, *out]}, has no variance")
-    out = [(length + 1) // 2 for length in out] if options.pool else out
-    fired, large, dtype = B * math.prod(out), rows * C * options.T >= 2**30, options.dtype
+    out = [(length + 1) // 2 for length in out] if pool else out
+    fired, large = B * math.prod(out), rows * C * T >= 2**30
 
     def args(rows, T=1, neuron="MULTIPLY sigmoid", dtype=dtype):
         return dtype, T, neuron, rows, C, large
 
     kernels = dict.fromkeys(NAMES, args(rows))
     kernels |= dict.fromkeys(("pool", "normalise", "gradient_sums"), args(steps * fired))
-    of_neuron = args(fired, options.T, layer.neuron.neuron)
+    of_neuron = args(fired, T, layer.neuron.neuron)
     kernels |= dict.fromkeys(("fire", "fire_backward"), of_neuron)
     of_norm = args(rows, dtype=torch.promote_types(dtype, torch.float32))
     kernels |= dict.fromkeys(("running_norm", "batch_norm_backward"), of_norm)
-    plan = Plan(layer.neuron, options.T, kernels, device)
-    if options.events:
+    plan = Plan(layer.neuron, T, kernels, device)
+    if events:
         library = events_library(dtype)
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in OF_EVENTS]
         plan.events[:] = [address.value for address in addresses]
     plan.channels = (ctypes.c_longlong * len(channels))(*channels)
-    plan.momenta = (ctypes.c_double * len(channels))(*options.momenta)
+    plan.momenta = (ctypes.c_double * len(channels))(*momenta)
     plan.layers, plan.columns = len(channels), compiler.COLUMNS[0]
-    # A product of matrices takes the host less time than a convolution.
-    plan.product = layer.pointwise and not options.pool and compiler.on_gpu(device)
     for name in ("has_bias", "training", "small", "eps", "stride", "padding"):
         setattr(plan, name, getattr(layer, name))
-    plan.pool, plan.fires = options.pool, options.fires
+    plan.pool, plan.fires = pool, fires
     return torch.frombuffer(plan, dtype=torch.uint8)  # which keeps the Plan
 
 
@@ -186,15 +186,16 @@ def stream_of(device):
     return torch._C._cuda_getCurrentRawStream(device) if compiler.on_gpu(device) else 0
 
 
-def layer(x, saved, rates, options, tensors):
+def layer(x, saved, rates, tensors, options):
     """[spikes of all layers [T, B, C, H, W] or, without a neuron, BatchNorm's output of x's steps];
     behind it spikes as bytes, where `saved`, x as it waits for the backward pass, is not None.
     Running statistics move on in training. rates: PLIF's, of all channels. tensors: see can_fuse.
+    options: the first arguments of plan_of.
     """
     device, weights = x.get_device(), tuple([own[0].shape for own in tensors])
-    plan = plan_of(options, x.shape, weights, device)
+    plan = plan_of(*options, x.shape, weights, device)
     flat = [own[0] if tensor is None else tensor for own in tensors for tensor in own]
-    args = flat, options.dtype, plan, stream_of(device)
+    args = flat, options[1], plan, stream_of(device)
     return operators().layer.default(x, saved, rates, *args)
 
 

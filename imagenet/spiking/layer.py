@@ -10,13 +10,11 @@ Both paths compute the same function, to rounding. The fused path does not call 
 is taken only where each module has exactly the type and the methods that it knows (fusible.py).
 """
 
-from typing import NamedTuple
-
 import torch
 
 from . import native, plain
 from .compiler import events_available
-from .fusible import Layer, autocast_type, can_fuse, changed
+from .fusible import can_fuse
 from .observers import observed
 from .spikes import largest, masked, save, set_mark, wants_bytes
 
@@ -66,40 +64,17 @@ def conv_bn_lif_each(x, *layers, heads=None):
     return [plain.in_heads(conv_bn_lif(x, *layer), heads) for layer in layers]
 
 
-def linear(x, layer, lif):
-    """layer(x) of [N, features]. In evaluation on a CPU the sums of a row do not depend on the
-    others, nor on their number. `lif`: what makes the model's neurons.
+def linear(x, layer):
+    """layer(x) of [N, features]; in evaluation on a CPU row by row, so that the bits of one do not
+    depend on the others.
     """
-    may = lif.keywords["fused"] and lif.keywords["events"] and type(layer) is torch.nn.Linear
-    if layer.training or torch.is_grad_enabled() or not may or changed(layer) is not None:
+    rows = x.device.type == "cpu" and x.dim() == 2 and len(x) > 1 and not layer.training
+    if not rows or torch.is_grad_enabled() or observed(x) is not None:
         return layer(x)
-    same = x.dim() == 2 and x.dtype == layer.weight.dtype == autocast_type(x)
-    fits = same and x.numel() and x.shape[1] == layer.in_features and observed(x) is None
-    if not fits or not events_available(x.device.type, x.dtype):
-        return layer(x)
-    a, b = x[None, None, None], layer.weight.t()[None, None, None]
-    y = native.product(a, b, a, b, matmul=True, by_events=True)[0, 0, 0]
-    return y if layer.bias is None else y + layer.bias
+    return torch.cat([layer(row.clone()) for row in x.split(1)])
 
 
 # The fused path -----------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """What of layers is not in their tensors, nor in x.
-
-    T: steps of the spikes. layer: see Layer in fusible.py. pool: whether a max-pool comes behind
-    BatchNorm. fires: whether a neuron comes last. events: whether the convolution is a sum of
-    events. dtype: that the layer computes in. momenta: of BatchNorms.
-    """
-
-    T: int
-    layer: Layer
-    pool: bool
-    fires: bool
-    events: bool
-    dtype: torch.dtype
-    momenta: tuple
 
 
 def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
@@ -118,9 +93,9 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
         rates = torch.cat(rates)
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     momenta = tuple([float(bn.momentum) for bn in bns])
-    options = Options(T, layer, pool, fires, by_events, dtype, momenta)
     saved = save(x) if layer.training and wants_bytes() else None
-    out, *small = native.layer(x, saved, rates, options, tensors)
+    options = layer, dtype, T, pool, fires, by_events, momenta
+    out, *small = native.layer(x, saved, rates, tensors, options)
     if small:
         set_mark(out, 1, small[0])
     return out if fires else out.expand(T, -1, -1, -1, -1)

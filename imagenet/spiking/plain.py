@@ -266,7 +266,7 @@ def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
     return lif(conv_bn(x, conv, bn, lif, pool, mask))
 
 
-def linear(x, layer, lif=None):
+def linear(x, layer):
     return layer(x)
 
 
