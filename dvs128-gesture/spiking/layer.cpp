@@ -150,19 +150,8 @@ Tensor empty(at::IntArrayRef shape, In like, at::ScalarType dtype) {
 // [T, B, C, H, W] or [N, C, H, W] -> [N, C, H, W] in channels_last; copied only if need be
 Tensor rows(In x) { return x.flatten(0, -4).contiguous(LAST); }
 
-// [T, B, C, H, W] with channels innermost, for a y as `convolve` returns it, or its maxima
-struct Steps {
-    int64_t T, B, C, H, W;
-
-    Steps(In y, int64_t batch, int64_t steps)
-        : T(steps), B(batch), C(y.size(1)), H(y.size(2)), W(y.size(3)) {}
-    std::array<int64_t, 5> shape() const { return {T, B, C, H, W}; }
-    std::array<int64_t, 5> strides() const { return {B * H * W * C, H * W * C, 1, W * C, C}; }
-    Tensor of(In y) const { return y.as_strided(shape(), strides()); }
-    Tensor empty(In y, at::ScalarType dtype) const {
-        return at::empty_strided(shape(), strides(), y.options().dtype(dtype));
-    }
-};
+// [T*B, C, H, W] -> [T, B, C, H, W]
+Tensor steps(In y, int64_t T) { return y.unflatten(0, {T, y.size(0) / T}); }
 
 // A GPU loads several neighbours at once; a gradient may begin anywhere.
 Tensor aligned(In x) { return uintptr_t(x.const_data_ptr()) % 16 ? x.clone() : x; }
@@ -229,8 +218,6 @@ Tensor weight_gradient(at::IntArrayRef x, In bits, In saved, In grad, In kernel,
 // Of each layer, see can_fuse in fusible.py; a layer without a bias has its weight in that place.
 enum { WEIGHT, BIAS, GAMMA, BETA, MEAN, VAR, BATCHES, TENSORS };
 
-Tensor bias_of(const Tensor* own, const Plan& plan) { return plan.has_bias ? own[BIAS] : Tensor(); }
-
 Tensor weight_of(at::TensorList tensors, const Plan& plan) {
     if (plan.layers == 1) return tensors[WEIGHT];
     std::vector<Tensor> weights;
@@ -261,6 +248,30 @@ std::array<Tensor, 2> max_pool(In y, In norm, bool with_taps, const Pass& pass) 
     return {pooled, taps};
 }
 
+// [5, C] of BatchNorm, whose running statistics move on in training
+Tensor norm_of(In y, at::TensorList tensors, int64_t repeats, const Pass& pass) {
+    const Plan& plan = pass.plan;
+    const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
+    const Tensor norm = empty({5, C}, y, pass.real());
+    Tensor partial;
+    if (plan.training) {
+        partial = empty({parts, 2, C}, y, pass.real());
+        pass.run(STATISTICS, count, C, parts, y, partial);
+    }
+    for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
+        const Tensor* own = &tensors[i * TENSORS];
+        const Tensor bias = plan.has_bias ? own[BIAS] : Tensor();
+        if (plan.training)
+            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, repeats, plan.eps,
+                         plan.momenta[i], y, partial, own[GAMMA], own[BETA], bias, norm, own[MEAN],
+                         own[VAR], own[BATCHES]);
+        else
+            pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
+                         bias, own[GAMMA], own[BETA], norm);
+    }
+    return norm;
+}
+
 // Spikes of y into memory of `spikes`, and of `bytes` if that is defined
 void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
@@ -269,30 +280,22 @@ void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     pass.run(FIRE, count, C, step, y, spikes, bytes, norm, rates, plan.rate, plan.threshold);
 }
 
-Tensor in_evaluation(In x, In rates, at::TensorList tensors, const Pass& pass) {
+// What follows BatchNorm: {spikes of T steps of B samples and, if they are wanted, as bytes}, or
+// without a neuron {BatchNorm's output}. In evaluation it may be written over y.
+std::vector<Tensor> outputs(In y, In norm, In rates, int64_t B, bool bytes, const Pass& pass) {
     const Plan& plan = pass.plan;
-    Tensor y = convolve(x, kernel_of(weight_of(tensors, plan)), pass);
-    const int64_t C = y.size(1);
-    const Tensor norm = empty({5, C}, y, pass.real());
-    for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
-        const Tensor* own = &tensors[i * TENSORS];
-        pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
-                     bias_of(own, plan), own[GAMMA], own[BETA], norm);
-    }
-    if (plan.pool) y = max_pool(y, norm, false, pass)[0];
-    if (!plan.fires) {
-        const Tensor out = at::empty_like(y);
-        pass.run(NORMALISE, y.numel() / C, C, y, out, norm);
-        return Steps(y, x.size(1), x.size(0)).of(out);
-    }
-    const Steps steps(y, x.size(1), plan.T);
-    if (x.size(0) == plan.T) {  // over y, which no gradient needs
-        fire(y, y, {}, norm, rates, pass);
-        return steps.of(y);
-    }
-    const Tensor spikes = steps.empty(y, pass.dtype);
-    fire(y, spikes, {}, norm, rates, pass);
-    return spikes;
+    const int64_t T = plan.fires ? plan.T : y.size(0) / B;
+    const auto memory = [&](at::ScalarType dtype) {
+        return at::empty({T * B, y.size(1), y.size(2), y.size(3)},
+                         y.options().dtype(dtype).memory_format(LAST));
+    };
+    const bool over = !plan.training && y.size(0) == T * B;
+    std::vector<Tensor> out = {over ? y : memory(pass.dtype)};
+    if (bytes) out.push_back(memory(at::kByte));
+    if (plan.fires) fire(y, out[0], bytes ? out[1] : Tensor(), norm, rates, pass);
+    else pass.run(NORMALISE, y.numel() / y.size(1), y.size(1), y, out[0], norm);
+    for (Tensor& each : out) each = steps(each, T);
+    return out;
 }
 
 // The backward pass ------------------------------------------------------------------------------
@@ -379,28 +382,10 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight);
         const Tensor input = events ? rows(saved.value_or(x)) : x, none;
         const Tensor y = convolve(input, kernel, pass);
-        const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
-        const Tensor partial = empty({parts, 2, C}, y, pass.real());
-        const Tensor norm = empty({5, C}, y, pass.real());
-        pass.run(STATISTICS, count, C, parts, y, partial);
-        for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
-            const Tensor* own = &tensors[i * TENSORS];
-            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, plan.T / x.size(0),
-                         plan.eps, plan.momenta[i], y, partial, own[GAMMA], own[BETA],
-                         bias_of(own, plan), norm, own[MEAN], own[VAR], own[BATCHES]);
-        }
+        const Tensor norm = norm_of(y, tensors, plan.T / x.size(0), pass);
         const Tensor pooled = plan.pool ? max_pool(y, norm, false, pass)[0] : y;
-        variable_list out;
-        if (plan.fires) {
-            const Steps steps(pooled, x.size(1), plan.T);
-            out.push_back(steps.empty(y, dtype));
-            if (saved) out.push_back(steps.empty(y, at::kByte));
-            fire(pooled, out[0], saved ? out[1] : none, norm, rates.value_or(none), pass);
-        } else {
-            const Tensor normal = at::empty_like(pooled);
-            pass.run(NORMALISE, pooled.numel() / C, C, pooled, normal, norm);
-            out.push_back(Steps(normal, x.size(1), x.size(0)).of(normal));
-        }
+        const bool bytes = saved && plan.fires;
+        auto out = outputs(pooled, norm, rates.value_or(none), x.size(1), bytes, pass);
         if (saved) {
             const auto [bits, values] = events ? find_events(input, plan) : NOTHING;
             ctx->save_for_backward({bits.defined() ? values : *saved, bits, plan.small ? none : y,
@@ -471,7 +456,7 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         }
         if (wanted) {
             grad_x = grad_x.contiguous(LAST);  // not every convolution leaves channels innermost
-            grad_x = Steps(grad_x, shape[1], shape[0]).of(grad_x);
+            grad_x = steps(grad_x, shape[0]);
         }
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());
@@ -505,7 +490,10 @@ std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
     const Pass pass = pass_of(plan, dtype, x.device(), stream);
     if (pass.plan.training) return ConvBNLIF::apply(x, saved, rates, tensors, dtype, plan, stream);
     at::AutoDispatchBelowADInplaceOrView below;
-    return {in_evaluation(x, rates.value_or(Tensor()), tensors, pass)};
+    Tensor y = convolve(x, kernel_of(weight_of(tensors, pass.plan)), pass);
+    const Tensor norm = norm_of(y, tensors, 1, pass);
+    if (pass.plan.pool) y = max_pool(y, norm, false, pass)[0];
+    return outputs(y, norm, rates.value_or(Tensor()), x.size(1), false, pass);
 }
 
 // Neurons ----------------------------------------------------------------------------------------
