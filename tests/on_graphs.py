@@ -1,6 +1,6 @@
 """CUDA graphs on a CPU, as far as what is around them goes: a capture keeps PyTorch's operators with
-their tensors and numbers, a replay runs just these on the same memory. Models run plain: our kernels
-are no operators.
+their tensors and numbers, a replay runs just these on the same memory. PyTorch's own
+make_graphed_callables captures and replays them. Models run plain: our kernels are no operators.
 """
 
 import contextlib
@@ -50,16 +50,12 @@ class Tape(TorchDispatchMode):
 
 class CUDAGraph:
     def __init__(self):
-        self.tape = None
-
-    def pool(self):
-        assert self.tape is not None, "the pool of a graph before its capture"
-        return self
+        self.tape, self.replays = None, 0
 
     @contextlib.contextmanager
     def capture(self, pool, cuda):
-        assert pool in (None, *cuda.graphs) and torch.is_autocast_cache_enabled() is False
-        self.tape = Tape()
+        assert pool is cuda.pools[-1] and torch.is_autocast_cache_enabled() is False
+        self.tape, self.pool, self.cuda = Tape(), pool, cuda
         cuda.graphs.append(self)
         try:
             with self.tape:
@@ -67,7 +63,10 @@ class CUDAGraph:
         except Exception:
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
         assert cuda.warmed >= len(self.tape.calls), "no warm-up came before this capture"
-        # Nothing has been computed yet: whoever uses what the capture gave will see it.
+        self.forget()  # nothing has been computed yet
+
+    def forget(self):
+        """Whoever uses what the graph gave will see it."""
         for _, args, kwargs, results in self.tape.calls:
             known = places(tensors(args, kwargs))
             for result in tensors(results):
@@ -76,6 +75,10 @@ class CUDAGraph:
 
     @torch.no_grad()
     def replay(self):
+        self.replays += 1
+        for later in self.cuda.graphs[self.cuda.graphs.index(self) + 1 :]:
+            if later.pool is self.pool:  # it may have taken memory that was free again here
+                later.forget()
         for operator, args, kwargs, results in self.tape.calls:
             again = operator(*args, **kwargs)
             for old, new in zip(tensors(results), tensors(again), strict=True):
@@ -86,7 +89,7 @@ class CUDAGraph:
 @pytest.fixture
 def cuda(monkeypatch):
     """torch.cuda whose graphs work on a CPU; `graphs` are those that were captured."""
-    state = SimpleNamespace(graphs=[], warmed=0)
+    state = SimpleNamespace(graphs=[], pools=[], warmed=0)
 
     @contextlib.contextmanager
     def stream(side):
@@ -98,16 +101,21 @@ def cuda(monkeypatch):
         assert capture_error_mode == "thread_local"
         return graph.capture(pool, state)
 
+    def new_pool():
+        state.pools.append(object())
+        return state.pools[-1]
+
     for name, value in {
         "CUDAGraph": CUDAGraph,
         "graph": capture,
+        "graphs.graph_pool_handle": new_pool,
+        "synchronize": lambda: None,
         "stream": stream,
-        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "Stream": lambda: None,
         "get_rng_state": lambda device: torch.get_rng_state(),
         "set_rng_state": lambda state, device: torch.set_rng_state(state),
     }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
     return state
 
 

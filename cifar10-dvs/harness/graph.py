@@ -1,11 +1,7 @@
-"""A model as a CUDA graph: the GPU gets all kernels of a pass in one call, not hundreds.
+"""A model as CUDA graphs: the GPU gets all kernels of a pass in one call, not hundreds."""
 
-They run on the same memory each time: input and output are copied. Loss, scaler, optimizer and what
-ranks exchange stay outside.
-"""
-
-import contextlib
 from functools import partial
+from unittest import mock
 
 import torch
 from torch.func import functional_call
@@ -13,8 +9,6 @@ from torch.func import functional_call
 from spiking.neuron import say
 
 from .log import UserError, first_line
-
-WARM_UP = 3  # passes in which libraries load kernels, choose algorithms and make workspaces
 
 
 def graphed(model, cfg, ranks, training=False):
@@ -36,20 +30,17 @@ def obstacle(cfg, ranks, training):
 
 
 class Graph(torch.nn.Module):
-    """Computes model(x) by a graph of its forward pass and, where gradients are on, one of its
-    backward pass. DistributedDataParallel can wrap it: gradients are exchanged after the replay.
-
-    They are captured at the first x; another shape, and the other mode of train() and eval(), run
-    kernel by kernel. Parameters and buffers must stay in their memory, as load_state_dict() and
-    optimizers leave them. UserError if it can't be captured.
+    """Computes model(x) by PyTorch's graphs of its passes, captured at the first x; another shape,
+    and the other mode of train() and eval(), run kernel by kernel. UserError if it can't be
+    captured. DistributedDataParallel can wrap it: gradients are exchanged after the replay.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.captured, self.number = model, None, 0
+        self.model, self.captured, self.one = model, None, torch.ones(())
 
     def forward(self, x):
-        kind = self.model.training, x.shape, x.dtype
+        kind = self.model.training, torch.is_grad_enabled(), x.shape, x.dtype
         if self.captured is None:
             try:
                 self.capture(x)
@@ -60,77 +51,27 @@ class Graph(torch.nn.Module):
                 text = f"this model can't be captured ({first_line(first)})"
                 raise UserError(f"cuda_graph: {text}; cuda_graph: false runs without") from None
             self.captured = kind
-        return Replay.apply(self, x, *self.trained) if self.captured == kind else self.model(x)
+        if self.captured != kind:
+            return self.model(x)
+        # A copy. By `one`, autograd refuses a backward pass that comes after another forward pass.
+        return self.replay(self.trained, (x,)) * self.one.fill_(1)
 
     def capture(self, x):
-        self.x, on = x.clone(), torch.is_grad_enabled()
-        known = {name: p for name, p in self.model.named_parameters() if on and p.requires_grad}
-        self.trained, self.passes = [*known.values()], [torch.cuda.CUDAGraph() for _ in range(2)]
-        device = x.device.type
-        settings = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        """Makes replay(parameters, (x,)) and restores what its passes change."""
+        model, device, on = self.model, x.device.type, torch.is_grad_enabled()
+        self.trained = {name: p for name, p in model.named_parameters() if on and p.requires_grad}
+        # The parameters' own nodes, which DistributedDataParallel keeps, are of another stream.
+        leaves = {name: p.detach().requires_grad_() for name, p in self.trained.items()}
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        state = torch.cuda.get_rng_state(x.device)
         # With its cache, autocast could keep 16-bit weights that are those of now for ever.
-        with restored(self.model, x), torch.autocast(device, *settings, cache_enabled=False):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.gradients(*self.compute(known))
-            torch.cuda.current_stream().wait_stream(side)
-            # The loader's thread goes on pinning memory meanwhile, which the mode "global" forbids.
-            capturing = partial(torch.cuda.graph, capture_error_mode="thread_local")
-            with capturing(self.passes[0]):
-                logits, leaves = self.compute(known)
-            if known:
-                self.grad = torch.zeros_like(logits)
-                with capturing(self.passes[1], pool=self.passes[0].pool()):
-                    grads = self.gradients(logits, leaves, self.grad)
-                pairs = zip(self.trained, grads, strict=True)
-                used = [(parameter, grad) for parameter, grad in pairs if grad is not None]
-                self.trained, self.grads = zip(*used, strict=True)
-            self.logits = logits.detach()  # without the nodes, which are of the capture's stream
-
-    def compute(self, known):
-        """(logits, leaves of autograd in the memory of the `known` parameters)."""
-        # The parameters' own nodes, which an earlier loss keeps, are of another stream.
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in known.items()}
-        return functional_call(self.model, leaves, (self.x,)), [*leaves.values()]
-
-    def gradients(self, logits, leaves, grad=None):
-        if leaves:
-            grad = torch.zeros_like(logits) if grad is None else grad
-            return torch.autograd.grad(logits, leaves, grad, allow_unused=True)
-
-
-class Replay(torch.autograd.Function):
-    """(Graph, x, *parameters) -> logits."""
-
-    @staticmethod
-    def forward(ctx, graph, x, *parameters):
-        graph.x.copy_(x)
-        graph.passes[0].replay()
-        graph.number += 1
-        ctx.graph, ctx.number = graph, graph.number
-        return graph.logits.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        graph = ctx.graph
-        if ctx.number != graph.number:
-            raise RuntimeError("a graph's backward pass must come before its next forward pass")
-        graph.grad.copy_(grad)
-        graph.passes[1].replay()
-        # Copies, for with accum_iter the next replay would overwrite the gradients that are summed.
-        copies = [torch.empty_like(grad) for grad in graph.grads]
-        torch._foreach_copy_(copies, graph.grads)  # in a few kernels, not one each
-        return None, None, *copies
-
-
-@contextlib.contextmanager
-def restored(model, x):
-    """Passes within leave no trace in running statistics and random state."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    state = torch.cuda.get_rng_state(x.device)
-    yield
-    model.load_state_dict(buffers, strict=False)
-    torch.cuda.set_rng_state(state, x.device)
+        settings = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False
+        # The loader's thread goes on pinning memory meanwhile, which the mode "global" forbids.
+        thread_local = partial(torch.cuda.graph, capture_error_mode="thread_local")
+        with torch.autocast(device, *settings), mock.patch("torch.cuda.graph", thread_local):
+            call, inputs = partial(functional_call, model), (leaves, (x.clone(),))
+            self.replay = torch.cuda.make_graphed_callables(call, inputs, allow_unused_input=True)
+        model.load_state_dict(buffers, strict=False)
+        torch.cuda.set_rng_state(state, x.device)
+        for parameter in self.trained.values():  # the next replay writes to its gradient's memory
+            parameter.register_hook(lambda grad: None if grad is None else grad.clone())
