@@ -115,7 +115,11 @@ def test_other_shapes_and_modes_run_kernel_by_kernel(cuda):
         evaluate(forward, [last, batches[0].double()[:1].float()]),
         evaluate(model, [last, batches[0][:1]]),
     )
-    assert forward(batches[0]).requires_grad  # the graph was captured without gradients
+    # It was captured in eval(), without gradients: a change of only one is another kind, too.
+    assert forward(batches[0]).requires_grad
+    with torch.no_grad():
+        forward.train()(batches[0])
+    assert [graph.replays for graph in cuda.graphs] == [len(batches)]
 
 
 def test_a_backward_pass_belongs_to_the_last_forward_pass(cuda):
