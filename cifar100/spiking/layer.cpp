@@ -151,7 +151,9 @@ Tensor empty(at::IntArrayRef shape, In like, at::ScalarType dtype) {
 Tensor rows(In x) { return x.flatten(0, -4).contiguous(LAST); }
 
 // [T*B, C, H, W] -> [T, B, C, H, W]
-Tensor steps(In y, int64_t T) { return y.unflatten(0, {T, y.size(0) / T}); }
+Tensor steps(In y, int64_t T) {
+    return y.view({T, y.size(0) / T, y.size(1), y.size(2), y.size(3)});
+}
 
 // A GPU loads several neighbours at once; a gradient may begin anywhere.
 Tensor aligned(In x) { return uintptr_t(x.const_data_ptr()) % 16 ? x.clone() : x; }
