@@ -42,7 +42,6 @@ MODEL = {
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
     "memory": TrainKey(str, "fast", "small: the backward pass computes convolutions again, which "
         "saves most of the memory", choices=("fast", "small")),
-    "compile": MachineKey(bool, False, "torch.compile, without our own kernels"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
@@ -140,6 +139,7 @@ KEYS = grouped(
 
 # Copied from dvs128-gesture/options.py
 NO_EFFECT = by_name({
+    "torch.compile leaves our kernels out, and takes longer": "compile",
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy",
     "it is a tool now: python tools/shifted.py CHECKPOINT": "test_path",

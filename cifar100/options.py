@@ -47,7 +47,6 @@ MODEL = {
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
     "memory": TrainKey(str, "fast", "small: the backward pass computes convolutions again, which "
         "saves most of the memory", choices=("fast", "small")),
-    "compile": MachineKey(bool, False, "torch.compile, without our own kernels"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
     "sync_bn": TrainKey(bool, False, "BatchNorm takes its statistics over all ranks, on GPUs"),
     "dist_bn": TrainKey(str, "broadcast", "statistics to test and save: rank 0's (broadcast), the "
@@ -168,7 +167,7 @@ NO_EFFECT = by_name({
     "predict is a tool now": "predictions",
     "amp is PyTorch's own": "apex_amp native_amp",
     "BatchNorm keeps PyTorch's constants, as in the published run": "bn_eps bn_momentum bn_tf",
-    "compile uses torch.compile": "torchscript",
+    "torch.compile leaves our kernels out, and takes longer": "compile torchscript",
     "curves go to TensorBoard": "log_wandb",
     "drop_path is the model's only dropout": "drop drop_block drop_connect",
     "finetune loads weights": "pretrained",

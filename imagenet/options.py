@@ -46,7 +46,6 @@ MODEL = {
     "events": MachineKey(bool, True, "convolutions add up weights where spikes are, on a CPU"),
     "memory": TrainKey(str, "fast", "small: the backward pass computes convolutions again, which "
         "saves most of the memory", choices=("fast", "small")),
-    "compile": MachineKey(bool, False, "torch.compile, without our own kernels"),
     "cuda_graph": MachineKey(bool, False, "a GPU gets all kernels of a pass in one call"),
 }
 
@@ -137,6 +136,7 @@ KEYS = grouped(
     model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
 
 NO_EFFECT = by_name({
+    "torch.compile leaves our kernels out, and takes longer": "compile",
     "memory: small computes convolutions again": "checkpoint_stages",
     "it is a tool now: python tools/NAME.py CHECKPOINT": "attend energy predict",
     "it is a tool now: python tools/shifted.py CHECKPOINT": "test_path",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import on_cpu, script
-from on_digits import SMALL, call, cifar10
+from conftest import on_cpu
+from on_digits import call, cifar10
 from on_images import NET, TINY
 
 UserError = cifar10.config.UserError
@@ -172,14 +172,6 @@ def test_one_line_for_each_mistake(flags, words, tmp_path, image_data):
     text = str(error.value)
     assert all(word in text for word in words) and "\n" not in text, text
     assert all(path.suffix == ".lock" for path in tmp_path.iterdir())
-
-
-@pytest.mark.long
-def test_no_compiler_for_torch_compile(tmp_path):
-    args = [*SMALL, "--compile", "true", "--epochs", 1, "--warmup-epochs", 0, "--output", tmp_path]
-    done = script("cifar10", "train", *args, env={"CXX": "no-such-compiler"}, check=False)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and "no-such-compiler" in line and "compile: false" in line
 
 
 @pytest.mark.parametrize("room", [0, 100, 5000, 10**6])

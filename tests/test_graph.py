@@ -184,8 +184,7 @@ def test_a_model_that_has_no_memory(cuda, call):
 
 def test_lines_where_there_is_no_graph(caplog):
     def chosen(training, device="cuda", world_size=1, **keys):
-        known = {"cuda_graph": True, "compile": False}
-        cfg = SimpleNamespace(**{**known, **keys})
+        cfg = SimpleNamespace(**{"cuda_graph": True, **keys})
         ranks = SimpleNamespace(device=torch.device(device), world_size=world_size)
         graph.say.cache_clear()
         caplog.clear()
@@ -198,7 +197,6 @@ def test_lines_where_there_is_no_graph(caplog):
         assert [chosen(on, "cpu", cuda_graph=False) for on in (True, False)] == ["", ""]
         assert [chosen(on) for on in (True, False)] == ["", ""]
         assert [chosen(on, "cpu") for on in (True, False)] == ["a graph needs a GPU"] * 2
-        assert all(chosen(on, compile=True).endswith("compile: false") for on in (True, False))
         needs = "in training a graph needs "
         assert chosen(True, sync_bn=True, world_size=2) == f"{needs}sync_bn: false"
         assert chosen(True, sync_bn=True) == chosen(True, world_size=2) == ""

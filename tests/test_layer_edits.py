@@ -239,7 +239,9 @@ def test_products_of_other_sizes():
             (cifar10.spikes.matmul, a, b, lif.MultiStepLIF()),
             (cifar10.spikes.matmul, a[..., :4], b, lif.MultiStepLIF()),
         ):
-            with pytest.raises(RuntimeError, match=r"cannot be multiplied|Expected size|size mismatch"):
+            with pytest.raises(
+                RuntimeError, match=r"cannot be multiplied|Expected size|size mismatch"
+            ):
                 function(*args)
 
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from conftest import build_model, load, resolve_in
+from conftest import load
 from on_events import cpu, resolve, write
 
 FOLDERS = ("cifar10", "cifar100", "dvs128-gesture", "cifar10-dvs", "imagenet")
@@ -251,24 +251,3 @@ def test_recordings_newer_than_the_frames(folder, tmp_path, caplog):
         assert len(folder.data.build_dataset(cfg, train, cpu(folder))) == made or not train
     said = f"warning: {len(new)} files in {tmp_path}/download are newer than"
     assert caplog.text.count(said) == 1
-
-
-# What is run
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_what_torch_compile_keeps_is_private(folder, tmp_path, monkeypatch):
-    """In the user's own folder, whatever PyTorch chose as it was imported; a choice of the user's
-    stays.
-    """
-    size = ["--layer", 4, "--time_step", 1, *([] if "dvs" in folder else ["--img_size", 32])]
-    cfg = resolve_in(load(folder), "--compile", "true", "--dim", 32, "--num_heads", 2, *size)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for before, after in (
-        (f"{tmp_path}/torchinductor_name", tmp_path / ".cache/qkformer"),
-        (f"{tmp_path}/own", tmp_path / "own"),
-    ):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
-        build_model(load(folder), cfg)
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(after)
-    assert (tmp_path / ".cache/qkformer").stat().st_mode & 0o777 == 0o700

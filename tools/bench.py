@@ -4,7 +4,7 @@ with, in one run.
 Usage:
     python tools/bench.py                        # HST-10-384, batch 32 on a GPU, 2 on a CPU
     python tools/bench.py --published --json bench.json    # all models; growth with T, size, batch
-    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast compiled
+    python tools/bench.py --model cifar10 --batch 64 --T 1 2 4 6 --paths fast dense
     python tools/bench.py --model cifar10 MSQKFormer --batch 16    # and with membrane shortcuts
     python tools/bench.py --profile trace.json   # PyTorch's profiler, for chrome://tracing
 
@@ -14,7 +14,6 @@ What is compared:
     plain         fused: false, backend: torch; module by module, the neuron in PyTorch
     release-like  fused: false, backend: spikingjelly; as in the authors' release
     spikingjelly  spikingjelly's own QKFormer (ImageNet models only)
-    compiled      fast, through torch.compile; not by default
     small         fast, with memory: small; not by default
 
 They take turns, so that a machine that warms up or slows down does so for all; figures are medians
@@ -44,7 +43,7 @@ from torch.profiler import profile
 from models import EVENT, FOLDERS, IMAGENET, folder_of, load, make_input
 from saved import Saved
 
-OURS = {"fast": {}, "dense": {"events": False}, "compiled": {}, "small": {"memory": "small"}}
+OURS = {"fast": {}, "dense": {"events": False}, "small": {"memory": "small"}}
 PATHS = ("fast", "plain", "release-like", "spikingjelly")
 # Published batches per GPU, then how HST-10-384 grows: (models, batches, Ts, sizes), None for the
 # default.
@@ -86,7 +85,7 @@ def set_up(name):
 class Candidate:
     """One path of one configuration, ready to run a step of either kind."""
 
-    def __init__(self, model, x, dtype, compiled):
+    def __init__(self, model, x, dtype):
         self.model, self.x = model.to(x.device), x
         self.target = torch.arange(len(x), device=x.device) % model.head.out_features
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -97,8 +96,6 @@ class Candidate:
         )
         self.seconds = {"train": [], "infer": []}
         self.memory = 0.0
-        if compiled:
-            self.model.compile(dynamic=False)
 
     @torch.no_grad()
     def adopt_statistics(self):
@@ -175,7 +172,7 @@ def bench(name, batch, T, size, paths, rounds, device, dtype):
         for other in candidates.values():
             other.model.cpu()
         held = torch.cuda.memory_allocated() if x.is_cuda else 0  # by the others' optimizers
-        candidate = Candidate(model, x, dtype, path == "compiled")
+        candidate = Candidate(model, x, dtype)
         for _ in range(2):  # compiles kernels, chooses algorithms
             candidate.train()
             candidate.infer()

@@ -35,7 +35,7 @@ def prepare(name, path, T, x, scale):
     for module in model.modules():
         if hasattr(module, "v_threshold"):
             module.v_threshold *= scale
-    candidate = bench.Candidate(model, x, torch.float32, False)
+    candidate = bench.Candidate(model, x, torch.float32)
     candidate.adopt_statistics()
     return candidate
 

@@ -61,7 +61,7 @@ class Run:
         if lively:
             conftest.Golden.fill(model).float()
         dtype = torch.float16 if self.on_gpu else torch.float32
-        return bench.Candidate(model, x, dtype, False)
+        return bench.Candidate(model, x, dtype)
 
     def wait(self):
         if self.on_gpu:

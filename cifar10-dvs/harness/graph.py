@@ -22,8 +22,6 @@ def obstacle(cfg, ranks, training):
     """What a pass of this configuration needs to be a graph, in words; None: nothing more."""
     if ranks.device.type != "cuda":
         return "a graph needs a GPU"
-    if cfg.compile:  # which makes programs of its own
-        return "a graph needs compile: false"
     if training and ranks.world_size > 1 and getattr(cfg, "sync_bn", False):  # ranks meet within
         return "in training a graph needs sync_bn: false"
     return None

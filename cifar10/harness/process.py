@@ -193,8 +193,6 @@ def explain(error):
         return f"not enough memory; make batch_size or workers smaller ({text.split('] ')[-1]})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or type(error).__name__}: {error.strerror}"
-    if type(error).__module__ == "torch._inductor.exc":
-        return f"torch.compile can't build this model ({text}); compile: false runs without it"
     if isinstance(error, RuntimeError) and torch.distributed.is_initialized():
         rank, why = f"rank {torch.distributed.get_rank()}", "was killed, or says why itself"
         if re.search("[Tt]imed out|[Tt]imeout", str(error)):

@@ -159,16 +159,7 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
         model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    model = model.to(ranks.device)
-    if cfg.compile:
-        cache = "TORCHINDUCTOR_CACHE_DIR"
-        if os.path.basename(os.environ.get(cache, "torchinductor_")).startswith("torchinductor_"):
-            # PyTorch's own choice, set as it is imported: in a folder of all users, and it is run.
-            os.environ[cache] = os.path.expanduser("~/.cache/qkformer")
-            os.makedirs(os.environ[cache], 0o700, exist_ok=True)
-        # dynamic=False: with cross_sample_lif a neuron loops over T*B, which must be a constant.
-        model.compile(dynamic=False)
-    return model
+    return model.to(ranks.device)
 
 
 def load_model(cfg, options, data, ranks, num_classes, checkpoint=None, path=None, new_head=False):
