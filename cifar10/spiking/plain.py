@@ -201,16 +201,7 @@ NEURONS = {"lif": MultiStepLIF, "if": MultiStepIF, "plif": MultiStepPLIF}
 
 
 def neuron_maker(
-    neuron="lif",
-    tau=2.0,
-    v_threshold=1.0,
-    surrogate="sigmoid",
-    surrogate_alpha=None,
-    backend="auto",
-    fused=True,
-    memory="fast",
-    events=True,
-    kinds=NEURONS,
+    neuron="lif", tau=2.0, v_threshold=1.0, surrogate_alpha=None, kinds=NEURONS, **rest
 ):
     """What makes a model's neurons, called with no argument, or with v_threshold to have another
     than its own, `.v_threshold`.
@@ -223,9 +214,7 @@ def neuron_maker(
         raise ValueError(f"neuron is {neuron!r}; it must be one of {', '.join(kinds)}")
     if neuron == "if" and tau != 2.0:
         raise ValueError(f"tau is {tau}, but the neuron `if` has no time constant; leave tau out")
-    rest = {"alpha": surrogate_alpha, "surrogate": surrogate, "backend": backend, "fused": fused}
-    rest |= {"memory": memory, "events": events}
-    maker = partial(kind, tau=tau, v_threshold=v_threshold, **rest)
+    maker = partial(kind, tau=tau, v_threshold=v_threshold, alpha=surrogate_alpha, **rest)
     maker.v_threshold = v_threshold
     return maker
 
@@ -320,7 +309,7 @@ class Stages(nn.Module):
             try:
                 model = cls(in_channels=in_chans, num_classes=num_classes, **rest)
             except TypeError as error:  # a keyword that nothing knows
-                raise TypeError(str(error).replace("neuron_maker()", name)) from None
+                raise TypeError(f"{name}(){str(error).rpartition('()')[2]}") from None
             if global_pool != "avg":
                 model.reset_classifier(num_classes, global_pool)
             return model
