@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 import on_gpus
 from on_gpus import stand_in
-from test_layer import compiled
+from test_layer import KINDS, compiled, make_layer, whole_numbers
 from test_native import cifar10, kernels, layer, make_model
 
 __all__ = ["stand_in"]  # a fixture
@@ -30,6 +30,31 @@ def gradients(model, hooks=contextlib.nullcontext, x=None):
 def strided(x):
     """The same values with gaps in memory."""
     return torch.stack([x, x], -1)[..., 0]
+
+
+def test_saved_tensors_laid_out_anew():
+    """Hooks on saved tensors may return them contiguous, as save_on_cpu does with pinned memory."""
+    x = whole_numbers(torch.float64)
+    for kind in KINDS:
+        gradients = []
+        for hooks in (
+            contextlib.nullcontext(),
+            torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x),
+        ):
+            modules, pool = make_layer(kind, torch.float64)
+            leaf = x.clone().requires_grad_()
+            with hooks:
+                spikes = layer.conv_bn_lif(leaf, *modules, pool=pool)
+            torch.manual_seed(0)
+            spikes.backward(torch.randn(spikes.shape, dtype=spikes.dtype))
+            gradients.append([leaf.grad, *(parameter.grad for parameter in modules.parameters())])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@compiled
+def test_saved_tensors_laid_out_anew_as_on_a_gpu(stand_in):
+    test_saved_tensors_laid_out_anew()
 
 
 HOOKS = {"contiguous": torch.Tensor.contiguous, "strided": strided, "as they are": lambda x: x}
