@@ -6,7 +6,7 @@ A TrainKey is used by train.py alone, a TestKey by test.py alone; a yml may hold
 from pathlib import Path
 
 import model
-from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, same
 from spiking.plain import SURROGATES
 
 DEFAULT_CONFIG = "cifar10-dvs.yml"
@@ -134,8 +134,9 @@ RUN = {
     "log_interval": TrainKey(int, 256, "steps per line", 1, 1_000_000, aliases=("print_freq",)),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
-KEYS = grouped(
-    model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
+GROUPS = {"model": MODEL, "data": DATA, "augmentation": AUGMENTATION,
+    "optimisation": OPTIMISATION, "run": RUN}
+KEYS = {**MODEL, **DATA, **AUGMENTATION, **OPTIMISATION, **RUN}
 
 # Copied from dvs128-gesture/options.py
 NO_EFFECT = by_name({

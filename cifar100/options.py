@@ -8,7 +8,7 @@ from pathlib import Path
 
 import model
 import ms
-from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, same
 from spiking.plain import SURROGATES
 
 DEFAULT_CONFIG = "cifar100.yml"
@@ -157,8 +157,9 @@ RUN = {
     "log_interval": TrainKey(int, 50, "steps between lines", 1, 1_000_000, aliases=("print_freq",)),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
-KEYS = grouped(
-    model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
+GROUPS = {"model": MODEL, "data": DATA, "augmentation": AUGMENTATION,
+    "optimisation": OPTIMISATION, "run": RUN}
+KEYS = {**MODEL, **DATA, **AUGMENTATION, **OPTIMISATION, **RUN}
 
 NO_EFFECT = by_name({
     "memory: small computes convolutions again": "checkpoint_stages",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import model
 import ms
-from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, grouped, same
+from harness.config import Key, MachineKey, NetworkKey, TestKey, TrainKey, by_name, same
 from spiking.plain import SURROGATES
 
 DEFAULT_CONFIG = "imagenet.yml"
@@ -132,8 +132,9 @@ RUN = {
     "use_ema": TestKey(bool, False, "the averaged weights of the checkpoint are tested", back=""),
     "local_rank": Key(int, 0, "set by torch.distributed.launch", -1, 65536, scripts=(), back=""),
 }
-KEYS = grouped(
-    model=MODEL, data=DATA, augmentation=AUGMENTATION, optimisation=OPTIMISATION, run=RUN)
+GROUPS = {"model": MODEL, "data": DATA, "augmentation": AUGMENTATION,
+    "optimisation": OPTIMISATION, "run": RUN}
+KEYS = {**MODEL, **DATA, **AUGMENTATION, **OPTIMISATION, **RUN}
 
 NO_EFFECT = by_name({
     "torch.compile leaves our kernels out, and takes longer": "compile",

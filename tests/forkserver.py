@@ -14,10 +14,10 @@ import sys
 import sklearn.datasets  # noqa: F401
 import spikingjelly.datasets.cifar10_dvs
 import spikingjelly.datasets.dvs128_gesture  # noqa: F401
-import tensorboard.summary.writer.record_writer  # noqa: F401
 import timm  # noqa: F401
 import torch
 import torch.utils.data
+import torch.utils.tensorboard
 import torchvision  # noqa: F401
 
 torch.set_num_threads(1)

@@ -205,7 +205,9 @@ def test_folders_come_from_args_yaml_alone(trained_on_images, image_data, tmp_pa
 def test_a_key_of_the_user_s_own(monkeypatch, trained_on_images, tmp_path):
     """One line in options.py: it is a flag, is saved, and comes back in testing."""
     Key, keys = cifar10.config.Key, cifar10.options.KEYS
-    monkeypatch.setitem(keys, "sharpness", Key(float, 1.0, "of my own filter", low=0, high=9))
+    key = Key(float, 1.0, "of my own filter", low=0, high=9)
+    for table in keys, cifar10.options.DATA:
+        monkeypatch.setitem(table, "sharpness", key)
     flags = [*TINY, "--data-path", trained_on_images / "nowhere", "--sharpness", 3]
     start = {"sharpness": resolve(*flags).sharpness}
     checkpoint = cifar10.checkpoint.load_checkpoint(trained_on_images / "last.pth")

@@ -235,8 +235,8 @@ def test_help(folder, script, monkeypatch, capsys):
     text = capsys.readouterr().out
     shown = [name for name, key in options.KEYS.items() if script in key.scripts]
     assert end.value.code == 0 and text.isascii() and "-c FILE, --config FILE" in text
-    groups = dict.fromkeys(options.KEYS[name].group for name in shown)
-    assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == list(groups)
+    groups = [title for title, keys in options.GROUPS.items() if {*keys} & {*shown}]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:] == groups
     flags = re.findall(r"^  (?:-[\w-]+ .+, )?--(\w+)(?: (.+?))?(?:  .*)?$", text, re.MULTILINE)
     assert [name for name, _ in flags] == ["config", *shown]
     for (_, kind), name in zip(flags[1:], shown, strict=True):

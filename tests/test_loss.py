@@ -21,7 +21,7 @@ def logits():
 def test_as_spikingjelly(logits):
     """Value and gradient for labels."""
     labels = torch.randint(CLASSES, (B,))
-    ours = cifar10.meters.TET(torch.nn.CrossEntropyLoss(), 1.0)(logits, labels)
+    ours = cifar10.meters.tet(torch.nn.CrossEntropyLoss(), 1.0, logits, labels)
     theirs = temporal_efficient_training_cross_entropy(logits, labels)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
@@ -36,7 +36,7 @@ def test_soft_targets_by_hand(logits, weight):
         return -sum((targets[b] * x[b].log_softmax(0)).sum() for b in range(B)) / B
 
     want = weight * sum(loss(x) for x in logits) / T + (1 - weight) * loss(logits.mean(0))
-    have = cifar10.meters.TET(SoftTargetCrossEntropy(), weight)(logits, targets)
+    have = cifar10.meters.tet(SoftTargetCrossEntropy(), weight, logits, targets)
     assert have.item() == pytest.approx(want.item(), rel=1e-12)
 
 

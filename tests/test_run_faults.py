@@ -81,22 +81,19 @@ def test_the_run_to_go_on_with_is_the_one_written_last(tmp_path):
     assert found() == "b"  # so that an error names it
 
 
-def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
-    """A run killed between any two points has each of them once, though the clock is set back each
-    time.
-    """
+def test_curves_after_kills(tmp_path, monkeypatch):
+    """A run killed between any two points has each of them once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (tmp_path / "steps").mkdir()
-    (tmp_path / "steps" / "events.out.tfevents.4102441200.host.1.0").touch()  # of the year 2100
-    clock, first = 2e9, 0
+    clock, first = time.time(), 0
     for done in (4, 4, 9, 7, 12):
         monkeypatch.setattr(time, "time", lambda now=clock: now)
-        log, clock = runs.RunLog(tmp_path, first // 3, first), clock - 1e8
+        log, clock = runs.RunLog(tmp_path, first // 3, first), clock + 10
         for step in range(first, done):
-            log.steps.add_point("step/loss", math.sqrt(step), step)
+            log.step("step/loss", math.sqrt(step), step)
             if step % 3 == 2:
                 log.epoch({"epoch": step // 3, "lr": float(step)})
+                log.flush()
         first = done // 3 * 3  # of the checkpoint that it goes on from
     curves = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "steps", tmp_path)]
     points = curves[0].Scalars("step/loss")
@@ -104,7 +101,7 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
     assert [point.value for point in points] == pytest.approx(
         [math.sqrt(step) for step in range(12)]
     )
-    assert [(point.step, point.value) for point in curves[1].Scalars("lr/epoch")] == [
+    assert [(point.step, point.value) for point in curves[1].Scalars("epoch/lr")] == [
         (0, 2),
         (1, 5),
         (2, 8),
@@ -112,16 +109,47 @@ def test_curves_after_kills_and_with_any_clock(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("full", ["log.txt", "events.out.tfevents.0000000001"])
-def test_full_disk(tmp_path, full, monkeypatch):
-    """At any file that a run writes, a line that names its folder."""
+def test_full_disk(tmp_path, monkeypatch):
+    """A line that names the folder."""
 
     def opening(path, mode, **kwargs):
-        return open("/dev/full" if path.name == full else path, mode.replace("x", "w"), **kwargs)
+        return open("/dev/full" if path.name == "log.txt" else path, mode, **kwargs)
 
     monkeypatch.setattr(runs, "open", opening, raising=False)
     with pytest.raises(UserError, match=f"{tmp_path}: can't be written: No space left"):
         runs.RunLog(tmp_path, 0, 0).epoch({"epoch": 0, "lr": 0.1})
+
+
+FULL = """
+import sys
+from pathlib import Path
+from tensorboard.summary.writer.record_writer import RecordWriter
+from harness.folder import RunLog
+from harness.process import run
+
+def main():
+    log = RunLog(Path(sys.argv[1]), 0, 0)
+    log.step("step/loss", 1.0, 0)
+    log.flush()
+    RecordWriter.write = lambda *_: open("/dev/full", "w").write("x" * 2**20)
+    for step in range(1, 100):
+        log.step("step/loss", 1.0, step)
+    log.flush()
+
+run(main)
+"""
+
+
+def test_full_disk_under_the_curves(tmp_path):
+    """They are written by a thread of TensorBoard's: one line, and no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        cwd=ROOT / "cifar10",
+        capture_output=True,
+        text=True,
+    )
+    said = f"error: {tmp_path}: can't be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_names_of_any_bytes(tmp_path, capfd):

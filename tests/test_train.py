@@ -55,7 +55,7 @@ def test_run_and_its_folder(whole):
         assert epoch["train_loss"] == pytest.approx(mean) and 1 < mean < 4  # chance is 2.3
     assert [float(line[2]) for line in lines[1::2]] == [round(e["train_loss"], 4) for e in log]
     names = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
-    assert {"loss/train", "loss/test", "accuracy/top1", "speed/images_per_second"} <= names
+    assert {"epoch/train_loss", "epoch/test_acc1", "firing_rate/stage1"} <= names
     assert all("/" in name for name in names)  # in groups
 
     code, text = train("-c", folder / "args.yaml", main=cifar10.test.main)

@@ -194,7 +194,7 @@ def points(folder):
     for path in (folder, folder / "steps"):
         board = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         for name in board.Tags()["scalars"]:
-            if name.startswith(("step/", "loss/", "accuracy/", "lr/")):
+            if not name.endswith(("seconds", "_per_second", "_mb")):
                 found[name] = [(point.step, point.value) for point in board.Scalars(name)]
     assert found
     return found

@@ -13,7 +13,6 @@ import csv
 import io
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,9 +24,7 @@ def list_images(modules, folder):
     """[(path, index)] of the images in a folder and below it, in the order of their paths."""
     if not os.path.isdir(folder):
         raise modules.log.UserError(f"images is {folder}, which is not a folder")
-    others = Counter()
-    paths = sorted(map(Path, modules.images.list_images(folder, others)))
-    modules.images.say_others(folder, others)
+    paths = sorted(Path(path) for path, _ in modules.images.list_images(folder, {"": 0}))
     return [(str(path), index) for index, path in enumerate(paths)]
 
 

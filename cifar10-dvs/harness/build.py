@@ -4,8 +4,8 @@ import math
 import os
 import re
 import reprlib
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from spiking.native import available
 from spiking.neuron import resolve_backend
 
 from .checkpoint import digest, load_checkpoint, load_weights
-from .config import Config, read_settings
+from .config import read_settings
 from .folder import fetch, find_checkpoint, read_args, write_result
 from .graph import graphed
 from .log import UserError, logger, typed
@@ -41,15 +41,8 @@ LEAK = {
 }
 
 
-class Tested(NamedTuple):
-    """A checkpoint that is to be tested."""
-
-    cfg: Config
-    ranks: Ranks
-    path: Path
-    model: torch.nn.Module
-    settings: dict  # {what was tested: value}
-    classes: list | None
+# A checkpoint that is to be tested; settings: {what is tested: value}.
+Tested = namedtuple("Tested", "cfg ranks path model settings classes")
 
 
 def recorded_values(options, checkpoint, path, data=True) -> dict:
@@ -74,9 +67,7 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
             elif isinstance(args.get(name), str) and os.path.isdir(args[name]):
                 recorded[name] = args[name]
             elif data and key.back == "data" and value not in (None, key.default):
-                left = (
-                    f"its {name} is {value}, which is not there, or not in the args.yaml beside it"
-                )
+                left = f"its {name} is {value}, which is not there, or not in its args.yaml"
                 logger.info(f"warning: {path}: {left}; what is set here counts")
     return recorded | read_shapes(options, checkpoint["model"], path, recorded)
 
@@ -205,9 +196,8 @@ def names_in(classes):
 
 def load_tested(settings, options, data, ranks, path=None, known=None, rename=None) -> Tested:
     """The checkpoint to test, its network, input and data as it was trained; what is set now goes
-    over them, with a line each. options, data: the folder's modules. path: None: settings say
-    which. known: {key: value} of what it does not record. rename: {part of a weight's name in the
-    file: what it is here}.
+    over them, with a line each. path: None: settings say which. known: {key: value} of what it does
+    not record. rename: {part of a weight's name in the file: what it is here}.
     """
     path = path or ranks.from_main(lambda: find_checkpoint(settings), slow=True)
     checkpoint = load_checkpoint(path, settings.use_ema)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,6 @@ class Key:
     back: str = "data"  # when a checkpoint brings it back: a word of BACK, or "": never
     fixed: Callable | None = None  # its result must be as for the checkpoint's; None: as there
     scripts: tuple = ("train", "test")  # that use it
-    group: str = ""  # where it stands in their --help
 
     @property
     def is_optional(self):
@@ -119,12 +118,6 @@ NetworkKey = partial(Key, back="network")
 MachineKey = partial(Key, back="run")  # what computes it, not what is computed
 
 
-def grouped(**groups):
-    """{name: Key} of all groups, each key with its group's name."""
-    pairs = ((group, *pair) for group, keys in groups.items() for pair in keys.items())
-    return {name: replace(key, group=group) for group, name, key in pairs}
-
-
 def by_name(reasons):
     """{name: reason} of {reason: names}."""
     return {name: why for why, names in reasons.items() for name in names.split()}
@@ -135,9 +128,8 @@ class Config(argparse.Namespace):
 
 
 class Settings(argparse.Namespace):
-    """What the yml and the flags say, before it is known what a checkpoint says. A key's value as
-    far as it is known is an attribute: of what the run needs to find its checkpoint. `name` is the
-    run's: the experiment, or the yml's.
+    """What the yml and the flags say, before it is known what a checkpoint says: a key's value so
+    far is an attribute. `name` is the run's: the experiment, or the yml's.
     """
 
     def __init__(self, keys, file, named):
@@ -150,9 +142,8 @@ class Settings(argparse.Namespace):
     def resolve(self, purpose="train", recorded=None, path=None, then=None, **chosen) -> Config:
         """The configuration; a line or UserError for each value that goes over a checkpoint's.
 
-        purpose: a key of BACK. recorded, path: {name: value} of a checkpoint, and its path. then:
-        {"file": name, "yml": {...}} of its run; what that says again is nothing new. chosen: values
-        known otherwise.
+        purpose: a key of BACK. recorded: {name: value} of the checkpoint at `path`. then: its run's
+        {"file": name, "yml": {...}}, which is nothing new. chosen: values known otherwise.
         """
         values = {name: vars(self)[name] for name in self.keys}
         then = then["yml"] if then and then.get("file") == self.file.name else {}
@@ -267,9 +258,8 @@ def read_yml(path, above=()):
         many = isinstance(node, yaml.SequenceNode)
         nodes = [key_node, *(node.value if many else [node])]
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
-            raise UserError(
-                f"{where}: a key is a word, its value a word, a number or a list of them"
-            )
+            wanted = "a key is a word, its value a word, a number or a list of them"
+            raise UserError(f"{where}: {wanted}")
         nulls = "", "~", "null", "Null", "NULL"
         key, *items = [None if n.style is None and n.value in nulls else n.value for n in nodes]
         value = items if many else items[0]
@@ -321,24 +311,25 @@ def _parser(options, script, description):
     )
     text = f"yml to read, a path or one beside the script [{options.DEFAULT_CONFIG}]"
     parser.add_argument("-c", "--config", metavar="FILE", help=text)
-    titles = dict.fromkeys(key.group for key in options.KEYS.values())
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    for name, key in options.KEYS.items():
-        many = isinstance(key.kind, list)
-        kind = key.kind[0] if many else key.kind
-        choices = ("true", "false") if kind is bool else key.choices
-        default = json.dumps(key.default).strip('"').replace("null", "none")
-        for spelled in (name, *key.aliases):
-            helped = spelled == name and key.scripts and script in (None, *key.scripts)
+    for title, keys in options.GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, key in keys.items():
+            many = isinstance(key.kind, list)
+            kind = key.kind[0] if many else key.kind
+            choices = ("true", "false") if kind is bool else filter(None, key.choices)
+            shape = ",".join(choices)
+            default = json.dumps(key.default).strip('"').replace("null", "none")
             text = f"{key.help} [{default}]".replace("%", "%%")
-            groups[key.group].add_argument(
-                *(key.flags if spelled == name else ()),
-                f"--{spelled}",
-                nargs="+" if many else "?" if kind is bool else None,
-                const="true" if kind is bool else None,
-                metavar="{" + ",".join(filter(None, choices)) + "}" if choices else kind.__name__,
-                help=text if helped else argparse.SUPPRESS,
-            )
+            for spelled in (name, *key.aliases):
+                helped = spelled == name and key.scripts and script in (None, *key.scripts)
+                group.add_argument(
+                    *(key.flags if spelled == name else ()),
+                    f"--{spelled}",
+                    nargs="+" if many else "?" if kind is bool else None,
+                    const="true" if kind is bool else None,
+                    metavar=f"{{{shape}}}" if shape else kind.__name__,
+                    help=text if helped else argparse.SUPPRESS,
+                )
     for name in options.NO_EFFECT:
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return parser

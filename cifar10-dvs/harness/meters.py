@@ -5,9 +5,9 @@ import re
 import resource
 import sys
 import time
+from collections import namedtuple
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,8 @@ from .log import UserError, logger, progress
 
 SECONDS = 30  # between two lines of progress, at most
 SAMPLES = 8  # whose spikes are counted
-
-
-class Metrics(NamedTuple):
-    """Of a test set: mean cross-entropy, top-1 and top-5 in %, and the speed."""
-
-    loss: float
-    top1: float
-    top5: float
-    images_per_second: float
+# Of a test set: mean cross-entropy, top-1 and top-5 in %, and the speed.
+Metrics = namedtuple("Metrics", "loss top1 top5 images_per_second")
 
 
 def make_autocast(cfg, ranks, enabled=True):
@@ -73,9 +66,7 @@ class Progress:
 
 @torch.inference_mode()
 def evaluate(model, loader, ranks, autocast, stop=False) -> Metrics | None:
-    """Metrics over the batches of all ranks, each sample once; None if `stop` turned true on a
-    rank, UserError without a sample.
-    """
+    """Metrics over the batches of all ranks, each sample once; None where one of them stops."""
     model.eval()
     start, rows = time.perf_counter(), []  # of each batch: loss, top-1, top-5, samples
     for images, targets in progress(loader, "test", ranks):
@@ -144,22 +135,14 @@ class LossMeter:
         return self.total / max(self.steps, 1)
 
 
-class TET(torch.nn.Module):
+def tet(criterion, weight, logits, targets):
     """Temporal efficient training (Deng et al., ICLR 2022), which the published runs did without:
     (1 - weight) x the loss of the mean logits + weight x the mean of the losses of all steps.
-
-    criterion: the recipe's, of logits [N, classes] and targets [N] or [N, classes]. weight: 0 to 1.
+    Logits [T, B, classes] are of a model whose `per_step` is set, targets [B] or [B, classes].
     """
-
-    def __init__(self, criterion, weight):
-        super().__init__()
-        self.criterion, self.weight = criterion, weight
-
-    def forward(self, logits, targets):
-        """Logits [T, B, classes] of a model whose `per_step` is set, targets of the B samples."""
-        steps = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
-        loss = self.weight * self.criterion(logits.flatten(0, 1), steps)
-        return loss + (1 - self.weight) * self.criterion(logits.mean(0), targets)
+    steps = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+    loss = weight * criterion(logits.flatten(0, 1), steps)
+    return loss + (1 - weight) * criterion(logits.mean(0), targets)
 
 
 def stage_of(name):

@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint, load_optimizer, load_weights, number, s
 from .folder import RunLog, is_new, open_run, read_args, write_args
 from .graph import graphed
 from .log import UserError, logger, set_up_log, typed
-from .meters import TET, LossMeter, evaluate, firing_rates, make_autocast, peak_memory_mb, spread
+from .meters import LossMeter, evaluate, firing_rates, make_autocast, peak_memory_mb, spread, tet
 from .process import Ranks, StopSignal
 
 SMALLEST_SCALE = 1e-10  # of the gradients: some 50 steps in a row were left out then
@@ -86,7 +86,8 @@ class Run:
         self.prepare()
         check_rates(cfg, self.lr)
         if cfg.loss == "tet":
-            self.criterion, self.model.per_step = TET(self.criterion, cfg.tet_weight), True
+            self.criterion = partial(tet, self.criterion, cfg.tet_weight)
+            self.model.per_step = True
         self.describe(batch)
         if self.resumed:
             self.resume(checkpoint)
@@ -129,9 +130,7 @@ class Run:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if cfg.freeze:
             self.model.freeze(cfg.freeze)
-            learns = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            kept = f"stages 1 to {cfg.freeze} and their BatchNorm stay as they are"
-            logger.info(f"freeze: {kept}; {learns:,} of {self.parameters:,} parameters learn")
+            logger.info(f"stages 1 to {cfg.freeze} and their BatchNorm stay as they are")
         if getattr(cfg, "sync_bn", False) and not gpu:
             logger.info("sync_bn needs GPUs; BatchNorm takes its statistics per rank")
         elif getattr(cfg, "sync_bn", False) and ranks.world_size > 1:
@@ -162,7 +161,7 @@ class Run:
     def add_point(self, name, value, step):
         """A point of a curve over the run's steps; `step` counts those of this epoch from 0."""
         if self.log:
-            self.log.steps.add_point(f"step/{name}", value, self.epoch * self.steps + step)
+            self.log.step(f"step/{name}", value, self.epoch * self.steps + step)
 
     def state(self):
         """What a checkpoint holds."""
@@ -189,7 +188,14 @@ class Run:
 
     def save(self, *names):
         state = self.state()
-        self.ranks.from_main(lambda: [save_checkpoint(state, self.folder / n) for n in names])
+
+        def write():
+            if self.log:  # a killed run goes on from here, and keeps the points so far
+                self.log.flush()
+            for name in names:
+                save_checkpoint(state, self.folder / name)
+
+        self.ranks.from_main(write)
 
     def resume(self, checkpoint):
         """Go on within an epoch too; a file of the release's starts its next epoch."""
@@ -202,10 +208,9 @@ class Run:
         if cfg.start_epoch not in (None, self.epoch) and self.start_again and cfg.resume != "auto":
             self.epoch = cfg.start_epoch  # not with auto: each restart would go back
         elif steps and before != (size, self.files):
-            now = f"now there are {size}{' others' * (before[0] == size)}: epoch {self.epoch}"
-            logger.info(
-                f"warning: {path} is of {before[0]} training {self.samples}, {now} begins again"
-            )
+            said = f"{path} is of {before[0]} training {self.samples}, now there are {size}"
+            said += " others" * (before[0] == size)
+            logger.info(f"warning: {said}: epoch {self.epoch} begins again")
         elif steps:
             self.seed = number(checkpoint, "seed", cfg.seed, path, low=0)
             if self.seed != cfg.seed:
@@ -309,10 +314,7 @@ class Run:
         """Begin or go on with the folder's files. Returns the top-1 of its best.pth, -1 without."""
         write_args(self.folder, {**vars(self.cfg), "resume": None}, self.classes)
         self.log = RunLog(self.folder, self.epoch, self.epoch * self.steps + self.meter.steps)
-        if self.best >= 0 and not (self.folder / "best.pth").is_file():
-            logger.info(f"{self.folder} has no best.pth: it will be the best from here on")
-            return -1.0
-        return self.best
+        return self.best if (self.folder / "best.pth").is_file() else -1.0
 
     def test(self, loader, autocast, stop):
         """[Metrics of the model, and of its averaged weights]; None on a signal."""
@@ -333,7 +335,7 @@ class Run:
         step = self.meter.steps
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise FloatingPointError(f"weights are not finite after step {step}")
-        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+        if self.scaler.is_enabled() and not self.scaler.get_scale() >= SMALLEST_SCALE:
             raise FloatingPointError(f"gradients are not finite any more at step {step}")
 
     def stopped(self, why):

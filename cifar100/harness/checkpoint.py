@@ -36,7 +36,6 @@ EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTS = (torch.int32, torch.int64)
-MOST_NAMES = 2**24  # bytes of a header of safetensors: names and shapes
 MOST_VALUES = 10**7  # in dicts and lists; a checkpoint of a thousand ranks has less
 
 
@@ -95,9 +94,6 @@ def read_file(path, sha256=None):
         if not zipped and not sha256:
             logger.info(f"{path}: has no checksums, so damage to its numbers can't be seen")
         if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                if (size := int.from_bytes(file.read(8), "little")) > MOST_NAMES:
-                    raise ValueError(f"its header has {size:,} bytes")
             return safetensors.torch.load_file(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:  # torch.load leaves the checksums out
@@ -155,8 +151,7 @@ def own_names(weights, path):
     if larger_than_memory(weights.values()):
         raise UserError(f"{path}: damaged: its weights are views of less memory than they show")
     for name, value in weights.items():
-        plain = torch.is_tensor(value) and value.layout == torch.strided
-        if not plain or value.is_meta or value.is_nested:
+        if not is_plain(value):
             fault = "is no tensor, or one that is sparse, nested or without data"
         elif value.dtype not in (COUNTS if name.endswith("num_batches_tracked") else FLOATS):
             fault = f"is of type {value.dtype}, which weights are not"
@@ -168,10 +163,15 @@ def own_names(weights, path):
     return weights
 
 
+def is_plain(value):
+    """Whether it is a tensor whose numbers are all in memory."""
+    strided = torch.is_tensor(value) and value.layout == torch.strided
+    return strided and not value.is_nested and not value.is_meta
+
+
 def larger_than_memory(values):
     """Whether tensors among the values show more than is there: a small file would cost hours."""
-    plain = [v for v in values if torch.is_tensor(v) and v.layout == torch.strided]
-    plain = [v for v in plain if not (v.is_nested or v.is_meta)]
+    plain = [*filter(is_plain, values)]
     memory = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in plain}
     return sum(v.numel() * v.element_size() for v in plain) > sum(memory.values())
 
@@ -221,10 +221,8 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
             if not math.isfinite(saved["scale"]):
                 raise ValueError(f"the scaler's scale is {saved['scale']}")
     except Exception as error:  # whatever the file has there
-        why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(
-            f"{path}: no fitting optimizer state ({why}); --finetune needs none"
-        ) from None
+        fault = f"no fitting optimizer state ({first_line(error)})"
+        raise UserError(f"{path}: {fault}; --finetune needs none") from None
 
 
 def check_optimizer(optimizer):

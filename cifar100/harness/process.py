@@ -154,8 +154,15 @@ def without_signals():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def tell_thread(fault):
+    """A traceback of a thread's fault, but for a full disk, of which a curve's next point tells."""
+    if not isinstance(fault.exc_value, OSError):
+        threading.__excepthook__(fault)
+
+
 def run(main):
     """Call main(), exit with what it returns; a fault of user or machine is a line and code 1."""
+    threading.excepthook = tell_thread
     try:
         try:
             code = main()

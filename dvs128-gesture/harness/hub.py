@@ -11,9 +11,8 @@ from pathlib import Path
 
 
 def import_folder(here: Path, *names: str) -> list[types.ModuleType]:
-    """The modules `names` of the folder `here`: `harness.build` as qkformer_cifar10.harness.build;
-    likewise what they import on the way, which they can't do later, and their classes and
-    functions, so that pickle and torch.compile find them.
+    """The modules `names` of the folder `here`, `harness.build` as qkformer_cifar10.harness.build;
+    so too what they import, which they can't do later, and classes and functions, for pickle.
     """
     package = "qkformer_" + re.sub(r"\W", "_", here.name)
     while getattr(sys.modules.get(package), "here", here) != here:

@@ -8,36 +8,16 @@ import itertools
 import json
 import os
 import re
-import time
-import urllib.parse
 from pathlib import Path
 
 import torch
 import yaml
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from .log import HERE, UserError, logger
 
 MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
 ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
-
-CURVES = {  # {key of a line in log.txt: its curve in TensorBoard}
-    "train_loss": "loss/train",
-    "test_loss": "loss/test",
-    "test_acc1": "accuracy/top1",
-    "test_acc5": "accuracy/top5",
-    "val_loss": "loss/validation",
-    "val_acc1": "accuracy/top1",
-    "val_acc5": "accuracy/top5",
-    "ema_acc1": "accuracy/top1_ema",
-    "lr": "lr/epoch",
-    "train_lr": "lr/epoch",
-    "images_per_second": "speed/images_per_second",
-    "seconds": "speed/seconds_per_epoch",
-    "peak_memory_mb": "memory/peak_mb",
-}
 
 
 def fetch(name: str | Path) -> Path:
@@ -47,11 +27,11 @@ def fetch(name: str | Path) -> Path:
     path, url = Path(name), ASSETS.get(str(name), str(name))
     if path.exists() or not url.startswith(("https://", "http://")):
         return path / "model.safetensors" if path.is_dir() else path
-    file = urllib.parse.urlparse(url).path.rpartition("/")[2] or "checkpoint"
     cache = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:8])
-    path, known = cache / file, torch.hub.HASH_REGEX.search(file)
+    path = cache / url.partition("?")[0].rpartition("/")[2]
+    known = torch.hub.HASH_REGEX.search(path.name)
     try:
-        if not path.is_file():
+        if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), known and known[1])
     except Exception as error:  # whatever the network and the disk make of it
@@ -145,28 +125,24 @@ def numbered(name):
     return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
-CLAIMED = []  # files that are open, and so locked, until this process ends
-
-
 def claim(folder):
     """Lock a run's folder, by a file beside it, for this process; False if another one has it."""
     place = Path(os.path.realpath(folder))
     with writing(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
-        file = open(place.with_name(f".{place.name}.lock"), "a")
+        # Never closed: it is locked until this process ends.
+        file = os.open(place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # but for these, the file system has no locks: go on
         return error.errno not in (errno.EAGAIN, errno.EACCES)
-    CLAIMED.append(file)
     return True
 
 
 def write_args(folder, values, classes):
     """args.yaml and classes.txt, which has a class's name a line."""
     write_whole(folder / "args.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-    if classes:
-        write_whole(folder / "classes.txt", os.fsencode("".join(f"{name}\n" for name in classes)))
+    write_whole(folder / "classes.txt", os.fsencode("".join(f"{name}\n" for name in classes)))
 
 
 def write_result(path, result):
@@ -233,38 +209,26 @@ class RunLog:
             # A line that a crash has cut short has no epoch, and is dropped.
             kept = [n for n in lines if dict_in(n, json.loads).get("epoch") in range(epoch)]
             write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
-            self.epochs = Curves(folder, epoch)
-            self.steps = Curves(folder / "steps", step)
+            self.epochs = SummaryWriter(folder, purge_step=epoch)
+            self.steps = SummaryWriter(folder / "steps", purge_step=step)
 
     def epoch(self, record):
         """An epoch's line and points."""
+        points = {f"epoch/{name}": value for name, value in record.items()}
+        rates = points.pop("epoch/firing_rate", {})
+        points |= {f"firing_rate/{stage}": rate for stage, rate in rates.items()}
         with writing(self.folder), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        points = {curve: record[name] for name, curve in CURVES.items() if name in record}
-        points |= {f"firing_rate/{stage}": n for stage, n in record.get("firing_rate", {}).items()}
-        for curve, value in points.items():
-            self.epochs.add_point(curve, value, record["epoch"])
+            for curve, value in points.items():
+                self.epochs.add_scalar(curve, value, record["epoch"])
 
-
-class Curves:
-    """A file of TensorBoard's; points of the folder's older files from x = `first` on do not count.
-
-    (PyTorch's SummaryWriter has a thread, whose errors are tracebacks, and names files by a clock.)
-    """
-
-    def __init__(self, folder, first):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        names = (re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir())
-        number = 1 + max((int(name[1]) for name in names if name), default=0)
-        file = open(folder / f"events.out.tfevents.{number:010}", "xb", buffering=0)
-        self.records = RecordWriter(file)
-        self.write(file_version="brain.Event:2", step=first)
-        self.write(session_log=SessionLog(status=SessionLog.START), step=first)
-
-    def write(self, **what):
+    def step(self, curve, value, step):
+        """A point of a curve over all steps."""
         with writing(self.folder):
-            self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
+            self.steps.add_scalar(curve, value, step)
 
-    def add_point(self, name, value, x):
-        self.write(summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]), step=x)
+    def flush(self):
+        """Write all points so far, before a checkpoint from which a killed run goes on."""
+        with writing(self.folder):
+            self.epochs.flush()
+            self.steps.flush()
