@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets, transforms
 
 from harness.batches import BatchLoader, test_batches, train_batches
-from harness.log import UserError, first_line
+from harness.log import UserError, telling
 from images import list_split, read_image, to_rgb
 
 CIFAR = {"torch/cifar10": datasets.CIFAR10, "torch/cifar100": datasets.CIFAR100}
@@ -123,13 +123,10 @@ def as_tested(cfg, dataset):
 def open_cifar(cfg, train, transform, download=False):
     """CIFAR in data_path, downloaded where it is missing. UserError says what is wrong there."""
     cifar = CIFAR[cfg.dataset]
-    try:
+    there = f"is missing or damaged in data_path {Path(cfg.data_path).absolute()}"
+    mend = f"put {cifar.filename} from {cifar.url} there; `-c quickstart.yml` needs no data set"
+    with telling(f"{cifar.base_folder} {there}, and no download came (", f"): {mend}"):
         return cifar(cfg.data_path, train=train, transform=transform, download=download)
-    except Exception as error:  # whatever the network, the disk and torchvision make of it
-        fault = f"is missing or damaged in data_path {Path(cfg.data_path).absolute()}"
-        fault = f"{cifar.base_folder} {fault}, and no download came ({first_line(error)})"
-        there = f"put {cifar.filename} from {cifar.url} there"
-        raise UserError(f"{fault}: {there}; `-c quickstart.yml` needs no data set") from None
 
 
 def make_loader(cfg, dataset, collate, batches, ranks):

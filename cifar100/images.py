@@ -58,7 +58,7 @@ def read_image(path, decode=lambda image, data: to_rgb(image)):
             raise ValueError("a JPEG without an end")
         return decode(image, data)
     except Exception as error:  # damaged bytes can make a decoder fail in any way
-        fault = getattr(error, "strerror", None) or first_line(error)
+        fault = first_line(error)
     fault = "unknown format" if fault.startswith("cannot identify") else fault
     raise BadImage(f"{path}: not a whole image ({fault})")
 

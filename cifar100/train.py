@@ -20,7 +20,7 @@ from timm.utils import dispatch_clip_grad
 import data
 import options
 from harness.config import read_settings
-from harness.log import UserError
+from harness.log import telling
 from harness.meters import Progress, make_autocast
 from harness.process import run
 from harness.run import Run, prepare_data
@@ -73,13 +73,10 @@ def build_optimizer(cfg, model):
     """
     # Fused, it skips a step where float16 overflowed; else the scaler waits for the GPU each time.
     fused = {"fused": True} if cfg.opt == "adamw" else {}
-    try:
+    settings = f"opt {cfg.opt} with opt_betas {cfg.opt_betas} and sched {cfg.sched}"
+    with telling(f"{settings}: "):  # an optimizer of timm fails in its own way on settings
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg), **fused)
-        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
-    except Exception as error:  # an optimizer of timm fails in its own way on settings
-        settings = f"opt {cfg.opt} with opt_betas {cfg.opt_betas} and sched {cfg.sched}"
-        raise UserError(f"{settings}: {error}") from None
-    return optimizer, scheduler, num_epochs
+        return optimizer, *create_scheduler_v2(optimizer, **scheduler_kwargs(cfg))
 
 
 def main(argv=None):

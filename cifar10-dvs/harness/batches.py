@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
-from .log import UserError, logger
+from .log import UserError, logger, telling
 from .process import without_signals
 
 
@@ -178,7 +178,7 @@ def get_rng_state(device, statistics=()):
 
 def set_rng_state(states, ranks, path, statistics=()):
     """Set this rank's of a checkpoint's states; those of another number of ranks fit none."""
-    try:
+    with telling(f"{path}: can't be resumed: its rng is no random state (", ")"):
         if len(states) != ranks.world_size:
             if states:
                 logger.info(f"warning: {path} is of {len(states)} ranks: random numbers begin anew")
@@ -194,8 +194,6 @@ def set_rng_state(states, ranks, path, statistics=()):
             if not saved.isfinite().all():
                 raise ValueError("statistics are not finite")
             values.copy_(saved)
-    except Exception as error:  # whatever the file has there
-        raise UserError(f"{path}: can't be resumed: its rng is no random state ({error})") from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from .checkpoint import digest, load_checkpoint, load_weights
 from .config import read_settings
 from .folder import fetch, find_checkpoint, read_args, write_result
 from .graph import graphed
-from .log import UserError, logger, typed
+from .log import UserError, logger, telling, typed
 from .meters import Metrics, evaluate, make_autocast
 from .process import Ranks
 
@@ -57,11 +57,9 @@ def recorded_values(options, checkpoint, path, data=True) -> dict:
         config = steps_of(checkpoint, path)
     for name, key in options.KEYS.items():
         for spelled in {name, *key.aliases} & config.keys() if key.back else ():
-            try:
+            fault = f"{path}: damaged: its {spelled} is {reprlib.repr(config[spelled])}"
+            with telling(f"{fault}; it must be ", kinds=ValueError):
                 value = key.convert(config[spelled])
-            except ValueError as wanted:
-                said = f"its {spelled} is {reprlib.repr(config[spelled])}; it must be {wanted}"
-                raise UserError(f"{path}: damaged: {said}") from None
             if key.kind is not Path:  # a file from elsewhere has no say in what is read
                 recorded[name] = value
             elif isinstance(args.get(name), str) and os.path.isdir(args[name]):
@@ -142,14 +140,12 @@ def build_model(cfg, options, data, cross_sample_lif, num_classes, ranks) -> tor
     keywords = {name: value for name, value in values.items() if value is not None}
     keywords |= {"img_size_h": height, "img_size_w": width, "in_channels": channels}
     keywords |= {"num_classes": num_classes, "cross_sample_lif": cross_sample_lif}
-    try:
+    with telling("", kinds=(ValueError, RuntimeError)):
         resolve_backend(cfg.backend, ranks.device.type, torch.float32)  # now, not in the first step
         if cfg.fused:
             available(ranks.device.type, torch.float32, cfg.backend, cfg.time_step)
         model = options.MODELS[cfg.model](**keywords)
         model.frames(torch.empty(1, *shape, device="meta"))  # is its size one that it takes?
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from None
     return model.to(ranks.device)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from .log import HERE, UserError, first_line, logger
+from .log import HERE, UserError, first_line, logger, telling
 
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -206,10 +206,8 @@ def read_settings(options, argv=None, script=None, description=None) -> Settings
         scripts = keys[name].scripts
         if scripts and script not in (None, *scripts) and not source:
             raise UserError(f"{where}: --{spelled} is not read by {script}.py")
-        try:
+        with telling(f"{where}: {spelled} is {shown(text)}; it must be ", kinds=ValueError):
             value = keys[name].convert(text)
-        except ValueError as wanted:
-            raise UserError(f"{where}: {spelled} is {shown(text)}; it must be {wanted}") from None
         other, before = seen.setdefault((source, name), (spelled, value))
         if before != value:
             if other == spelled:
@@ -246,7 +244,7 @@ def read_yml(path, above=()):
     except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", getattr(error, "strerror", None)) or first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{file}{place}: not a yml: {problem}") from None
     if root is None or root.value == "":
         return []  # nothing but comments

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from .log import HERE, UserError, logger
+from .log import HERE, UserError, logger, telling
 
 MAXFORMER = "https://github.com/bic-L/MaxFormer/releases/download/checkpoints"
 ASSETS = {name: f"{MAXFORMER}/{name}.pth.tar" for name in ("ms_qk_10-384_T4", "ms_qk_10-768_T1")}
@@ -30,12 +30,10 @@ def fetch(name: str | Path) -> Path:
     cache = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(url.encode()).hexdigest()[:8])
     path = cache / url.partition("?")[0].rpartition("/")[2]
     known = torch.hub.HASH_REGEX.search(path.name)
-    try:
+    with telling(f"{url}: can't be downloaded: "):
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), known and known[1])
-    except Exception as error:  # whatever the network and the disk make of it
-        raise UserError(f"{url}: can't be downloaded: {error}") from None
     logger.info(f"{url}: {path}; {'its checksum fits' if known else 'no checksum of it is known'}")
     return path
 
@@ -185,16 +183,9 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
 def writing(path):
     """What goes wrong within with a file or folder, as on a full disk, becomes one line."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
-            error = error.__context__
-        fault = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: can't be written: {fault}") from None
+    return telling(f"{path}: can't be written: ", kinds=(OSError, RuntimeError))
 
 
 class RunLog:

@@ -28,7 +28,21 @@ class UserError(Exception):
 
 def first_line(error: Exception | str) -> str:
     """What an error says, on one line, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(getattr(error, "strerror", None) or error).strip()
+    return (text or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def telling(before: str, after: str = "", kinds=Exception):
+    """An error within becomes a UserError: what it says, between `before` and `after`. Of all kinds
+    by default: what damaged files, networks and libraries raise can be anything.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
+            error = error.__context__
+        raise UserError(f"{before}{first_line(error)}{after}") from None
 
 
 def set_up_log(ranks):

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from .log import UserError, escaped, first_line
+from .log import UserError, escaped, first_line, telling
 
 # What ends a run: Ctrl-C, a scheduler, a closed terminal, SLURM's warning before the time is up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -49,10 +49,8 @@ class Ranks:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             device_id = self.device if backend == "nccl" else None
             timeout = timedelta(minutes=timeout_minutes)
-            try:
+            with telling("the ranks do not find each other: ", kinds=(ValueError, RuntimeError)):
                 torch.distributed.init_process_group(backend, device_id=device_id, timeout=timeout)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"the ranks do not find each other: {first_line(error)}") from None
             # For from_main, which needs no GPU, and for what takes rank 0 hours there.
             self.quick = torch.distributed.new_group(timeout=timeout, backend="gloo")
             self.patient = torch.distributed.new_group(timeout=timedelta(days=2), backend="gloo")

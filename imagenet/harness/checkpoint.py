@@ -20,7 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .folder import dict_in, replacing, writing
-from .log import UserError, first_line, logger
+from .log import UserError, first_line, logger, telling
 
 # Arguments, paths and NumPy's numbers: plain data that torch.load does not take by itself.
 HARMLESS = [
@@ -206,7 +206,7 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
     # Settings of the groups that stay as they are here; the last ones are chosen for this device.
     ours = "initial_lr weight_decay betas eps momentum lr_scale maximize amsgrad nesterov "
     ours += "differentiable decoupled_weight_decay capturable foreach fused"
-    try:
+    with telling(f"{path}: no fitting optimizer state (", "); --finetune needs none"):
         if (had := (checkpoint.get("config") or {}).get("opt", opt)) != opt:
             raise ValueError(f"it is of {had}, opt is {opt}")
         state = checkpoint["optimizer"]
@@ -220,9 +220,6 @@ def load_optimizer(optimizer, scaler, checkpoint, path, opt):
             scaler.load_state_dict(saved)
             if not math.isfinite(saved["scale"]):
                 raise ValueError(f"the scaler's scale is {saved['scale']}")
-    except Exception as error:  # whatever the file has there
-        fault = f"no fitting optimizer state ({first_line(error)})"
-        raise UserError(f"{path}: {fault}; --finetune needs none") from None
 
 
 def check_optimizer(optimizer):
