@@ -22,7 +22,7 @@ MODEL = {
     "dim": NetworkKey(int, 256, "D, the width of stage 2", 16, 8192, fixed=same),
     "num_heads": NetworkKey(int, 16, "heads of every attention", 1, 1024),
     "mlp_ratio": NetworkKey(float, 4, "hidden over input channels of MLPs", 0.1, 64, fixed=same),
-    "attention": NetworkKey([str], ["token", "ssa"], "attention of each stage: token, channel or "
+    "attention": NetworkKey(str, ["token", "ssa"], "attention of each stage: token, channel or "
         "ssa", choices=(*model.ATTENTION,), length=(2, 2),
         fixed=lambda kinds: [kind == "ssa" for kind in kinds]),
     "drop_path": TrainKey(float, 0.0, "stochastic depth, at the last block", 0, 0.99),
@@ -69,7 +69,7 @@ AUGMENTATION = {
     "T_train": TrainKey(int, None, "frames drawn of the T in training; none: all", 1, 1024),
     "mixup": TrainKey(float, 0.5, "alpha of mixup's Beta distribution; 0: no mixup", 0, 100),
     "cutmix": TrainKey(float, 0.0, "alpha of cutmix's Beta distribution; 0: no cutmix", 0, 100),
-    "cutmix_minmax": TrainKey([float], None, "bounds of the cut's side, as shares; turns cutmix on",
+    "cutmix_minmax": TrainKey(float, None, "bounds of the cut's side, as shares; turns cutmix on",
         0, 1, length=(2, 2), rising=True),
     "mixup_prob": TrainKey(float, 0.5, "probability of either, for a batch", 0, 1),
     "mixup_switch_prob": TrainKey(float, 0.5, "share of cutmix, where both are on", 0, 1),
@@ -84,7 +84,7 @@ OPTIMISATION = {
     "opt": TrainKey(str, "adamw", "optimizer, by timm's name", words="timm's, no bnb, fused, "
         "adahessian", pattern=r"(?!(lookahead_)?(bnb|fused|adahessian)).+"),
     "opt_eps": TrainKey(float, 1e-8, "AdamW epsilon; none: the optimizer's own", 0, 1, null=True),
-    "opt_betas": TrainKey([float], [0.9, 0.999], "AdamW betas; none: the optimizer's own",
+    "opt_betas": TrainKey(float, [0.9, 0.999], "AdamW betas; none: the optimizer's own",
         0, 0.999999, null=True, length=(2, 2)),
     "momentum": TrainKey(float, 0.9, "momentum of SGD and of others that have one", 0, 0.999999),
     "weight_decay": TrainKey(float, 0.06, "weight decay; 1-D parameters have none", 0, 100),
@@ -96,7 +96,7 @@ OPTIMISATION = {
     "cooldown_epochs": TrainKey(int, 10, "epochs at min_lr, after the schedule", 0, 100_000),
     "decay_epochs": TrainKey(float, 20, "epochs between two steps of sched: step", 1, 100_000),
     "decay_rate": TrainKey(float, 0.1, "factor of one step of sched: step", 0, 1),
-    "lr_noise": TrainKey([float], None, "begin, end, as shares", 0, 1, length=(1, 2), rising=True),
+    "lr_noise": TrainKey(float, None, "begin, end, as shares", 0, 1, length=(1, 2), rising=True),
     "lr_noise_pct": TrainKey(float, 0.67, "bound of lr_noise, as a share of lr", 0, 10),
     "lr_noise_std": TrainKey(float, 1.0, "standard deviation of lr_noise", 0, 10),
     "lr_cycle_mul": TrainKey(float, 1.0, "factor of a cosine cycle's length", 1, 100),

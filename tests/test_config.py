@@ -241,7 +241,7 @@ def test_help(folder, script, monkeypatch, capsys):
     assert [name for name, _ in flags] == ["config", *shown]
     for (_, kind), name in zip(flags[1:], shown, strict=True):
         key = options.KEYS[name]
-        if key.choices and not isinstance(key.kind, list):
+        if key.choices and not key.length:
             assert kind == "{" + ",".join(filter(None, key.choices)) + "}"
         assert " ".join(key.help.split()) in " ".join(text.split())
     assert script == "train" or {"lr", "epochs", "aa", "resume"}.isdisjoint(shown)

@@ -30,16 +30,16 @@ BACK = {"train": "", "finetune": "network", "test": "network data", "resume": "n
 class Key:
     """A key of the yml, and the flag of the same name."""
 
-    kind: object  # int, float, bool, str, Path (with ~ and $VARIABLES), or a list: [float]
+    kind: type  # int, float, bool, str or Path (with ~ and $VARIABLES), of each value of a list
     default: object
     help: str
-    low: float = -float("inf")  # of the value, or of each of a list, as choices and pattern are
+    low: float = -float("inf")  # of each value too, as choices and pattern are
     high: float = float("inf")
     null: bool = False  # whether it may be null (`none` as a flag), as where that is the default
     flags: tuple = ()  # the release's short forms
     aliases: tuple = ()  # other names
     choices: tuple = ()
-    length: tuple = (0, 100)  # fewest and most values of a list
+    length: tuple = ()  # fewest and most values of a list; (): it is a value by itself
     rising: bool = False  # whether they must not fall
     pattern: str = ".*"
     words: str = ""  # what the value must be, as an error says it, where the above can't tell
@@ -55,22 +55,22 @@ class Key:
         """`value`, or what its text says, as this key's type. ValueError says what it must be."""
         if self.is_optional and value in NULLS:
             return None
-        if not isinstance(self.kind, list):
-            return self._one(value, self.kind)
+        if not self.length:
+            return self._one(value)
         items = value if isinstance(value, (list, tuple)) else [value]
         if len(items) == 1 and isinstance(items[0], str):
             items = items[0].replace(",", " ").split()  # a flag such as --mean 0.5,0.5,0.5
         if not self.length[0] <= len(items) <= self.length[1]:
             raise ValueError(self.wanted())
-        values = [self._one(item, self.kind[0]) for item in items]
+        values = [self._one(item) for item in items]
         if self.rising and values != sorted(values):
             raise ValueError(f"{self.wanted()}, the smaller one first")
         return values
 
-    def _one(self, value, kind):
+    def _one(self, value):
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(self.wanted())
-        text, found = str(value), None
+        text, found, kind = str(value), None, self.kind
         if self.choices:
             if "true" in self.choices:  # cross_sample_lif: yes, or True
                 text = str(TRUTH.get(text.lower(), text)).lower()
@@ -93,8 +93,7 @@ class Key:
 
     def wanted(self):
         """What the value must be, in words."""
-        many = isinstance(self.kind, list)
-        kind = self.kind[0] if many else self.kind
+        kind, many = self.kind, self.length
         names = {int: "whole number", float: "number", str: "word", Path: "path"}
         text = "true or false" if kind is bool else f"a {names[kind]}"
         if many:
@@ -312,10 +311,8 @@ def _parser(options, script, description):
     for title, keys in options.GROUPS.items():
         group = parser.add_argument_group(title)
         for name, key in keys.items():
-            many = isinstance(key.kind, list)
-            kind = key.kind[0] if many else key.kind
-            choices = ("true", "false") if kind is bool else filter(None, key.choices)
-            shape = ",".join(choices)
+            kind, many = key.kind, key.length
+            shape = ",".join(("true", "false") if kind is bool else filter(None, key.choices))
             default = json.dumps(key.default).strip('"').replace("null", "none")
             text = f"{key.help} [{default}]".replace("%", "%%")
             for spelled in (name, *key.aliases):
