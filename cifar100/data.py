@@ -142,11 +142,10 @@ def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
     """
     collate = fast_collate
     if mixes(cfg):
-        alphas = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax
-        draws = cfg.mixup_prob, cfg.mixup_switch_prob, cfg.mixup_mode
+        draws = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax, cfg.mixup_prob, cfg.mixup_switch_prob
+        soft = {"mode": cfg.mixup_mode, "label_smoothing": cfg.smoothing}
         classes = cfg.num_classes or len(dataset.classes)
-        soft = {"label_smoothing": cfg.smoothing, "num_classes": classes}
-        collate = FastCollateMixup(*alphas, *draws, **soft)
+        collate = FastCollateMixup(*draws, **soft, num_classes=classes)
         # Of an epoch: its workers are new, since running ones would not learn that mixup is off.
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)

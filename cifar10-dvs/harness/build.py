@@ -22,11 +22,8 @@ from .process import Ranks
 
 # {key: the models' keyword}
 KEYWORDS = {"time_step": "T", "dim": "embed_dims", "mlp_ratio": "mlp_ratios", "layer": "depths"}
-SAME = (  # keys of the same name in the models
-    "patch_size num_heads attention drop_path neuron tau v_threshold "
-    "surrogate surrogate_alpha backend fused memory events"
-)
-KEYWORDS |= {name: name for name in SAME.split()}
+SAME = "patch_size num_heads attention drop_path neuron tau v_threshold surrogate surrogate_alpha"
+KEYWORDS |= {name: name for name in f"{SAME} backend fused memory events".split()}
 FAMILIES = (  # data sets, model, a weight that no family above has; the first that fits counts
     ("event data", "QKFormer", "patch_embed1.proj3_conv.weight"),
     ("ImageNet", "QKFormer", "patch_embed1.proj2_conv.weight"),
@@ -105,11 +102,11 @@ def steps_of(checkpoint, path):
     args = checkpoint.get("args")
     args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     named = re.search(r"(?:^|[_-])T(\d+)(?=[._-])", Path(path).name)
-    found = [(args[n], f"its args.{n}") for n in ("time_step", "T") if type(args.get(n)) is int]
-    found += [(int(named[1]), "its name")] if named else []
-    for steps, origin in found:
-        logger.info(f"{path}: T is {steps}, from {origin}")
-        return {"time_step": steps}
+    found = {f"its args.{name}": args.get(name) for name in ("time_step", "T")}
+    for origin, steps in {**found, "its name": named and int(named[1])}.items():
+        if type(steps) is int:
+            logger.info(f"{path}: T is {steps}, from {origin}")
+            return {"time_step": steps}
     logger.info(f"{path}: does not tell T; the T of the configuration is used")
     return {}
 
@@ -225,8 +222,7 @@ def measure(tested: Tested, data, dataset=None, **more) -> Metrics:
     events = len(shape) == 4  # deterministic, as in training
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = events, not events
     model, autocast = graphed(tested.model, cfg, ranks), make_autocast(cfg, ranks, cfg.eval_amp)
-    loader = data.test_loader(cfg, dataset, ranks)
-    metrics = evaluate(model, loader, ranks, autocast)
+    metrics = evaluate(model, data.test_loader(cfg, dataset, ranks), ranks, autocast)
     figures = f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f}"
     of = f"{more.get('test_path', cfg.dataset)}, {len(dataset):,} samples"
     logger.info(f"{typed(path)}: {figures} ({of}, {metrics.images_per_second:.0f} a second)")
@@ -240,7 +236,6 @@ def load(options, data, path, device="cpu", rename=None):
     """(model in eval mode, transform of a sample, such as a PIL image, to its input, names of the
     classes or None) of a checkpoint, for use from Python; rename: see load_tested.
     """
-    settings = read_settings(options, ["--device", device])
-    ranks = Ranks(settings.device, alone=True)
+    settings, ranks = read_settings(options, ["--device", device]), Ranks(device, alone=True)
     tested = load_tested(settings, options, data, ranks, fetch(path), rename=rename)
     return tested.model.eval(), data.input_transform(tested.cfg), tested.classes

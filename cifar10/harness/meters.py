@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from datetime import timedelta
 from functools import partial
 
@@ -160,11 +160,11 @@ def spread(dataset):
 @torch.inference_mode()
 def firing_rates(model, batches, autocast) -> dict:
     """{stage: share of 1 in its spikes} for batches of samples; the model is in evaluation mode."""
-    sums = {}
+    ones, values = Counter(), Counter()
 
     def count(stage, module, args, spikes):
-        ones, values = sums.get(stage, (0.0, 0))
-        sums[stage] = ones + spikes.sum(dtype=torch.float64), values + spikes.numel()
+        ones[stage] += spikes.sum(dtype=torch.float64)
+        values[stage] += spikes.numel()
 
     neurons = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseNode)]
     hooks = [m.register_forward_hook(partial(count, stage_of(name))) for name, m in neurons]
@@ -173,4 +173,4 @@ def firing_rates(model, batches, autocast) -> dict:
             model.forward(images)  # torch.compile's would not call the hooks
     for hook in hooks:
         hook.remove()
-    return {stage: ones.item() / values for stage, (ones, values) in sums.items()}
+    return {stage: ones[stage].item() / values[stage] for stage in ones}

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,10 +56,10 @@ def set_up_log(ranks):
     logger.setLevel(logging.INFO if ranks.main else logging.WARNING)
 
 
-def progress(steps: Iterable, title: str, ranks) -> tqdm:
+def progress(steps, title: str, ranks) -> tqdm:
     """A progress bar where rank 0 has a terminal."""
-    quiet = None if ranks.main else True  # None: where there is no terminal
-    return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=quiet)
+    # None: where there is no terminal
+    return tqdm(steps, title, leave=False, dynamic_ncols=True, disable=not ranks.main or None)
 
 
 def typed(path) -> str:

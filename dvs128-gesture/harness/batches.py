@@ -199,13 +199,10 @@ def set_rng_state(states, ranks, path, statistics=()):
 @contextlib.contextmanager
 def seeded(seed: int):
     """The generators of this CPU start from `seed` within, and go on as before after."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
+    with contextlib.ExitStack() as stack, torch.random.fork_rng(devices=()):
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
