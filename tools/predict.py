@@ -13,6 +13,7 @@ import csv
 import io
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def list_images(modules, folder):
     """[(path, index)] of the images in a folder and below it, in the order of their paths."""
     if not os.path.isdir(folder):
         raise modules.log.UserError(f"images is {folder}, which is not a folder")
-    paths = sorted(Path(path) for path, _ in modules.images.list_images(folder, {"": 0}))
+    paths = sorted(map(Path, modules.images.list_images(folder, Counter())))
     return [(str(path), index) for index, path in enumerate(paths)]
 
 
