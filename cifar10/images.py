@@ -89,6 +89,13 @@ def kind_of(name):
     return "hidden" if name[0] == "." else Path(name).suffix or "without a suffix"
 
 
+def say_others(folder, others):
+    """How many files of a folder, by suffix, are no images."""
+    if kinds := ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)):
+        more = ", ..." if len(others) > 5 else ""
+        logger.info(f"{folder}: {others.total()} files are left out ({kinds}{more})")
+
+
 def list_classes(folder):
     """The names of the folders in a folder, in order: the classes."""
     names = [path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != "."]
@@ -110,14 +117,10 @@ def list_split(root, train):
 
 
 def list_folder(folder):
-    """([(path, label)], class names) of the images in a folder's folders, one for each class. A
-    line says how many files, by suffix, are no images.
-    """
+    """([(path, label)], class names) of the images in a folder's folders, one for each class."""
     folder, classes = Path(folder), list_classes(folder)
     samples, others = [], Counter(kind_of(path.name) for path in folder.iterdir() if path.is_file())
     for label, name in enumerate(classes):
         samples += [(path, label) for path in list_images(folder / name, others)]
-    if kinds := ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)):
-        more = ", ..." if len(others) > 5 else ""
-        logger.info(f"{folder}: {others.total()} files are left out ({kinds}{more})")
+    say_others(folder, others)
     return samples, classes

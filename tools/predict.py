@@ -25,7 +25,9 @@ def list_images(modules, folder):
     """[(path, index)] of the images in a folder and below it, in the order of their paths."""
     if not os.path.isdir(folder):
         raise modules.log.UserError(f"images is {folder}, which is not a folder")
-    paths = sorted(map(Path, modules.images.list_images(folder, Counter())))
+    others = Counter()
+    paths = sorted(map(Path, modules.images.list_images(folder, others)))
+    modules.images.say_others(folder, others)
     return [(str(path), index) for index, path in enumerate(paths)]
 
 
