@@ -11,15 +11,13 @@ model that is registered with timm.
 """
 
 import functools
-import importlib.util
+import runpy
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 dependencies = ["torch", "timm", "spikingjelly"]
 
-spec = importlib.util.spec_from_file_location("hub", HERE / "harness" / "hub.py")
-hub = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hub)
-build, options, data = hub.import_folder(HERE, "harness.build", "options", "data")
+hub = runpy.run_path(str(HERE / "harness" / "hub.py"))
+build, options, data = hub["import_folder"](HERE, "harness.build", "options", "data")
 load = functools.partial(build.load, options, data)
 globals().update(options.MODELS)

@@ -10,15 +10,13 @@ transform of a PIL image to its input, the names of the classes. The others are 
 registered with timm: QKFormer_10_384, _512 and _768, and the same of MSQKFormer.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 dependencies = ["torch", "timm", "spikingjelly"]
 
-spec = importlib.util.spec_from_file_location("hub", HERE / "harness" / "hub.py")
-hub = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hub)
-released, options = hub.import_folder(HERE, "released", "options")
+hub = runpy.run_path(str(HERE / "harness" / "hub.py"))
+released, options = hub["import_folder"](HERE, "released", "options")
 load = released.load
 globals().update(options.MODELS)

@@ -54,15 +54,10 @@ class BatchLoader(DataLoader):
         # More workers than the cores that this process may use would only wait for each other.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(workers, len(batches), cores or 1)
-        super().__init__(
-            Batches(dataset, collate),
-            batch_size=None,
-            sampler=batches,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # so that it leaves PyTorch's own alone
-        )
+        of = {"batch_size": None, "sampler": batches, "worker_init_fn": start_worker}
+        of["generator"] = torch.Generator()  # so that it leaves PyTorch's own alone
+        dataset = Batches(dataset, collate)
+        super().__init__(dataset, num_workers=workers, pin_memory=pin_memory, **of)
 
     def __iter__(self):
         handler = signal.getsignal(signal.SIGCHLD)

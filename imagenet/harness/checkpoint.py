@@ -23,14 +23,10 @@ from .folder import dict_in, replacing, writing
 from .log import UserError, first_line, logger, telling
 
 # Arguments, paths and NumPy's numbers: plain data that torch.load does not take by itself.
-HARMLESS = [
-    argparse.Namespace,
-    PosixPath,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 wrote it
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-]
+HARMLESS = [argparse.Namespace, PosixPath, np.dtype]
+HARMLESS += [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
+for core in ("core", "_core"):  # as NumPy 1 wrote it, and NumPy 2
+    HARMLESS.append((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar"))
 WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net")  # where files keep them
 EMA = ("model_ema", "state_dict_ema", "ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DDP, torch.compile and Lightning

@@ -311,20 +311,17 @@ def _parser(options, script, description):
     for title, keys in options.GROUPS.items():
         group = parser.add_argument_group(title)
         for name, key in keys.items():
-            kind, many = key.kind, key.length
-            shape = ",".join(("true", "false") if kind is bool else filter(None, key.choices))
+            values = ("true", "false") if key.kind is bool else filter(None, key.choices)
+            shape = ",".join(values)
+            how = {"metavar": f"{{{shape}}}" if shape else key.kind.__name__}
+            if key.length or key.kind is bool:
+                how |= {"nargs": "+"} if key.length else {"nargs": "?", "const": "true"}
             default = json.dumps(key.default).strip('"').replace("null", "none")
             text = f"{key.help} [{default}]".replace("%", "%%")
-            for spelled in (name, *key.aliases):
-                helped = spelled == name and key.scripts and script in (None, *key.scripts)
-                group.add_argument(
-                    *(key.flags if spelled == name else ()),
-                    f"--{spelled}",
-                    nargs="+" if many else "?" if kind is bool else None,
-                    const="true" if kind is bool else None,
-                    metavar=f"{{{shape}}}" if shape else kind.__name__,
-                    help=text if helped else argparse.SUPPRESS,
-                )
+            helped = text if key.scripts and script in (None, *key.scripts) else argparse.SUPPRESS
+            group.add_argument(*key.flags, f"--{name}", help=helped, **how)
+            for alias in key.aliases:
+                group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **how)
     for name in options.NO_EFFECT:
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return parser

@@ -79,9 +79,7 @@ class Run:
         if self.steps == 0:
             raise UserError(f"{batch} is more than the {len(self.train_set)} training samples")
         self.epoch, self.best, self.lr = cfg.start_epoch or 0, -1.0, cfg.lr  # at its peak
-        # A step's loss is a point of a curve.
-        self.new_meter = partial(LossMeter, ranks, partial(self.add_point, "loss"))
-        self.meter = self.new_meter()
+        self.meter = LossMeter(ranks, partial(self.add_point, "loss"))  # a point of a curve
         self.seed = cfg.seed  # of the order and augmentation of this epoch
         self.prepare()
         check_rates(cfg, self.lr)
@@ -297,7 +295,8 @@ class Run:
             tops += "".join(f", averaged weights {metrics.top1:.2f} %" for metrics in averaged)
             losses = f"train loss {self.meter.mean:.4f}, {self.tested} loss {test.loss:.4f}"
             logger.info(f"epoch {self.epoch}: {losses}, {tops}, {record['seconds']:.0f} s")
-            self.meter, self.epoch, self.seed = self.new_meter(), self.epoch + 1, cfg.seed
+            self.meter.total, self.meter.steps = 0.0, 0
+            self.epoch, self.seed = self.epoch + 1, cfg.seed
             if self.scheduler:
                 self.scheduler.step(self.epoch)
             self.save(*["best.pth"] * is_best, "last.pth")
