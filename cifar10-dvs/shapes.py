@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import alone, scratch
-from harness.log import UserError, logger
+from harness.log import logger, telling
 
 QUICK = {"samples": 40}  # what the quick start makes
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -35,7 +35,7 @@ def prepare(data_path):
     download = root / "download"
     if download.is_dir():
         return root
-    try:
+    with telling(f"{root}: recordings can't be written there: ", kinds=OSError):
         root.mkdir(parents=True, exist_ok=True)
         with alone(root), scratch(root / ".download-making") as work:
             if not download.is_dir():  # another run may have made them by now
@@ -43,10 +43,6 @@ def prepare(data_path):
                 make(work, **QUICK)
                 os.sync()  # before its name says that it is whole
                 os.rename(work, download)
-    except OSError as error:
-        raise UserError(
-            f"{root}: recordings can't be written there: {error.strerror or error}"
-        ) from None
     return root
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import alone, scratch
-from harness.log import UserError, logger
+from harness.log import logger, telling
 
 QUICK = {"train": 30, "test": 6, "trials": 1}  # what the quick start makes
 SIZE = 128  # of the picture
@@ -34,7 +34,7 @@ def prepare(data_path):
     download = root / "download"
     if download.is_dir():
         return root
-    try:
+    with telling(f"{root}: recordings can't be written there: ", kinds=OSError):
         root.mkdir(parents=True, exist_ok=True)
         with alone(root), scratch(root / ".download-making") as work:
             if not download.is_dir():  # another run may have made them by now
@@ -42,10 +42,6 @@ def prepare(data_path):
                 make(work, **QUICK)
                 os.sync()  # before its name says that it is whole
                 os.rename(work, download)
-    except OSError as error:
-        raise UserError(
-            f"{root}: recordings can't be written there: {error.strerror or error}"
-        ) from None
     return root
 
 

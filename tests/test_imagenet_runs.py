@@ -110,7 +110,7 @@ def test_ranks_and_resumption_share_the_order_of_images(narrow):
         for rank in range(world_size):
             ranks = argparse.Namespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
             loader = imagenet.data.train_loader(cfg, Numbers(), 3, first, ranks, 0).loader
-            found.append([indices for indices, _ in loader.sampler])
+            found.append([indices for indices, _ in loader.dataset])
         assert all(len(batches) % accum == 0 for batches in found)
         found = [[*chain(*batches)] for batches in found]  # the images of each rank
         size = batch * accum

@@ -9,12 +9,13 @@ import os
 import random
 import re
 import signal
+from functools import partial
 from multiprocessing import queues, resource_tracker
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
+from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from .log import UserError, logger, telling
 from .process import without_signals
@@ -24,22 +25,17 @@ class LostWorker(UserError):
     """A process that makes batches has ended, or can't send them."""
 
 
-class Batches(Dataset):
-    """One item is a whole batch of (indices, seed), all whose randomness comes from the seed."""
-
-    def __init__(self, dataset, collate):
-        self.dataset, self.collate = dataset, collate
-
-    def __getitem__(self, key):
-        indices, seed = key
-        try:
-            with seeded(seed):
-                batch = self.collate([self.dataset[index] for index in indices])
-            if get_worker_info():  # now: in the thread that sends it, a failure would be lost
-                batch = tree_map_only(torch.Tensor, torch.Tensor.share_memory_, batch)
-            return batch
-        except UserError as error:
-            return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
+def make_batch(dataset, collate, key):
+    """The batch of (indices, seed), all whose randomness comes from the seed."""
+    indices, seed = key
+    try:
+        with seeded(seed):
+            batch = collate([dataset[index] for index in indices])
+        if get_worker_info():  # now: in the thread that sends it, a failure would be lost
+            batch = tree_map_only(torch.Tensor, torch.Tensor.share_memory_, batch)
+        return batch
+    except UserError as error:
+        return str(error)  # for BatchLoader: raised in a worker, it would come as a traceback
 
 
 def start_worker(_):
@@ -54,10 +50,10 @@ class BatchLoader(DataLoader):
         # More workers than the cores that this process may use would only wait for each other.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(workers, len(batches), cores or 1)
-        of = {"batch_size": None, "sampler": batches, "worker_init_fn": start_worker}
-        of["generator"] = torch.Generator()  # so that it leaves PyTorch's own alone
-        dataset = Batches(dataset, collate)
-        super().__init__(dataset, num_workers=workers, pin_memory=pin_memory, **of)
+        make = {"batch_size": None, "collate_fn": partial(make_batch, dataset, collate)}
+        make |= {"num_workers": workers, "worker_init_fn": start_worker, "pin_memory": pin_memory}
+        # With a generator that leaves PyTorch's own alone.
+        super().__init__(batches, **make, generator=torch.Generator())
 
     def __iter__(self):
         handler = signal.getsignal(signal.SIGCHLD)
