@@ -137,9 +137,7 @@ def make_loader(cfg, dataset, collate, batches, ranks):
 
 
 def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
-    """Normalised images and targets of an epoch from step `first_step` on. With mixup or cutmix in
-    the recipe, targets are soft, and stay smoothed from mixup_off_epoch on.
-    """
+    """Normalised images and targets (soft with mixup or cutmix) of an epoch from `first_step`."""
     collate = fast_collate
     if mixes(cfg):
         draws = cfg.mixup, cfg.cutmix, cfg.cutmix_minmax, cfg.mixup_prob, cfg.mixup_switch_prob
@@ -147,6 +145,7 @@ def train_loader(cfg, dataset, epoch, first_step, ranks, seed):
         classes = cfg.num_classes or len(dataset.classes)
         collate = FastCollateMixup(*draws, **soft, num_classes=classes)
         # Of an epoch: its workers are new, since running ones would not learn that mixup is off.
+        # From there on targets stay smoothed.
         collate.mixup_enabled = not 0 < cfg.mixup_off_epoch <= epoch
     batches = train_batches(len(dataset), cfg.batch_size, seed, epoch, ranks)
     return make_loader(cfg, dataset, collate, batches[first_step:], ranks)

@@ -68,9 +68,7 @@ class Trainer(Run):
 
 
 def build_optimizer(cfg, model):
-    """(timm's optimizer, its schedule per epoch, number of epochs including the cooldown); it gives
-    1-D parameters no weight decay. UserError for settings that it does not take.
-    """
+    """timm's (optimizer, schedule per epoch, epochs with cooldown); 1-D weights do not decay."""
     # Fused, it skips a step where float16 overflowed; else the scaler waits for the GPU each time.
     fused = {"fused": True} if cfg.opt == "adamw" else {}
     settings = f"opt {cfg.opt} with opt_betas {cfg.opt_betas} and sched {cfg.sched}"

@@ -55,41 +55,38 @@ class Key:
         """`value`, or what its text says, as this key's type. ValueError says what it must be."""
         if self.is_optional and value in NULLS:
             return None
-        if not self.length:
-            return self._one(value)
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if len(items) == 1 and isinstance(items[0], str):
+        items = value if self.length and isinstance(value, (list, tuple)) else [value]
+        if self.length and len(items) == 1 and isinstance(items[0], str):
             items = items[0].replace(",", " ").split()  # a flag such as --mean 0.5,0.5,0.5
-        if not self.length[0] <= len(items) <= self.length[1]:
+        (least, most), values = self.length or (1, 1), [self._one(item) for item in items]
+        if not least <= len(values) <= most or None in values:
             raise ValueError(self.wanted())
-        values = [self._one(item) for item in items]
         if self.rising and values != sorted(values):
             raise ValueError(f"{self.wanted()}, the smaller one first")
-        return values
+        return values if self.length else values[0]
 
     def _one(self, value):
+        """The value of one item, or None where it does not fit."""
         if not isinstance(value, (bool, int, float, str)):
-            raise ValueError(self.wanted())
-        text, found, kind = str(value), None, self.kind
+            return None
+        text, kind = str(value), self.kind
         if self.choices:
             if "true" in self.choices:  # cross_sample_lif: yes, or True
                 text = str(TRUTH.get(text.lower(), text)).lower()
-            found = text if text in self.choices else None
-        elif kind is bool:
-            found = TRUTH.get(text.lower())
-        elif kind in (int, float):
+            return text if text in self.choices else None
+        if kind is bool:
+            return TRUTH.get(text.lower())
+        if kind in (int, float):
             number = float(text) if NUMBER.fullmatch(text) else math.nan
-            if self.low <= number <= self.high and (kind is float or number.is_integer()):
-                found = kind(number)
-        elif text.isprintable() and 0 < len(text) <= 4000:
-            if kind is Path:
-                text = os.path.expanduser(os.path.expandvars(text))
-                if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
-                    raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
-            found = text if re.fullmatch(self.pattern, text) else None
-        if found is None:
-            raise ValueError(self.wanted())
-        return found
+            fits = self.low <= number <= self.high and (kind is float or number.is_integer())
+            return kind(number) if fits else None
+        if not text.isprintable() or not 0 < len(text) <= 4000:
+            return None
+        if kind is Path:
+            text = os.path.expanduser(os.path.expandvars(text))
+            if unknown := re.match(r"~[^/]*", text) or re.search(r"\$\{?\w+", text):
+                raise ValueError(f"{self.wanted()}; {unknown[0]} stands for nothing here")
+        return text if re.fullmatch(self.pattern, text) else None
 
     def wanted(self):
         """What the value must be, in words."""
@@ -239,7 +236,7 @@ def read_yml(path, above=()):
     try:
         if (size := path.stat().st_size) > 2**18:
             raise ValueError(f"it has {size:,} bytes")
-        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.BaseLoader)
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), yaml.SafeLoader)
     except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -257,8 +254,7 @@ def read_yml(path, above=()):
         if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
             wanted = "a key is a word, its value a word, a number or a list of them"
             raise UserError(f"{where}: {wanted}")
-        nulls = "", "~", "null", "Null", "NULL"
-        key, *items = [None if n.style is None and n.value in nulls else n.value for n in nodes]
+        key, *items = [None if n.tag.endswith(":null") else n.value for n in nodes]
         value = items if many else items[0]
         if key != "base":
             entries.append((str(key), value, where, path))

@@ -22,8 +22,7 @@ def import_folder(here: Path, *names: str) -> list[types.ModuleType]:
 
     def take():
         """What sys.modules has under the folder's plain names, removed there."""
-        taken = [name for name in sys.modules if name.partition(".")[0] in own]
-        return {name: sys.modules.pop(name) for name in taken}
+        return {n: sys.modules.pop(n) for n in [*sys.modules] if n.partition(".")[0] in own}
 
     foreign = take()
     loaded = {n.removeprefix(prefix): m for n, m in sys.modules.items() if n.startswith(prefix)}
