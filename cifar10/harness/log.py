@@ -39,8 +39,8 @@ def telling(before: str, after: str = "", kinds=Exception):
     try:
         yield
     except kinds as error:
-        if isinstance(error.__context__, OSError):  # a full disk, for which torch.save has no words
-            error = error.__context__
+        if isinstance(error.__context__, OSError) and not error.__suppress_context__:
+            error = error.__context__  # a full disk, for which torch.save has no words
         raise UserError(f"{before}{first_line(error)}{after}") from None
 
 
