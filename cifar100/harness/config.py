@@ -30,10 +30,10 @@ BACK = {"train": "", "finetune": "network", "test": "network data", "resume": "n
 class Key:
     """A key of the yml, and the flag of the same name."""
 
-    kind: type  # int, float, bool, str or Path (with ~ and $VARIABLES), of each value of a list
+    kind: type  # of each value: int, float, bool, str, or Path (with ~ and $VARIABLES)
     default: object
     help: str
-    low: float = -float("inf")  # of each value too, as choices and pattern are
+    low: float = -float("inf")  # of each value, as choices and pattern are
     high: float = float("inf")
     null: bool = False  # whether it may be null (`none` as a flag), as where that is the default
     flags: tuple = ()  # the release's short forms
