@@ -116,6 +116,8 @@ def cuda(monkeypatch):
         "set_rng_state": lambda state, device: torch.set_rng_state(state),
     }.items():
         monkeypatch.setattr(f"torch.cuda.{name}", value)
+    for folder in CLASSES:  # as on a GPU: not row by row
+        monkeypatch.setattr(load(folder).model, "linear", lambda x, layer: layer(x))
     return state
 
 
