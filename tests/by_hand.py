@@ -31,7 +31,7 @@ def in_c(y, args):
     ]
 
 
-def launch(name, y, *args, T=1, neuron="MULTIPLY sigmoid"):
+def launch(name, y, *args, T=1, neuron=compiler.NO_NEURON):
     """Run a kernel for tensors of y's type and device; rows and channels, or channels alone, are
     the first of its arguments.
     """
@@ -173,14 +173,15 @@ def gradient_sums(grad, y, norm):
     """As fire_backward returns, for a BatchNorm without a neuron behind it."""
     rows, C = rows_and_channels(y)
     partial = norm.new_empty(parts(y, rows, C), 2, C)
-    launch("gradient_sums", y, rows, C, len(partial), y, grad, norm, partial)
+    args = (y, grad, grad, norm, None, 1.0, 1.0, 1.0, partial)
+    launch("fire_backward", y, rows, C, len(partial), rows * C, *args)
     return partial
 
 
 def normalise(y, norm):
     """scale * y + shift."""
-    out = torch.empty_like(y)
-    launch("normalise", y, *rows_and_channels(y), y, out, norm)
+    out, (rows, C) = torch.empty_like(y), rows_and_channels(y)
+    launch("fire", y, rows, C, rows * C, y, out, None, norm, None, 1.0, 1.0)
     return out
 
 
@@ -230,8 +231,6 @@ def every_kernel(y, shape):
     partial = fire_backward(spikes, y, grad, norm, *neuron, alpha)
     sums = batch_norm_backward(partial, norm, y.numel() // C)
     normalise_backward(grad, y, grad, sums)
-    normalise(y, norm)
-    gradient_sums(grad, y, norm)
     pooled, taps = pool(y, norm, True)
     pool_backward(pooled, taps, y, sums)
 

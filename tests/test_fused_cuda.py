@@ -23,6 +23,7 @@ NEURONS = {
     "DIVIDE atan": torch.float32,
     "PARAMETRIC erf": torch.bfloat16,
     "INTEGRATE rect": torch.float16,
+    kernels.NO_NEURON: torch.float16,
 }
 REGISTERS = 128  # of the 65,536 of a multiprocessor: two blocks of 256 threads run
 

@@ -15,6 +15,7 @@ from . import compiler
 from .compiler import (
     CTYPES,
     HOST_CTYPES,
+    NO_NEURON,
     Build,
     events_library,
     fault,
@@ -25,8 +26,8 @@ from .compiler import (
 from .plain import rate_of
 
 # The kernels, in the order of layer.cpp.
-NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "normalise", "fire_backward")
-NAMES += ("gradient_sums", "batch_norm_backward", "pool_backward", "normalise_backward")
+NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "fire_backward")
+NAMES += ("batch_norm_backward", "pool_backward", "normalise_backward")
 OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
 
 # Plans that are kept, of some kilobytes each: a schedule of alpha makes new ones in each step.
@@ -69,18 +70,18 @@ class Plan(ctypes.Structure):
     """What layer.cpp needs besides tensors, as it declares it."""
 
     _fields_ = [("driver", ctypes.c_void_p), ("kernels", Kernel * len(NAMES))]
-    _fields_ += [("events", ctypes.c_void_p * len(OF_EVENTS))]
+    _fields_ += [("events", ctypes.c_void_p * len(OF_EVENTS)), ("shape", ctypes.c_long * 13)]
     _fields_ += [("channels", ctypes.POINTER(ctypes.c_longlong))]
     _fields_ += [("momenta", ctypes.POINTER(ctypes.c_double))]
-    numbers = "layers has_bias training pool fires small T columns".split()
+    numbers = "layers has_bias training pool fires small T steps repeats".split()
     _fields_ += [(name, ctypes.c_longlong) for name in numbers]
-    _fields_ += [(name, ctypes.c_longlong * 2) for name in ("stride", "padding")]
     _fields_ += [(name, ctypes.c_double) for name in ("eps", "rate", "threshold", "alpha")]
 
-    def __init__(self, neuron, T, kernels, device):
+    def __init__(self, neuron, T, channels, kernels, device):
         """kernels: {name: arguments of kernel_at behind it, without the device}"""
         super().__init__(compiler.driver() if compiler.on_gpu(device) else None)
         self.T, (_, self.rate, self.threshold, self.alpha) = T, neuron
+        self.channels = (ctypes.c_longlong * len(channels))(*channels)
         for name, args in kernels.items():
             kernel = self.kernels[NAMES.index(name)]
             kernel.address, kernel.grid[:], kernel.block[:] = kernel_at(name, *args, device)
@@ -94,7 +95,7 @@ def plan_of(layer, dtype, T, pool, fires, events, momenta, x_shape, weights, dev
     whether a max-pool comes behind BatchNorm. fires: whether a neuron comes last. events: whether
     the convolution is a sum of events. momenta: of BatchNorms. weights: shapes.
     """
-    steps, B, _, *size = x_shape
+    steps, B, inputs, *size = x_shape
     channels = [shape[0] for shape in weights]
     C, kernel = sum(channels), (1, 1) if layer.tokens else weights[0][2:]
     spaces = zip(size, layer.padding, kernel, layer.stride, strict=True)
@@ -105,27 +106,24 @@ def plan_of(layer, dtype, T, pool, fires, events, momenta, x_shape, weights, dev
     rows = steps * B * math.prod(out)
     if layer.training and B * math.prod(out) * T == 1:
         raise ValueError(f"a single value per channel, in {[steps * B, C, *out]}, has no variance")
+    shape = (steps * B, *size, inputs, *out, C, *kernel, *layer.stride, *layer.padding)
     out = [(length + 1) // 2 for length in out] if pool else out
     fired, large = B * math.prod(out), rows * C * T >= 2**30
 
-    def args(rows, T=1, neuron="MULTIPLY sigmoid", dtype=dtype):
+    def args(rows, T=1, neuron=NO_NEURON):
         return dtype, T, neuron, rows, C, large
 
-    kernels = dict.fromkeys(NAMES, args(rows))
-    kernels |= dict.fromkeys(("pool", "normalise", "gradient_sums"), args(steps * fired))
-    of_neuron = args(fired, T, layer.neuron.neuron)
-    kernels |= dict.fromkeys(("fire", "fire_backward"), of_neuron)
-    of_norm = args(rows, dtype=torch.promote_types(dtype, torch.float32))
-    kernels |= dict.fromkeys(("running_norm", "batch_norm_backward"), of_norm)
-    plan = Plan(layer.neuron, T, kernels, device)
+    last = args(fired, T, layer.neuron.neuron) if fires else args(steps * fired)
+    kernels = dict.fromkeys(NAMES, args(rows)) | {"pool": args(steps * fired)}
+    kernels |= {"fire": last, "fire_backward": last}
+    plan = Plan(layer.neuron, T if fires else 1, channels, kernels, device)
     if events:
         library = events_library(dtype)
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in OF_EVENTS]
         plan.events[:] = [address.value for address in addresses]
-    plan.channels = (ctypes.c_longlong * len(channels))(*channels)
+    plan.shape[:], plan.layers, plan.steps, plan.repeats = shape, len(channels), steps, T // steps
     plan.momenta = (ctypes.c_double * len(channels))(*momenta)
-    plan.layers, plan.columns = len(channels), compiler.COLUMNS[0]
-    for name in ("has_bias", "training", "small", "eps", "stride", "padding"):
+    for name in ("has_bias", "training", "small", "eps"):
         setattr(plan, name, getattr(layer, name))
     plan.pool, plan.fires = pool, fires
     return torch.frombuffer(plan, dtype=torch.uint8)  # which keeps the Plan
@@ -135,7 +133,7 @@ def plan_of(layer, dtype, T, pool, fires, events, momenta, x_shape, weights, dev
 def plan_of_neuron(constants, dtype, T, size, channels, device):
     """The bytes of the Plan of `size` neurons, `channels` of them in a row."""
     args = dtype, T, constants.neuron, size // channels, channels, size * T >= 2**30
-    plan = Plan(constants, T, dict.fromkeys(("fire", "fire_backward"), args), device)
+    plan = Plan(constants, T, [channels], dict.fromkeys(("fire", "fire_backward"), args), device)
     return torch.frombuffer(plan, dtype=torch.uint8)
 
 
@@ -162,8 +160,7 @@ def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     if device_type == "cuda" and dtype in CTYPES and backend in ("auto", "cupy"):
         error = fault(check_cupy) or fault(compiler.cuda_module, build)
     elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        builds = build, Build(dtype), Build(torch.promote_types(dtype, torch.float32))
-        faults = (fault(compiler.host_library, each) for each in builds)
+        faults = (fault(compiler.host_library, each) for each in (build, Build(dtype)))
         error = next(filter(None, faults), None) or fault(load_layers)
     else:
         return False
@@ -208,7 +205,7 @@ def fire(x, rate, constants, bytes_too=False):
     # Rows begin at multiples of it in memory: a GPU loads several channels at such places alone.
     channels = math.gcd(size, x.storage_offset(), 1024)
     plan = plan_of_neuron(constants, x.dtype, T, size, channels, device)
-    return operators().fire.default(x, rate, channels, bytes_too, plan, stream_of(device))
+    return operators().fire.default(x, rate, bytes_too, plan, stream_of(device))
 
 
 def product(a, b, saved_a, saved_b, matmul, by_events=False):

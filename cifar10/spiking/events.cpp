@@ -33,7 +33,13 @@ constexpr int PIXELS = 256;      // about so many are summed before the next til
 
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
-    long kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
+    long kernel[2], stride[2], padding[2];
+
+    // Of a row of outputs, those of all images counted: where its image begins, and the first row
+    // there that it sees. Of a column of outputs: the first column that it sees.
+    long image(long line) const { return line / out_height * height; }
+    long top(long line) const { return line % out_height * stride[0] - padding[0]; }
+    long left(long column) const { return column * stride[1] - padding[1]; }
 };
 
 // Bits -------------------------------------------------------------------------------------------
@@ -86,14 +92,6 @@ static long find(long rows, long size, const In* x, word* bits) {
         ones += one;
     }
     return ones < count ? -count : count;
-}
-
-// Calls act(n) for the places of x that are not 0.
-template <class Act>
-static void each(const real* x, long size, const Act& act) {
-    for (long i = 0; i < size; i += 64)
-        for (word some = look(x + i, size - i).some; some; some &= some - 1)
-            act(i + __builtin_ctzll(some));
 }
 
 static void transpose(word* square) {  // of 64 x 64 bits
@@ -245,15 +243,11 @@ struct Sites {
 
     Sites(const Shape& s, long of_group)
         : shape(s), small(s.channels < 32),
-          direct(s.kernel_height * s.kernel_width == 1 && !s.pad_y && !s.pad_x),
-          shared(!small && !direct), pieces(s.kernel_height * (small ? 1 : s.kernel_width)),
-          piece(s.channels * (small ? s.kernel_width : 1)), of_piece((piece + 63) / 64),
+          direct(s.kernel[0] * s.kernel[1] == 1 && !s.padding[0] && !s.padding[1]),
+          shared(!small && !direct), pieces(s.kernel[0] * (small ? 1 : s.kernel[1])),
+          piece(s.channels * (small ? s.kernel[1] : 1)), of_piece((piece + 63) / 64),
           taps(shared ? pieces : 1), words(of_piece * pieces / taps), of_group(of_group),
           groups((words + of_group - 1) / of_group) {}
-
-    long image(long line) const { return line / shape.out_height * shape.height; }
-    long top(long line) const { return line % shape.out_height * shape.stride_y - shape.pad_y; }
-    long left(long column) const { return column * shape.stride_x - shape.pad_x; }
 
     // The events of a pixel.
     template <class In>
@@ -274,8 +268,8 @@ struct Sites {
               std::vector<word>& bits) const {
         const long size = shape.width * shape.channels, of_row = (size + 63) / 64;
         const auto inside = [&](long row) { return std::clamp(row, 0L, shape.height); };
-        const long from = image(begin) + inside(top(begin));
-        const long until = image(end - 1) + inside(top(end - 1) + shape.kernel_height);
+        const long from = shape.image(begin) + inside(shape.top(begin));
+        const long until = shape.image(end - 1) + inside(shape.top(end - 1) + shape.kernel[0]);
         const long sites = shared ? (until - from) * shape.width : (end - begin) * shape.out_width;
         bool ones = true;
         events.clear(sites * words * 64);
@@ -290,7 +284,7 @@ struct Sites {
         }
         for (long line = begin; line < end; ++line)
             for (long column = 0; column < shape.out_width; ++column, slots += taps * groups) {
-                const long h = top(line), w = left(column), row = image(line) + h;
+                const long h = shape.top(line), w = shape.left(column), row = shape.image(line) + h;
                 if (direct) add(events, x + row * size + w * piece);
                 for (long i = 0; small && !direct && i < words; ++i) {
                     const long y = i / of_piece, k = w * shape.channels + i % of_piece * 64;
@@ -303,8 +297,8 @@ struct Sites {
                                    [place](int bit) { return place[bit]; });
                 }
                 if (!shared) std::iota(slots, slots + groups, events.ones.size() - groups);
-                for (long y = 0, tap = 0; shared && y < shape.kernel_height; ++y)
-                    for (long z = w; z < w + shape.kernel_width; ++z, ++tap) {
+                for (long y = 0, tap = 0; shared && y < shape.kernel[0]; ++y)
+                    for (long z = w; z < w + shape.kernel[1]; ++z, ++tap) {
                         const bool seen = h + y >= 0 && h + y < shape.height && z >= 0 &&
                                           z < shape.width;
                         const long slot = ((row + y - from) * shape.width + z) * groups;
@@ -366,9 +360,9 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
                             real* out, long threads) {
     const Tiles tiles{shape.out_channels};
     const long most = 64 * tiles.words;  // pixels at a time
-    const long run = shape.kernel_width * shape.channels, of_run = (run + 63) / 64;
-    const long of_row = shape.width * shape.channels, words = shape.kernel_height * of_run;
-    const long depth = shape.kernel_height * run;
+    const long run = shape.kernel[1] * shape.channels, of_run = (run + 63) / 64;
+    const long of_row = shape.width * shape.channels, words = shape.kernel[0] * of_run;
+    const long depth = shape.kernel[0] * run;
     const long pixels = shape.images * shape.out_height * shape.out_width;
     const long size = depth * tiles.channels;
     const long parts = std::max(1L, std::min({16L, (1L << 22) / size, pixels / (4 * most)}));
@@ -392,8 +386,7 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
             const int rows = std::min(most, end - start);
             for (int r = 0; r < rows; ++r) {
                 const long line = (start + r) / shape.out_width;
-                image[r] = line / shape.out_height * shape.height;
-                top[r] = line % shape.out_height * shape.stride_y - shape.pad_y;
+                image[r] = shape.image(line), top[r] = shape.top(line);
                 for (long c = 0; c < tiles.count; ++c)
                     memcpy(packed.get() + (c * most + r) * tiles.row,
                            grad + (start + r) * tiles.channels + c * tiles.used,
@@ -404,7 +397,7 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
                 for (int r = 0; r < most; ++r) {
                     square[r] = 0;
                     if (r >= rows) continue;
-                    const long left = (start + r) % shape.out_width * shape.stride_x - shape.pad_x;
+                    const long left = shape.left((start + r) % shape.out_width);
                     const long from = left * shape.channels + k, h = top[r] + t / of_run;
                     place[r] = (image[r] + h) * of_row + from;
                     if (h >= 0 && h < shape.height)
@@ -445,9 +438,10 @@ struct Matrices {  // of three batch dimensions: sizes and, of a, b and out, dis
     } a, b, out;
 };
 
+extern "C" {
 // out = a @ b, where only those numbers of a cost time that are not 0. Of a the columns, or the rows,
 // are dense in memory, of b and out the rows.
-static void multiply(const Matrices& m, const real* a, const real* b, real* out) {
+void multiply(const Matrices& m, const real* a, const real* b, real* out) {
     const bool by_rows = m.a.column == 1;
     const long lines = by_rows ? m.rows : m.depth, size = by_rows ? m.depth : m.rows;
     _Pragma("omp parallel for collapse(3)") for (long i = 0; i < m.batch[0]; ++i)
@@ -462,29 +456,27 @@ static void multiply(const Matrices& m, const real* a, const real* b, real* out)
                     std::fill_n(to + row * m.out.row, m.columns, 0);
                 for (long line = 0; line < lines; ++line) {
                     const real* values = from + line * (by_rows ? m.a.row : m.a.column);
-                    each(values, size, [&](long n) {
-                        const real value = values[n];
-                        const real* add = factor + (by_rows ? n : line) * m.b.row;
-                        real* sum = to + (by_rows ? line : n) * m.out.row;
-                        for (long c = 0; c < m.columns; ++c) sum[c] += value * add[c];
-                    });
+                    for (long first = 0; first < size; first += 64)
+                        for (word some = look(values + first, size - first).some; some;
+                             some &= some - 1) {
+                            const long n = first + __builtin_ctzll(some);
+                            const real value = values[n];
+                            const real* add = factor + (by_rows ? n : line) * m.b.row;
+                            real* sum = to + (by_rows ? line : n) * m.out.row;
+                            for (long c = 0; c < m.columns; ++c) sum[c] += value * add[c];
+                        }
                 }
             }
-}
-
-extern "C" {
-void multiply(const Matrices* m, const real* a, const real* b, real* out) {
-    multiply(*m, a, b, out);
 }
 
 long find(long rows, long size, const void* x, bool bytes, word* bits) {
     return bytes ? find(rows, size, (const byte*)x, bits) : find(rows, size, (const real*)x, bits);
 }
 
-void convolve(const Shape* shape, const void* x, bool bytes, const real* weight, real* y,
+void convolve(const Shape& shape, const void* x, bool bytes, const real* weight, real* y,
               long threads) {
-    bytes ? convolve(*shape, (const byte*)x, weight, y, threads)
-          : convolve(*shape, (const real*)x, weight, y, threads);
+    bytes ? convolve(shape, (const byte*)x, weight, y, threads)
+          : convolve(shape, (const real*)x, weight, y, threads);
 }
 
 // One byte for each bit that `find` has written.
@@ -495,9 +487,9 @@ void unpack(long rows, long size, const word* bits, byte* x) {
 }
 
 // x: the inputs' values, bytes or reals; null where all are 0 or 1.
-void weight_gradient(const Shape* shape, const word* bits, const void* x, bool bytes,
+void weight_gradient(const Shape& shape, const word* bits, const void* x, bool bytes,
                      const real* grad, real* out, long threads) {
-    bytes ? weight_gradient(*shape, bits, (const byte*)x, grad, out, threads)
-          : weight_gradient(*shape, bits, (const real*)x, grad, out, threads);
+    bytes ? weight_gradient(shape, bits, (const byte*)x, grad, out, threads)
+          : weight_gradient(shape, bits, (const real*)x, grad, out, threads);
 }
 }

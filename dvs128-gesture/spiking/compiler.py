@@ -45,6 +45,7 @@ HOST_CTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: 
 # Comparisons that may trap do not vectorise.
 HOST_OPTIONS = "-O3 -march=native -std=c++17 -fopenmp -w".split()
 HOST_OPTIONS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+NO_NEURON = "NONE sigmoid"  # see native.Constants
 COMPILER_SECONDS = 300  # it takes one or two, and with PyTorch's headers twenty
 
 
@@ -62,7 +63,7 @@ class Build(NamedTuple):
 
     dtype: torch.dtype
     T: int = 1
-    neuron: str = "MULTIPLY sigmoid"
+    neuron: str = NO_NEURON
     lanes: int = 1
     index: str = "long long"
 

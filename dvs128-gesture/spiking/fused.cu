@@ -4,6 +4,7 @@
 
 // The neuron -------------------------------------------------------------------------------------
 
+#define NONE 0        // none: "spikes" are the input, and their gradient is the input's
 #define DIVIDE 1      // LIF: rate is tau
 #define MULTIPLY 2    // LIF where 1 / tau, the rate, has no rounding error
 #define PARAMETRIC 3  // PLIF: a rate for each channel
@@ -11,23 +12,14 @@
 #define NEURON_SUMS (CHARGE == PARAMETRIC ? 3 : 2)
 
 INLINE real_t charge(real_t v, real_t x, real_t rate) {
-#if CHARGE == DIVIDE
-    return v + (x - v) / rate;
-#elif CHARGE == INTEGRATE
-    return v + x;
-#else
-    return v + (x - v) * rate;
-#endif
+    if (CHARGE == NONE) return x;
+    if (CHARGE == INTEGRATE) return v + x;
+    return v + (CHARGE == DIVIDE ? (x - v) / rate : (x - v) * rate);
 }
 
 INLINE real_t to_input(real_t grad_h, real_t rate) {
-#if CHARGE == DIVIDE
-    return grad_h / rate;
-#elif CHARGE == INTEGRATE
-    return grad_h;
-#else
-    return grad_h * rate;
-#endif
+    if (CHARGE == NONE || CHARGE == INTEGRATE) return grad_h;
+    return CHARGE == DIVIDE ? grad_h / rate : grad_h * rate;
 }
 
 INLINE real_t rate_of(const real_t* rates, int k, real_t rate) {
@@ -50,7 +42,7 @@ INLINE void fire_some(index_t i, index_t n, index_t step, const scalar_t* y, sca
         UNROLL for (int t = 0; t < STEPS; ++t) {
             const real_t h = charge(v, scale[k] * real(input[t].lane[k]) + shift[k], own);
             const bool fired = h >= threshold;
-            set(output[t].lane[k], fired ? 1 : 0);
+            set(output[t].lane[k], CHARGE == NONE ? h : fired ? 1 : 0);
             small[t].lane[k] = fired;
             v = fired ? 0 : h;
         }
@@ -89,7 +81,8 @@ INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_
             }
             const real_t slope_of_spike = derivative(h[t] - threshold, alpha);
             const real_t kept = h[t] >= threshold ? 0 : grad_v;
-            const real_t grad_h = real(upstream[t].lane[k]) * slope_of_spike + kept;
+            const real_t grad_s = real(upstream[t].lane[k]);
+            const real_t grad_h = CHARGE == NONE ? grad_s : grad_s * slope_of_spike + kept;
             const real_t grad_x = to_input(grad_h, own);
             grad_v = CHARGE == INTEGRATE ? grad_h : grad_h - grad_x;
             sum += grad_x;
@@ -105,7 +98,7 @@ INLINE void fire_backward_some(index_t i, index_t n, index_t step, const scalar_
         dot[k] += product;
     }
     UNROLL for (int t = 0; t < STEPS; ++t)
-        if (t == 0 || step) store(grad + t * step + i, output[t]);
+        if (CHARGE != NONE && (t == 0 || step)) store(grad + t * step + i, output[t]);
 }
 
 // `norm` is [5, channels], see batch_norm. `bytes` are the spikes again, or null.
@@ -148,18 +141,6 @@ ENTRY statistics(index_t rows, index_t channels, index_t parts, const scalar_t* 
             const real_t d = real(value.lane[k]) - real(y[c + k]);
             sums[0][k] += d;
             sums[1][k] += d * d;
-        }
-    })
-}
-
-// Sums of grad and of its product with y - mean.
-ENTRY gradient_sums(index_t rows, index_t channels, index_t parts, const scalar_t* y,
-                    const scalar_t* grad, const real_t* __restrict__ norm, real_t* partial) {
-    SUMS_OF_ROWS(2, r, c, {
-        const Pack value = load(y + r * channels + c), upstream = load(grad + r * channels + c);
-        EACH_LANE(k) {
-            sums[0][k] += real(upstream.lane[k]);
-            sums[1][k] += real(upstream.lane[k]) * (real(value.lane[k]) - norm[c + k]);
         }
     })
 }
@@ -249,19 +230,6 @@ ENTRY batch_norm_backward(index_t channels, index_t parts, index_t sums, index_t
             out[5 * channels + c] = -a * total / count - b * mean[c];
             out[6 * channels + c] = 0;
         }
-    }
-}
-
-ENTRY normalise(index_t rows, index_t channels, const scalar_t* y, scalar_t* out,
-                const real_t* __restrict__ norm) {
-    const real_t *scale = norm + 3 * channels, *shift = scale + channels;
-    EACH(r, c) {
-        Pack value = load(y + r * channels + c);
-        EACH_LANE(k) {
-            const real_t x = scale[c + k] * real(value.lane[k]) + shift[c + k];
-            set(value.lane[k], x);
-        }
-        store(out + r * channels + c, value);
     }
 }
 

@@ -33,15 +33,16 @@ struct Kernel {
     unsigned grid[2], block[2];
 };
 
-enum { STATISTICS, BATCH_NORM, RUNNING_NORM, POOL, FIRE, NORMALISE, FIRE_BACKWARD, GRADIENT_SUMS,
-       BATCH_NORM_BACKWARD, POOL_BACKWARD, NORMALISE_BACKWARD, KERNELS };
+enum { STATISTICS, BATCH_NORM, RUNNING_NORM, POOL, FIRE, FIRE_BACKWARD, BATCH_NORM_BACKWARD,
+       POOL_BACKWARD, NORMALISE_BACKWARD, KERNELS };
 
-// As in events.cpp, of whose functions these are the addresses; null for dense convolutions.
+// Of a convolution, as in events.cpp
 struct Shape {
     long images, height, width, channels, out_height, out_width, out_channels;
-    long kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x;
+    long kernel[2], stride[2], padding[2];
 };
 
+// The addresses of its functions; null for dense convolutions.
 struct Events {
     long (*find)(long rows, long size, const void* x, bool bytes, void* bits);
     void (*convolve)(const Shape*, const void* x, bool bytes, const void* weight, void* y,
@@ -57,13 +58,17 @@ struct Plan {
                   void*, void**, void**);
     Kernel kernels[KERNELS];
     Events events;
+    Shape shape;
     const int64_t* channels;  // of each layer
     const double* momenta;
-    int64_t layers, has_bias, training, pool, fires, small, T, columns, stride[2], padding[2];
+    // T: steps of the neuron, 1 without one. steps: of x, each of which counts `repeats` times.
+    int64_t layers, has_bias, training, pool, fires, small, T, steps, repeats;
     double eps, rate, threshold, alpha;
 };
 
 // Launches ---------------------------------------------------------------------------------------
+
+void* address(In x) { return x.defined() ? const_cast<void*>(x.const_data_ptr()) : nullptr; }
 
 // An argument of a kernel that computes in Real
 template <class Real>
@@ -71,7 +76,7 @@ Real in_c(double value) { return value; }
 template <class Real>
 long long in_c(int64_t value) { return value; }
 template <class Real>
-void* in_c(In x) { return x.defined() ? const_cast<void*>(x.const_data_ptr()) : nullptr; }
+void* in_c(In x) { return address(x); }
 
 // The same in eight bytes, of which a kernel reads as many as its parameter has.
 template <class Real, class Arg>
@@ -100,8 +105,8 @@ struct Pass {
     // A kernel in which a column of threads works on each of so many channels.
     template <class... Args>
     void columns(int index, int64_t channels, const Args&... args) const {
-        const int64_t across = (channels + plan.columns - 1) / plan.columns;
-        launch(plan.kernels[index], across, channels, args...);
+        const Kernel& kernel = plan.kernels[index];
+        launch(kernel, (channels + kernel.block[0] - 1) / kernel.block[0], channels, args...);
     }
 
     template <class... Args>
@@ -162,56 +167,47 @@ Tensor aligned(In x) { return uintptr_t(x.const_data_ptr()) % 16 ? x.clone() : x
 
 bool is_bytes(In x) { return x.defined() && x.scalar_type() == at::kByte; }
 
-Shape shape_of(at::IntArrayRef x, In kernel, const Plan& plan) {
-    const int64_t *step = plan.stride, *pad = plan.padding;
-    const auto size = [&](int i) {
-        return (x[2 + i] + 2 * pad[i] - kernel.size(2 + i)) / step[i] + 1;
-    };
-    return {x[0], x[2], x[3], x[1], size(0), size(1), kernel.size(0), kernel.size(2),
-            kernel.size(3), step[0], step[1], pad[0], pad[1]};
-}
-
 // x is of the kernel's type, or whole numbers as bytes.
 Tensor convolve_events(In x, In kernel, const Plan& plan) {
-    const Shape shape = shape_of(x.sizes(), kernel, plan);
+    const Shape& s = plan.shape;
     const Tensor weight = kernel.contiguous(LAST);
-    const Tensor y = at::empty({shape.images, shape.out_channels, shape.out_height, shape.out_width},
+    const Tensor y = at::empty({s.images, s.out_channels, s.out_height, s.out_width},
                                kernel.options().memory_format(LAST));
-    plan.events.convolve(&shape, x.const_data_ptr(), is_bytes(x), weight.const_data_ptr(),
+    plan.events.convolve(&s, x.const_data_ptr(), is_bytes(x), weight.const_data_ptr(),
                          y.data_ptr(), at::get_num_threads());
     return y;
 }
 
-// What stands for x: {bits of the places that are not 0, x or nothing where all of these are 1};
-// nothing where too few are 0
-const std::array<Tensor, 2> NOTHING;
-std::array<Tensor, 2> find_events(In x, const Plan& plan) {
+// What waits in the place of x: {x as it is `saved`, or nothing where the bits tell all of it; bits
+// of the places that are not 0, or nothing where too few are 0}
+std::array<Tensor, 2> find_events(In x, In saved, const Plan& plan) {
+    if (!plan.events.find) return {saved, {}};
     const int64_t count = x.size(0) * x.size(2), size = x.size(3) * x.size(1);
     const Tensor bits = at::empty({count, (size + 63) / 64}, x.options().dtype(at::kLong));
     const long found = plan.events.find(count, size, x.const_data_ptr(), is_bytes(x),
                                         bits.data_ptr());
-    if (std::abs(found) > DENSE * x.numel()) return NOTHING;
-    return {bits, found < 0 ? x : Tensor()};
+    if (std::abs(found) > DENSE * x.numel()) return {saved, {}};
+    return {found < 0 ? x : Tensor(), bits};
 }
 
-// The x, of such a shape, whose bits and values these are
-Tensor unpack(at::IntArrayRef shape, In bits, In values, const Plan& plan) {
-    if (values.defined()) return rows(values);
-    const Tensor x = at::empty(shape, bits.options().dtype(at::kByte).memory_format(LAST));
-    plan.events.unpack(shape[0] * shape[2], shape[3] * shape[1], bits.const_data_ptr(),
+// Memory for x
+Tensor images(const Shape& s, at::TensorOptions options) {
+    return at::empty({s.images, s.channels, s.height, s.width}, options.memory_format(LAST));
+}
+
+// The x whose bits these are
+Tensor unpack(In bits, const Plan& plan) {
+    const Tensor x = images(plan.shape, bits.options().dtype(at::kByte));
+    plan.events.unpack(x.size(0) * x.size(2), x.size(3) * x.size(1), bits.const_data_ptr(),
                        x.data_ptr());
     return x;
 }
 
-Tensor weight_gradient(at::IntArrayRef x, In bits, In saved, In grad, In kernel,
-                       const Plan& plan) {
-    const Tensor values = saved.defined() ? rows(saved) : saved;
-    const Shape shape = shape_of(x, kernel, plan);
+Tensor weight_gradient(In bits, In saved, In grad, In kernel, const Plan& plan) {
+    const Tensor x = saved.defined() ? rows(saved) : saved;
     const Tensor out = at::empty_like(kernel, kernel.options().memory_format(LAST));
-    const void* place = values.defined() ? values.const_data_ptr() : nullptr;
-    plan.events.weight_gradient(&shape, bits.const_data_ptr(), place, is_bytes(values),
-                                grad.const_data_ptr(), out.data_ptr(),
-                                at::get_num_threads());
+    plan.events.weight_gradient(&plan.shape, bits.const_data_ptr(), address(x), is_bytes(x),
+                                grad.const_data_ptr(), out.data_ptr(), at::get_num_threads());
     return out;
 }
 
@@ -235,8 +231,8 @@ Tensor convolve(In x, In kernel, const Pass& pass) {
     const Plan& plan = pass.plan;
     if (plan.events.convolve) return convolve_events(rows(x), kernel, plan);
     const Tensor cast = kernel.to(pass.dtype, false, false, LAST);
-    return at::convolution(rows(x.to(pass.dtype)), cast, {}, plan.stride, plan.padding, {1, 1},
-                           false, {0, 0}, 1).contiguous(LAST);
+    return at::convolution(rows(x.to(pass.dtype)), cast, {}, plan.shape.stride, plan.shape.padding,
+                           {1, 1}, false, {0, 0}, 1).contiguous(LAST);
 }
 
 // {maxima of the BatchNorm's output, or minima of its input where that turns them round; where they
@@ -251,7 +247,7 @@ std::array<Tensor, 2> max_pool(In y, In norm, bool with_taps, const Pass& pass) 
 }
 
 // [5, C] of BatchNorm, whose running statistics move on in training
-Tensor norm_of(In y, at::TensorList tensors, int64_t repeats, const Pass& pass) {
+Tensor norm_of(In y, at::TensorList tensors, const Pass& pass) {
     const Plan& plan = pass.plan;
     const int64_t C = y.size(1), count = y.numel() / C, parts = pass.parts(STATISTICS);
     const Tensor norm = empty({5, C}, y, pass.real());
@@ -264,9 +260,9 @@ Tensor norm_of(In y, at::TensorList tensors, int64_t repeats, const Pass& pass) 
         const Tensor* own = &tensors[i * TENSORS];
         const Tensor bias = plan.has_bias ? own[BIAS] : Tensor();
         if (plan.training)
-            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, repeats, plan.eps,
-                         plan.momenta[i], y, partial, own[GAMMA], own[BETA], bias, norm, own[MEAN],
-                         own[VAR], own[BATCHES]);
+            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, plan.repeats,
+                         plan.eps, plan.momenta[i], y, partial, own[GAMMA], own[BETA], bias, norm,
+                         own[MEAN], own[VAR], own[BATCHES]);
         else
             pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
                          bias, own[GAMMA], own[BETA], norm);
@@ -274,7 +270,8 @@ Tensor norm_of(In y, at::TensorList tensors, int64_t repeats, const Pass& pass) 
     return norm;
 }
 
-// Spikes of y into memory of `spikes`, and of `bytes` if that is defined
+// Spikes of y into memory of `spikes`, and of `bytes` if that is defined; without a neuron
+// BatchNorm's output.
 void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
     const int64_t C = norm.size(1), count = spikes.numel() / (plan.T * C);
@@ -282,38 +279,57 @@ void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
     pass.run(FIRE, count, C, step, y, spikes, bytes, norm, rates, plan.rate, plan.threshold);
 }
 
-// What follows BatchNorm: {spikes of T steps of B samples and, if they are wanted, as bytes}, or
-// without a neuron {BatchNorm's output}. In evaluation it may be written over y.
-std::vector<Tensor> outputs(In y, In norm, In rates, int64_t B, bool bytes, const Pass& pass) {
+// What follows BatchNorm: {spikes of T steps and, if they are wanted, as bytes}, or without a
+// neuron {BatchNorm's output}. In evaluation it may be written over y.
+variable_list outputs(In y, In norm, In rates, bool bytes, const Pass& pass) {
     const Plan& plan = pass.plan;
-    const int64_t T = plan.fires ? plan.T : y.size(0) / B;
+    const int64_t T = plan.fires ? plan.T : plan.steps, images = y.size(0) / plan.steps * T;
     const auto memory = [&](at::ScalarType dtype) {
-        return at::empty({T * B, y.size(1), y.size(2), y.size(3)},
+        return at::empty({images, y.size(1), y.size(2), y.size(3)},
                          y.options().dtype(dtype).memory_format(LAST));
     };
-    const bool over = !plan.training && y.size(0) == T * B;
-    std::vector<Tensor> out = {over ? y : memory(pass.dtype)};
+    const bool over = !plan.training && y.size(0) == images;
+    variable_list out = {over ? y : memory(pass.dtype)};
     if (bytes) out.push_back(memory(at::kByte));
-    if (plan.fires) fire(y, out[0], bytes ? out[1] : Tensor(), norm, rates, pass);
-    else pass.run(NORMALISE, y.numel() / y.size(1), y.size(1), y, out[0], norm);
+    fire(y, out[0], bytes ? out[1] : Tensor(), norm, rates, pass);
     for (Tensor& each : out) each = steps(each, T);
     return out;
 }
 
 // The backward pass ------------------------------------------------------------------------------
 
-// Writes the gradient of scale * y + shift into grad, which is like y; `spikes` is that of the spikes.
-// Returns [parts, 2, C], whose sums over parts are those of that gradient and of its product with
-// y - mean; with `rates` [parts, 3, C], the last for their gradient.
+// Writes the gradient of scale * y + shift into grad, which is like y; `spikes` is that of the
+// spikes. Without a neuron both are the same, and nothing is written. Returns [parts, 2, C], whose
+// sums over parts are those of that gradient and of its product with y - mean; with `rates`
+// [parts, 3, C], the last for their gradient.
 Tensor fire_backward(In spikes, In y, In grad, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
     const int64_t C = norm.size(1), parts = pass.parts(FIRE_BACKWARD);
     const int64_t count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
     const Tensor partial = empty({parts, rates.defined() ? 3 : 2, C}, y, pass.real());
-    pass.run(FIRE_BACKWARD, count, C, parts, step, y, aligned(spikes), grad, norm, rates, plan.rate,
+    pass.run(FIRE_BACKWARD, count, C, parts, step, y, spikes, grad, norm, rates, plan.rate,
              plan.threshold, plan.alpha, partial);
     return partial;
+}
+
+// What the forward pass has saved. No guard may be set yet: a checkpoint's hooks run layers.
+variable_list saved_in(AutogradContext* ctx) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "fused layers have no second derivative; fused: false "
+                "gives one");
+    return ctx->get_saved_variables();
+}
+
+void keep(AutogradContext* ctx, In plan, int64_t stream) {
+    ctx->saved_data["plan"] = plan;
+    ctx->saved_data["stream"] = stream;
+    ctx->set_materialize_grads(false);  // none of the bytes
+}
+
+// The pass back, on `device` and of the type that the forward pass had, as has grad, if it is defined.
+Pass pass_of(AutogradContext* ctx, In grad, at::Device device) {
+    return pass_of(ctx->saved_data["plan"].toTensor(), grad.scalar_type(), device,
+                   ctx->saved_data["stream"].toInt());
 }
 
 // In a backward pass types are those of the forward pass, whatever autocast is now; the device is
@@ -321,17 +337,10 @@ Tensor fire_backward(In spikes, In y, In grad, In norm, In rates, const Pass& pa
 struct Backward {
     at::AutoDispatchBelowADInplaceOrView below;
     c10::impl::ExcludeDispatchKeyGuard without{c10::autocast_dispatch_keyset};
-    c10::OptionalDeviceGuard device;
+    c10::DeviceGuard device;
 
-    explicit Backward(In grad) {
-        if (grad.defined()) device.reset_device(grad.device());
-    }
+    explicit Backward(In grad) : device(grad.device()) {}
 };
-
-void no_second_derivative() {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "fused layers have no second derivative; fused: false "
-                "gives one");
-}
 
 // a.t() @ b, on a GPU in float32 sums: those in float16 are too coarse for so many rows.
 Tensor sum_over_rows(In a, In b) {
@@ -345,7 +354,7 @@ Tensor sum_over_rows(In a, In b) {
 std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan& plan,
                                            std::array<bool, 2> wanted) {
     if (!wanted[0] && !wanted[1]) return {};
-    const int64_t *stride = plan.stride, *padding = plan.padding;
+    const at::IntArrayRef stride = plan.shape.stride, padding = plan.shape.padding;
     const Tensor kernel = weight.to(grad.scalar_type()).contiguous(LAST);
     // On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
     // out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
@@ -353,7 +362,7 @@ std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan&
                           stride[0] != 1 || stride[1] != 1;
     if (!products || kernel.size(2) != 1 || kernel.size(3) != 1 || padding[0] || padding[1]) {
         auto [grad_x, grad_kernel, _] = at::convolution_backward(
-            grad, x, kernel, {}, plan.stride, plan.padding, {1, 1}, false, {0, 0}, 1,
+            grad, x, kernel, {}, stride, padding, {1, 1}, false, {0, 0}, 1,
             {wanted[0], wanted[1], false});
         return {grad_x, grad_kernel};
     }
@@ -373,69 +382,46 @@ std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan&
 }
 
 struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
-    // {spikes of T steps, and as bytes where x is saved}, or BatchNorm's output for the steps of x
+    // {spikes of T steps, and as bytes where x is saved}, or BatchNorm's output for the steps of x.
+    // ctx: only where x is saved.
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& saved,
-                                 const std::optional<Tensor>& rates, at::TensorList tensors,
+                                 const std::optional<Tensor>& rates_, at::TensorList tensors,
                                  at::ScalarType dtype, In plan_bytes, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan_bytes, dtype, x.device(), stream);
         const Plan& plan = pass.plan;
-        const bool events = plan.events.convolve;
-        const Tensor weight = weight_of(tensors, plan), kernel = kernel_of(weight);
-        const Tensor input = events ? rows(saved.value_or(x)) : x, none;
-        const Tensor y = convolve(input, kernel, pass);
-        const Tensor norm = norm_of(y, tensors, plan.T / x.size(0), pass);
+        const Tensor weight = weight_of(tensors, plan), rates = rates_.value_or(Tensor());
+        const Tensor input = plan.events.convolve ? rows(saved.value_or(x)) : x;
+        const Tensor y = convolve(input, kernel_of(weight), pass);
+        const Tensor norm = norm_of(y, tensors, pass);
         const Tensor pooled = plan.pool ? max_pool(y, norm, false, pass)[0] : y;
-        const bool bytes = saved && plan.fires;
-        auto out = outputs(pooled, norm, rates.value_or(none), x.size(1), bytes, pass);
         if (saved) {
-            const auto [bits, values] = events ? find_events(input, plan) : NOTHING;
-            ctx->save_for_backward({bits.defined() ? values : *saved, bits, plan.small ? none : y,
-                                    weight, rates.value_or(none), norm});
-            std::vector<int64_t> numbers = {int64_t(dtype), stream};
-            numbers.insert(numbers.end(), x.sizes().begin(), x.sizes().end());
-            ctx->saved_data["numbers"] = numbers;
-            ctx->saved_data["plan"] = plan_bytes;
+            const auto [kept, bits] = find_events(input, *saved, plan);
+            ctx->save_for_backward({kept, bits, plan.small ? Tensor() : y, weight, rates, norm});
+            keep(ctx, plan_bytes, stream);
         }
-        ctx->set_materialize_grads(false);  // none of the bytes
-        return out;
+        return outputs(pooled, norm, rates, saved && plan.fires, pass);
     }
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
-        no_second_derivative();
-        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
-        const Backward context(grads[0]);
-        const auto numbers = ctx->saved_data["numbers"].toIntVector();
-        const Tensor plan_bytes = ctx->saved_data["plan"].toTensor();
-        const Pass pass = pass_of(plan_bytes, at::ScalarType(numbers[0]), saved[3].device(),
-                                  numbers[1]);
+        const auto saved = saved_in(ctx);
+        const Pass pass = pass_of(ctx, grads[0], saved[3].device());
         const Plan& plan = pass.plan;
-        if (!grads[0].defined()) return variable_list(6 + plan.layers * TENSORS);
-        const auto shape = at::IntArrayRef(numbers).slice(2);
-        const int64_t images[] = {shape[0] * shape[1], shape[2], shape[3], shape[4]};
+        variable_list found(6 + plan.layers * TENSORS);
+        if (!grads[0].defined()) return found;
+        const Backward context(grads[0]);
         const auto plain = [](In x) { return x.defined() ? x.contiguous() : x; };
         const Tensor x = saved[0], bits = plain(saved[1]), weight = saved[3];
         const Tensor kernel = kernel_of(weight), rates = plain(saved[4]), norm = plain(saved[5]);
-        Tensor y = saved[2];
-        if (!plan.small) y = y.contiguous(LAST);
-        else if (bits.defined()) y = convolve_events(unpack(images, bits, x, plan), kernel, plan);
-        else y = convolve(x, kernel, pass);
+        const Tensor y = plan.small ? convolve(x.defined() ? x : unpack(bits, plan), kernel, pass)
+                                    : saved[2].contiguous(LAST);
         const int64_t C = y.size(1), count = y.numel() / C;
-        Tensor pooled = y, taps, grad = grads[0], partial;
-        if (plan.pool) {
-            auto found = max_pool(y, norm, true, pass);
-            pooled = found[0], taps = found[1];
-        }
-        if (plan.fires) {
-            grad = at::empty_like(pooled);
-            const Tensor spikes = grads[0].permute({0, 1, 3, 4, 2}).contiguous();
-            partial = fire_backward(spikes, pooled, grad, norm, rates, pass);
-        } else {
-            grad = aligned(rows(grad));
-            const int64_t parts = pass.parts(GRADIENT_SUMS);
-            partial = empty({parts, 2, C}, y, pass.real());
-            pass.run(GRADIENT_SUMS, pooled.numel() / C, C, parts, pooled, grad, norm, partial);
-        }
+        const auto [pooled, taps] =
+            plan.pool ? max_pool(y, norm, true, pass) : std::array<Tensor, 2>{y};
+        const Tensor spikes = aligned(grads[0].permute({0, 1, 3, 4, 2}).contiguous());
+        const Tensor grad = plan.fires ? at::empty_like(pooled)
+                                       : spikes.flatten(0, 1).permute({0, 3, 1, 2});
+        const Tensor partial = fire_backward(spikes, pooled, grad, norm, rates, pass);
         const Tensor sums = empty({7, C}, y, pass.real());
         pass.columns(BATCH_NORM_BACKWARD, C, partial.size(0), partial.size(1), count, partial, norm,
                      sums);
@@ -445,57 +431,43 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
         else
             pass.run(NORMALISE_BACKWARD, count, C, y, grad, grad_y, sums);
 
-        const bool wanted = ctx->needs_input_grad(0);
-        Tensor grad_x, grad_weight;
-        if (bits.defined()) {
-            grad_weight = weight_gradient(images, bits, x, grad_y, kernel, plan);
-            const Tensor unread = at::empty(images, grad_y.options().memory_format(LAST));
-            grad_x = convolution_backward(grad_y, unread, kernel, plan, {wanted, false})[0];
-        } else {
-            const Tensor input = rows(x.to(pass.dtype));
-            auto found = convolution_backward(grad_y, input, kernel, plan, {wanted, true});
-            grad_x = found[0], grad_weight = found[1];
-        }
-        if (wanted) {
-            grad_x = grad_x.contiguous(LAST);  // not every convolution leaves channels innermost
-            grad_x = steps(grad_x, shape[0]);
-        }
+        const bool wanted = ctx->needs_input_grad(0), by_bits = bits.defined();
+        const Tensor input = by_bits ? images(plan.shape, grad_y.options())  // its shape counts
+                                     : rows(x.to(pass.dtype));
+        auto [grad_x, grad_weight] =
+            convolution_backward(grad_y, input, kernel, plan, {wanted, !by_bits});
+        if (by_bits) grad_weight = weight_gradient(bits, x, grad_y, kernel, plan);
         // In the layout of the weight, as DistributedDataParallel wants a parameter's gradient.
         grad_weight = grad_weight.view_as(weight).to(weight.scalar_type());
         if (grad_weight.strides() != weight.strides())
             grad_weight = at::empty_like(weight).copy_(grad_weight);
+        // Not every convolution leaves channels innermost.
+        if (wanted) found[0] = steps(grad_x.contiguous(LAST), plan.steps);
         const auto each_sum = sums.unbind();
-        variable_list found = {grad_x, {}, rates.defined() ? each_sum[2] : Tensor()};
+        if (rates.defined()) found[2] = each_sum[2];
         for (int64_t i = 0, start = 0; i < plan.layers; start += plan.channels[i++]) {
             const auto own = [&](In all) {
                 return plan.layers == 1 ? all : all.narrow(0, start, plan.channels[i]);
             };
-            found.push_back(own(grad_weight));
+            Tensor* const of_layer = &found[3 + i * TENSORS];
+            of_layer[WEIGHT] = own(grad_weight);
             // BatchNorm subtracts the bias again: its gradient is 0, in the plain path rounding
             // errors.
-            found.push_back(plan.has_bias ? own(each_sum[6]) : Tensor());
-            found.push_back(own(each_sum[1]));
-            found.push_back(own(each_sum[0]));
-            found.insert(found.end(), 3, {});
+            if (plan.has_bias) of_layer[BIAS] = own(each_sum[6]);
+            of_layer[GAMMA] = own(each_sum[1]);
+            of_layer[BETA] = own(each_sum[0]);
         }
-        found.insert(found.end(), 3, {});
         return found;
     }
 };
 
-std::vector<Tensor> layer(In x, const std::optional<Tensor>& saved,
-                          const std::optional<Tensor>& rates, at::TensorList tensors,
-                          at::ScalarType dtype, In plan, int64_t stream) {
+variable_list layer(In x, const std::optional<Tensor>& saved, const std::optional<Tensor>& rates,
+                    at::TensorList tensors, at::ScalarType dtype, In plan, int64_t stream) {
     // Types are those of autocast already.
     c10::impl::ExcludeDispatchKeyGuard without(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard device(x.device());
-    const Pass pass = pass_of(plan, dtype, x.device(), stream);
-    if (pass.plan.training) return ConvBNLIF::apply(x, saved, rates, tensors, dtype, plan, stream);
-    at::AutoDispatchBelowADInplaceOrView below;
-    Tensor y = convolve(x, kernel_of(weight_of(tensors, pass.plan)), pass);
-    const Tensor norm = norm_of(y, tensors, 1, pass);
-    if (pass.plan.pool) y = max_pool(y, norm, false, pass)[0];
-    return outputs(y, norm, rates.value_or(Tensor()), x.size(1), false, pass);
+    return saved ? ConvBNLIF::apply(x, saved, rates, tensors, dtype, plan, stream)
+                 : ConvBNLIF::forward(nullptr, x, saved, rates, tensors, dtype, plan, stream);
 }
 
 // Neurons ----------------------------------------------------------------------------------------
@@ -514,57 +486,53 @@ Tensor in_steps(In x) {
     return outermost ? x : like_steps(x, x.size(0), x.scalar_type()).copy_(x);
 }
 
-// A neuron alone, of any shape: a layer's kernels, with a BatchNorm of scale 1 and shift 0, and rows of
-// `channels` places in memory. x has T steps, or one that stands for all; PLIF's rate is the layer's.
+// A neuron alone, of any shape: a layer's kernels, with a BatchNorm of scale 1 and shift 0, and rows
+// of the Plan's channels. x has T steps, or one that stands for all; PLIF's rate is the layer's.
 struct Fire : torch::autograd::Function<Fire> {
-    static Tensor identity(int64_t channels, In x, const Pass& pass) {
-        const Tensor norm = at::zeros({5, channels}, x.options().dtype(pass.real()));
+    static Tensor identity(In x, const Pass& pass) {
+        const Tensor norm = at::zeros({5, *pass.plan.channels}, x.options().dtype(pass.real()));
         norm[3].fill_(1);
         return norm;
     }
 
-    static Tensor rates_of(In rate, int64_t channels) {
-        return rate.defined() ? rate.expand({channels}).contiguous() : rate;
+    static Tensor rates_of(In rate, const Pass& pass) {
+        return rate.defined() ? rate.expand({*pass.plan.channels}).contiguous() : rate;
     }
 
     // {spikes, and as bytes, if they are wanted}
     static variable_list forward(AutogradContext* ctx, In x, const std::optional<Tensor>& rate_,
-                                 int64_t channels, bool bytes, In plan, int64_t stream) {
+                                 bool bytes, In plan, int64_t stream) {
         at::AutoDispatchBelowADInplaceOrView below;
         const Pass pass = pass_of(plan, x.scalar_type(), x.device(), stream);
         const Tensor y = in_steps(x), rate = rate_.value_or(Tensor());
         variable_list out = {like_steps(y, pass.plan.T, pass.dtype)};
         if (bytes) out.push_back(like_steps(y, pass.plan.T, at::kByte));
-        fire(y, out[0], bytes ? out[1] : Tensor(), identity(channels, y, pass),
-             rates_of(rate, channels), pass);
+        fire(y, out[0], bytes ? out[1] : Tensor(), identity(y, pass), rates_of(rate, pass), pass);
         ctx->save_for_backward({x, rate});
-        ctx->saved_data["plan"] = plan;
-        ctx->saved_data["numbers"] = at::IntArrayRef({stream, channels});
-        ctx->set_materialize_grads(false);
+        keep(ctx, plan, stream);
         return out;
     }
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
-        no_second_derivative();
-        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
+        const auto saved = saved_in(ctx);
+        if (!grads[0].defined()) return variable_list(5);
         const Backward context(grads[0]);
-        if (!grads[0].defined()) return variable_list(6);
-        const auto numbers = ctx->saved_data["numbers"].toIntVector();
-        const Tensor y = in_steps(saved[0]), plan = ctx->saved_data["plan"].toTensor();
-        const Pass pass = pass_of(plan, y.scalar_type(), y.device(), numbers[0]);
+        const Pass pass = pass_of(ctx, grads[0], grads[0].device());
+        const Tensor y = in_steps(saved[0]), rates = rates_of(saved[1], pass);
         Tensor spikes = like_steps(y, pass.plan.T, pass.dtype);
         spikes = grads[0].strides() == spikes.strides() ? grads[0] : spikes.copy_(grads[0]);
-        const Tensor grad = at::empty_like(y), rates = rates_of(saved[1], numbers[1]);
-        const Tensor sums = fire_backward(spikes, y, grad, identity(numbers[1], y, pass), rates, pass);
+        const Tensor grad = at::empty_like(y);
+        const Tensor sums =
+            fire_backward(aligned(spikes), y, grad, identity(y, pass), rates, pass);
         const Tensor of_rate = rates.defined() ? sums.select(1, 2).sum(at::kDouble) : Tensor();
-        return {grad, of_rate, {}, {}, {}, {}};
+        return {grad, of_rate, {}, {}, {}};
     }
 };
 
-std::vector<Tensor> fire_alone(In x, const std::optional<Tensor>& rate, int64_t channels, bool bytes,
-                               In plan, int64_t stream) {
+variable_list fire_alone(In x, const std::optional<Tensor>& rate, bool bytes, In plan,
+                         int64_t stream) {
     const c10::DeviceGuard device(x.device());
-    return Fire::apply(x, rate, channels, bytes, plan, stream);
+    return Fire::apply(x, rate, bytes, plan, stream);
 }
 
 // Products ---------------------------------------------------------------------------------------
@@ -597,20 +565,18 @@ struct Product : torch::autograd::Function<Product> {
     }
 
     static variable_list backward(AutogradContext* ctx, variable_list grads) {
-        no_second_derivative();
-        const auto saved = ctx->get_saved_variables();  // first: a checkpoint's hooks run layers
+        const auto saved = saved_in(ctx);
         at::AutoDispatchBelowADInplaceOrView below;
         const Tensor& grad = grads[0];
-        if (!ctx->saved_data["matmul"].toBool()) {
-            const Tensor a = saved[0].to(grad.scalar_type()), b = saved[1].to(grad.scalar_type());
-            return {at::sum_to(grad * b, a.sizes()), at::sum_to(grad * a, b.sizes()), {}, {}, {},
-                    {}};
-        }
-        // Contiguous, as the batches of a product are read: it would copy them else.
-        const auto cast = [&](In x) { return x.to(grad.scalar_type()).contiguous(); };
+        const bool matmul = ctx->saved_data["matmul"].toBool();
+        const auto cast = [&](In x) {
+            const Tensor y = x.to(grad.scalar_type());
+            return matmul ? y.contiguous() : y;  // as its batches are read: it would copy them else
+        };
         const Tensor a = cast(saved[0]), b = cast(saved[1]);
-        return {at::sum_to(at::matmul(grad, b.transpose(-2, -1)), a.sizes()),
-                at::sum_to(at::matmul(a.transpose(-2, -1), grad), b.sizes()), {}, {}, {}, {}};
+        const Tensor grad_a = matmul ? at::matmul(grad, b.mT()) : grad * b;
+        const Tensor grad_b = matmul ? at::matmul(a.mT(), grad) : grad * a;
+        return {at::sum_to(grad_a, a.sizes()), at::sum_to(grad_b, b.sizes()), {}, {}, {}, {}};
     }
 };
 
@@ -619,14 +585,7 @@ Tensor product(In a, In b, In saved_a, In saved_b, bool matmul, int64_t function
 }
 
 TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("layer(Tensor x, Tensor? saved, Tensor? rates, Tensor[] tensors, ScalarType dtype, "
-          "Tensor plan, int stream) -> Tensor[]");
-    m.def("fire(Tensor x, Tensor? rate, int channels, bool bytes, Tensor plan, int stream) -> "
-          "Tensor[]");
-    m.def("product(Tensor a, Tensor b, Tensor saved_a, Tensor saved_b, bool matmul, int function) "
-          "-> Tensor");
-    const auto key = c10::DispatchKey::CompositeImplicitAutograd;
-    m.impl("layer", key, TORCH_FN(layer));
-    m.impl("fire", key, TORCH_FN(fire_alone));
-    m.impl("product", key, TORCH_FN(product));
+    m.def("layer", TORCH_FN(layer));
+    m.def("fire", TORCH_FN(fire_alone));
+    m.def("product", TORCH_FN(product));
 }
