@@ -12,7 +12,7 @@ import torch
 from conftest import load
 
 compiler, native = load("cifar10").compiler, load("cifar10").native
-constants_of, rates_of = native.constants_of, native.rates_of
+constants_of, rate_of = native.constants_of, load("cifar10").plain.rate_of
 
 
 def real(y):
@@ -59,6 +59,11 @@ def parts(y, rows, channels, T=1):
     if not compiler.on_gpu(y.get_device()):
         return compiler.HOST_PARTS
     return compiler.tiling(y.element_size(), rows, channels, T)[2][1]
+
+
+def rates_of(lif, x, channels):
+    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
+    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
 def channels_last(x):

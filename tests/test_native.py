@@ -61,7 +61,9 @@ def test_models(stand_in, name):
         torch.testing.assert_close(ours, want, rtol=1e-7, atol=1e-8)
     assert {*native.NAMES} == {launch.name for launch in stand_in}
     none = {launch.name for launch in stand_in if launch.build.neuron == kernels.NO_NEURON}
-    assert {"fire", "fire_backward"} & none == ({"fire", "fire_backward"} if name == "MS" else set())
+    assert {"fire", "fire_backward"} & none == (
+        {"fire", "fire_backward"} if name == "MS" else set()
+    )
 
 
 @compiled

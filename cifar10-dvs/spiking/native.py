@@ -12,18 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import compiler
-from .compiler import (
-    CTYPES,
-    HOST_CTYPES,
-    NO_NEURON,
-    Build,
-    events_library,
-    fault,
-    kernel_at,
-    load_layers,
-    say,
-)
-from .plain import rate_of
+from .compiler import NO_NEURON, Build, events_library, fault, kernel_at, load_layers, say
 
 # The kernels, in the order of layer.cpp.
 NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "fire_backward")
@@ -54,11 +43,6 @@ def constants_of(tau, v_threshold, alpha, kind, _, surrogate):
             # Where 1 / tau is exact, a product with it has the bits of the division, in less time.
             charge, rate = "MULTIPLY", 1 / rate
     return Constants(f"{charge} {surrogate}", rate, float(v_threshold), float(alpha))
-
-
-def rates_of(lif, x, channels):
-    """PLIF's rate for each channel, in the type that the kernels compute in; None for others."""
-    return rate_of(x, lif.w).expand(channels).contiguous() if lif.kind == "plif" else None
 
 
 class Kernel(ctypes.Structure):
@@ -143,7 +127,7 @@ def plan_of_neuron(constants, dtype, T, size, channels, device):
 def check_cupy():
     """Any error where CuPy does not compile and run the kernels."""
     constants = Constants("MULTIPLY sigmoid", 0.5, 0.5, 4.0)
-    for dtype in CTYPES:
+    for dtype in compiler.CTYPES:
         compiler.cuda_module(Build(dtype))  # without CuPy: says so first
         load_layers()
         x = torch.ones(1, 8, dtype=dtype, device="cuda")
@@ -157,11 +141,11 @@ def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     All kernels that they launch on a CPU are there then.
     """
     build = Build(dtype, T, neuron)
-    if device_type == "cuda" and dtype in CTYPES and backend in ("auto", "cupy"):
+    if device_type == "cuda" and dtype in compiler.CTYPES and backend in ("auto", "cupy"):
         error = fault(check_cupy) or fault(compiler.cuda_module, build)
-    elif device_type == "cpu" and dtype in HOST_CTYPES and backend == "auto":
-        faults = (fault(compiler.host_library, each) for each in (build, Build(dtype)))
-        error = next(filter(None, faults), None) or fault(load_layers)
+    elif device_type == "cpu" and dtype in compiler.HOST_CTYPES and backend == "auto":
+        libraries = [fault(compiler.host_library, each) for each in (build, Build(dtype))]
+        error = next(filter(None, libraries), None) or fault(load_layers)
     else:
         return False
     if error is None:

@@ -1,10 +1,9 @@
 """Spikes wait for the backward pass as bytes, a half or a quarter of the memory of floats.
 
 Only a tensor that is marked, as holding whole numbers from 0 to 255, is saved so. A neuron with
-`fused` marks its spikes, `add` and `masked` mark what they make of marked
-tensors, and a view shares the mark of its tensor. All other operations return unmarked tensors,
-saved as they are, and a write in place ends a mark. So `x + 0.5 * y` takes more memory, but its
-gradients are right.
+`fused` marks its spikes, `add` and `masked` mark what they make of marked tensors, and a view
+shares the mark of its tensor. All other operations return unmarked tensors, saved as they are, and
+a write in place ends a mark. So `x + 0.5 * y` takes more memory, but its gradients are right.
 """
 
 import torch
@@ -22,16 +21,13 @@ def wants_bytes():
     return saves and not torch.compiler.is_compiling()
 
 
-def mark(x, largest=1):
-    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x."""
+def mark(x, largest=1, small=None):
+    """Mark x as holding whole numbers from 0 to `largest` (None: leave it unmarked); returns x.
+    `small`: x as bytes, if its maker has them.
+    """
     if largest is not None and wants_bytes():
-        set_mark(x, largest)
+        x.spikes = largest, x._version, small
     return x
-
-
-def set_mark(x, largest, small=None):
-    """`small`: x as bytes, if its maker has them."""
-    x.spikes = largest, x._version, small
 
 
 def known(x):
@@ -61,9 +57,7 @@ def save(x):
         small = small.as_strided(x.shape, x.stride(), x.storage_offset())
     # The debug mode, torch.autograd.set_detect_anomaly(True), looks at the values.
     if torch.is_anomaly_enabled() and not torch.equal(small.to(x.dtype), x):
-        raise RuntimeError(
-            "a tensor marked as spikes holds other values; was its .data written to?"
-        )
+        raise RuntimeError("a tensor marked as spikes holds other values; was its .data written?")
     return small
 
 

@@ -1,5 +1,6 @@
 """Which layers the fused path of layer.py can stand for: all that it knows exactly, no others."""
 
+from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from .compiler import say
 from .native import Constants, available, constants_of
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
 from .observers import PLAIN, observed
+from .plain import membrane_type
 
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = {
@@ -25,6 +27,7 @@ METHODS = {
     MultiStepPLIF: ("forward", "multi_step_forward"),
 }
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+DICTIONARIES = ("_parameters", "_buffers", "_modules")
 KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
 
 reasons = {}  # {why layers run module by module: the first of them}
@@ -62,9 +65,8 @@ def can_fuse(x, convs, bns, lifs):
     The tensors: (weight, bias, gamma, beta, running mean and variance, number of batches).
     """
     device, device_type = x.device, x.device.type
-    if device_type not in ("cpu", "cuda") or x.dim() != 5 or not x.numel():
-        return None
-    if len(x) > compiler.MAX_T:
+    known = device_type in ("cpu", "cuda") and x.dim() == 5
+    if not known or not x.numel() or len(x) > compiler.MAX_T:
         return None
     if (reason := observed(x)) is not None:
         if all(getattr(lif, "fused", True) for lif in lifs):
@@ -76,9 +78,9 @@ def can_fuse(x, convs, bns, lifs):
     layer, tensors = found
     if not layer.training and torch.is_grad_enabled():  # frozen statistics: no fused backward pass
         return None
-    dtype = autocast_type(x)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
-    cast = torch.is_autocast_enabled(device_type)
+    dtype, real, cast = x.dtype, membrane_type(x), torch.is_autocast_enabled(device_type)
+    if cast and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device_type)
     for weight, *rows, batches in tensors:
         channels = weight.shape[:1]
         if weight.device != device or not (cast or weight.dtype == dtype):
@@ -144,11 +146,9 @@ class Found:
         self.methods = [(kind, name) for kind in kinds for name in METHODS[kind]]
         self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
         own = [vars(part) for module in modules for part in module.modules()]
-        own += [module._modules for module in modules]
+        own += [getattr(module, name) for module in modules for name in DICTIONARIES]
         own += [node._memories for node in modules if isinstance(node, MultiStep)]
         self.own = [(values, [*values.values()]) for values in own]
-        tensors = [part for module in modules for part in (module._parameters, module._buffers)]
-        self.tensors = [(own, [*map(id, own.values())]) for own in tensors]
 
     def holds(self, modules):
         """Whether all is as it was."""
@@ -159,15 +159,9 @@ class Found:
         for kind, name in self.methods:
             if getattr(kind, name) is not KNOWN[kind][name]:
                 return False
-        for own, ids in self.tensors:
-            if [*map(id, own.values())] != ids:
+        for own, values in self.own:
+            if len(own) != len(values) or not all(map(is_, own.values(), values)):
                 return False
-        try:
-            for own, values in self.own:
-                if [*own.values()] != values:
-                    return False
-        except (RuntimeError, ValueError):  # an array in the place of a number
-            return False
         return True
 
 
@@ -212,25 +206,7 @@ def layer_of(conv, bn, lif):
     if tokens and shape != ((1,), (1,), (0,)):
         return None
     kernel, stride, padding = ((1, 1), (1, 1), (0, 0)) if tokens else shape
-    tau = lif.tau if lif.kind == "lif" else 0.0  # PLIF's differ, and are tensors
-    neuron = constants_of(tau, lif.v_threshold, lif.alpha, lif.kind, None, lif.surrogate)
-    return Layer(
-        tokens=tokens,
-        kernel=kernel,
-        stride=stride,
-        padding=padding,
-        has_bias=conv.bias is not None,
-        training=bn.training,
-        eps=float(bn.eps),
-        neuron=neuron,
-        backend=lif.backend,
-        small=lif.memory == "small",
-        events=lif.events,
-    )
-
-
-def autocast_type(x):
-    """x's type, or autocast's where that is on; it leaves float64 alone."""
-    device_type, dtype = x.device.type, x.dtype
-    on = torch.is_autocast_enabled(device_type) and dtype != torch.float64
-    return torch.get_autocast_dtype(device_type) if on else dtype
+    of_conv = tokens, kernel, stride, padding, conv.bias is not None
+    of_bn = bn.training, float(bn.eps)
+    of_lif = constants_of(*lif.constants()), lif.backend, lif.memory == "small", lif.events
+    return Layer(*of_conv, *of_bn, *of_lif)

@@ -16,7 +16,8 @@ from . import native, plain
 from .compiler import events_available
 from .fusible import can_fuse
 from .observers import observed
-from .spikes import largest, masked, save, set_mark, wants_bytes
+from .plain import rate_of
+from .spikes import largest, mark, masked, save, wants_bytes
 
 
 def conv_bn_lif(x, conv, bn, lif, pool=False, mask=None):
@@ -89,15 +90,14 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
     rates = None
     if fires and lifs[0].kind == "plif":
         pairs = zip(lifs, tensors, strict=True)
-        rates = [native.rates_of(lif, x, weight.shape[0]) for lif, (weight, *_) in pairs]
-        rates = torch.cat(rates)
+        rates = torch.cat([rate_of(x, lif.w).expand(len(weight)) for lif, (weight, *_) in pairs])
     by_events = layer.events and takes_events(x, tensors[0][0], dtype, layer.training)
     momenta = tuple([float(bn.momentum) for bn in bns])
     saved = save(x) if layer.training and wants_bytes() else None
     options = layer, dtype, T, pool, fires, by_events, momenta
     out, *small = native.layer(x, saved, rates, tensors, options)
     if small:
-        set_mark(out, 1, small[0])
+        mark(out, 1, small[0])
     return out if fires else out.expand(T, -1, -1, -1, -1)
 
 

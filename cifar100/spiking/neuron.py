@@ -10,7 +10,7 @@ from . import compiler, native, plain
 from .compiler import CTYPES, fault, say
 from .observers import observed, traced
 from .plain import membrane_type, potentials, rate_of, torch_lif
-from .spikes import mark, set_mark, wants_bytes
+from .spikes import mark, wants_bytes
 
 BACKENDS = ("auto", "torch", "cupy", "spikingjelly")
 CLASSES = {
@@ -155,9 +155,7 @@ class MultiStep:
         if not seen and self.has_kernel(x_seq):
             as_bytes = self.fused and wants_bytes()
             spikes, *small = kernel_lif(x_seq, *self.constants(), as_bytes)
-            if small:
-                set_mark(spikes, 1, small[0])
-            return spikes
+            return mark(spikes, 1, small[0]) if small else spikes
         if torch.compiler.is_compiling():  # it takes no `out` of another layout
             return torch_lif(x_seq.contiguous(), *self.constants())
         backend = resolve_backend(self.backend, x_seq.device.type, x_seq.dtype)
