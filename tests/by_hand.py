@@ -43,9 +43,8 @@ def launch(name, y, *args, T=1, neuron=compiler.NO_NEURON):
 
 def launch_cuda(name, y, args, T, neuron):
     device, large = y.get_device(), y.numel() * T >= 2**30
-    address, grid, block = compiler.kernel_at(name, y.dtype, T, neuron, *args[:2], large, device)
-    if name in compiler.OF_COLUMNS:
-        grid = -(-args[0] // compiler.COLUMNS[0]), 1
+    rows = args[:2] if name not in compiler.OF_COLUMNS else (1, args[0])
+    address, grid, block = compiler.kernel_at(name, y.dtype, T, neuron, *rows, large, device)
     values = in_c(y, args)  # a kernel reads as many bytes of each as its parameter has
     places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     pointers = [ctypes.c_void_p] * 3
@@ -131,6 +130,14 @@ def fire_backward(grad_spikes, y, grad, norm, rates, neuron, rate, v_threshold, 
     args = (y, grad_spikes, grad, norm, rates, rate, v_threshold, alpha, partial)
     launch("fire_backward", y, count, C, len(partial), step, *args, T=T, neuron=neuron)
     return partial
+
+
+def kernel_lif(
+    x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid", bytes_too=False
+):
+    """[spikes of x [T, ...]] by layer.cpp; behind it the same as bytes, if they are wanted."""
+    constants = constants_of(tau, v_threshold, alpha, kind, w, surrogate)
+    return native.fire(x, rate_of(x, w), constants, bytes_too)
 
 
 # BatchNorm ----------------------------------------------------------------------------------------

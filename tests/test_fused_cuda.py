@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+import by_hand
 import on_gpus
 from conftest import ROOT, Golden, load
 from test_fused import SIZES, check_kernels, check_pooling, check_running_statistics, compiled
@@ -72,7 +73,7 @@ def check_neuron(kind, shape, dtype):
     """The neuron without a layer, of any shape, against the torch backend."""
     torch.manual_seed(sum(shape))
     x, grad, found = (2 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype), []
-    for function in (lambda *args: lif.kernel_lif(*args)[0], lif.torch_lif):
+    for function in (lambda *args: by_hand.kernel_lif(*args)[0], lif.torch_lif):
         leaf, w = x.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
         y = function(leaf, 3.7, 0.8, 2.0, kind, w if kind == "plif" else None, "atan")
         y.backward(grad)

@@ -27,7 +27,8 @@ const int NO_CONTEXT = 201;  // of CUDA's errors
 // Above this share of inputs that are not 0 the dense gradient of the weight takes less time.
 const double DENSE = 0.4;
 
-// As in native.py, whose NAMES are the kernels. On a CPU `grid` holds the parts of a sum alone.
+// As in native.py, whose NAMES are the kernels. On a CPU `grid` holds the parts of a sum alone, on a
+// GPU columns for all layers: those that a layer does not need write nothing.
 struct Kernel {
     void* address;
     unsigned grid[2], block[2];
@@ -78,15 +79,6 @@ long long in_c(int64_t value) { return value; }
 template <class Real>
 void* in_c(In x) { return address(x); }
 
-// The same in eight bytes, of which a kernel reads as many as its parameter has.
-template <class Real, class Arg>
-int64_t slot(const Arg& arg) {
-    const auto value = in_c<Real>(arg);
-    int64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
-    return bits;
-}
-
 // A pass through layers or a neuron in `dtype`, on a CUDA stream or a CPU
 struct Pass {
     const Plan& plan;
@@ -99,34 +91,23 @@ struct Pass {
     template <class... Args>
     void run(int index, const Args&... args) const {
         const Kernel& kernel = plan.kernels[index];
-        launch(kernel, kernel.grid[0], args...);
-    }
-
-    // A kernel in which a column of threads works on each of so many channels.
-    template <class... Args>
-    void columns(int index, int64_t channels, const Args&... args) const {
-        const Kernel& kernel = plan.kernels[index];
-        launch(kernel, (channels + kernel.block[0] - 1) / kernel.block[0], channels, args...);
-    }
-
-    template <class... Args>
-    void launch(const Kernel& kernel, unsigned across, const Args&... args) const {
-        dtype == at::kDouble ? launch_in<double>(kernel, across, args...)
-                             : launch_in<float>(kernel, across, args...);
+        dtype == at::kDouble ? launch<double>(kernel, args...) : launch<float>(kernel, args...);
     }
 
     template <class Real, class... Args>
-    void launch_in(const Kernel& kernel, unsigned across, const Args&... args) const {
+    void launch(const Kernel& kernel, const Args&... args) const {
+        auto values = std::make_tuple(in_c<Real>(args)...);
         if (!plan.driver) {
             using Function = void(decltype(in_c<Real>(args))...);
-            return reinterpret_cast<Function*>(kernel.address)(in_c<Real>(args)...);
+            return std::apply(reinterpret_cast<Function*>(kernel.address), values);
         }
-        int64_t slots[] = {slot<Real>(args)...};
+        // Of each a kernel reads as many bytes as its parameter has.
         void* places[sizeof...(args)];
-        for (size_t i = 0; i < sizeof...(args); ++i) places[i] = slots + i;
+        void** place = places;
+        std::apply([&](auto&... value) { ((*place++ = &value), ...); }, values);
         const unsigned *grid = kernel.grid, *block = kernel.block;
         const auto start = [&] {
-            return plan.driver(kernel.address, across, grid[1], 1, block[0], block[1], 1, 0, stream,
+            return plan.driver(kernel.address, grid[0], grid[1], 1, block[0], block[1], 1, 0, stream,
                                places, nullptr);
         };
         int code = start();
@@ -260,12 +241,12 @@ Tensor norm_of(In y, at::TensorList tensors, const Pass& pass) {
         const Tensor* own = &tensors[i * TENSORS];
         const Tensor bias = plan.has_bias ? own[BIAS] : Tensor();
         if (plan.training)
-            pass.columns(BATCH_NORM, plan.channels[i], C, start, parts, count, plan.repeats,
-                         plan.eps, plan.momenta[i], y, partial, own[GAMMA], own[BETA], bias, norm,
-                         own[MEAN], own[VAR], own[BATCHES]);
+            pass.run(BATCH_NORM, plan.channels[i], C, start, parts, count, plan.repeats, plan.eps,
+                     plan.momenta[i], y, partial, own[GAMMA], own[BETA], bias, norm, own[MEAN],
+                     own[VAR], own[BATCHES]);
         else
-            pass.columns(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR],
-                         bias, own[GAMMA], own[BETA], norm);
+            pass.run(RUNNING_NORM, plan.channels[i], C, start, plan.eps, own[MEAN], own[VAR], bias,
+                     own[GAMMA], own[BETA], norm);
     }
     return norm;
 }
@@ -423,8 +404,8 @@ struct ConvBNLIF : torch::autograd::Function<ConvBNLIF> {
                                        : spikes.flatten(0, 1).permute({0, 3, 1, 2});
         const Tensor partial = fire_backward(spikes, pooled, grad, norm, rates, pass);
         const Tensor sums = empty({7, C}, y, pass.real());
-        pass.columns(BATCH_NORM_BACKWARD, C, partial.size(0), partial.size(1), count, partial, norm,
-                     sums);
+        pass.run(BATCH_NORM_BACKWARD, C, partial.size(0), partial.size(1), count, partial, norm,
+                 sums);
         const Tensor grad_y = plan.fires && !plan.pool ? grad : at::empty_like(y);
         if (plan.pool)
             pass.run(POOL_BACKWARD, count, C, y.size(2), y.size(3), y, grad, taps, grad_y, sums);

@@ -226,8 +226,8 @@ def kernel_at(name, dtype, T, neuron, rows, channels, large, device):
     if not on_gpu(device):
         function = getattr(host_library(Build(dtype, T, neuron)), name)
         return ctypes.cast(function, ctypes.c_void_p).value, (1, HOST_PARTS), (1, 1)
-    if name in OF_COLUMNS:  # its channels are those of one BatchNorm: layer.cpp sets the grid
-        lanes, block, grid = 1, COLUMNS, (1, 1)
+    if name in OF_COLUMNS:
+        lanes, block, grid = 1, COLUMNS, (-(-channels // COLUMNS[0]), 1)
     else:
         lanes, block, grid = tiling(dtype.itemsize, rows, channels, T)
     build = Build(dtype, T, neuron, lanes, "long long" if large else "int")

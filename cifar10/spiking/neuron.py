@@ -154,7 +154,8 @@ class MultiStep:
         seen = observed(x_seq) is not None  # operators of PyTorch are wanted
         if not seen and self.has_kernel(x_seq):
             as_bytes = self.fused and wants_bytes()
-            spikes, *small = kernel_lif(x_seq, *self.constants(), as_bytes)
+            constants = native.constants_of(*self.constants())
+            spikes, *small = native.fire(x_seq, rate_of(x_seq, w), constants, as_bytes)
             return mark(spikes, 1, small[0]) if small else spikes
         if torch.compiler.is_compiling():  # it takes no `out` of another layout
             return torch_lif(x_seq.contiguous(), *self.constants())
@@ -233,14 +234,3 @@ def spikingjelly_lif(x, node):
         w = node.w.to(v.dtype)
         spikes, _, v_seq = functional.plif_multi_step(x, v, w, node.decay_input, *options)
     return spikes.to(x.dtype), v_seq
-
-
-# kernels: a thread for each neuron, on a GPU and on a CPU -----------------------------------------
-
-
-def kernel_lif(
-    x, tau, v_threshold, alpha=4.0, kind="lif", w=None, surrogate="sigmoid", bytes_too=False
-):
-    """[spikes of x [T, ...]]; behind it the same as bytes, if they are wanted."""
-    constants = native.constants_of(tau, v_threshold, alpha, kind, w, surrogate)
-    return native.fire(x, rate_of(x, w), constants, bytes_too)

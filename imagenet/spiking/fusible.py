@@ -10,25 +10,20 @@ from torch import nn
 from . import compiler
 from .compiler import say
 from .native import Constants, available, constants_of
-from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
+from .neuron import NEURONS, MultiStep
 from .observers import PLAIN, observed
 from .plain import membrane_type
 
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d
+NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
-METHODS = {
-    nn.Conv1d: ("forward", "_conv_forward"),
-    nn.Conv2d: ("forward", "_conv_forward"),
-    nn.Linear: ("forward",),
-    nn.BatchNorm1d: ("forward",),
-    nn.BatchNorm2d: ("forward",),
-    nn.SyncBatchNorm: ("forward",),
-    MultiStepLIF: ("forward", "multi_step_forward"),
-    MultiStepIF: ("forward", "multi_step_forward"),
-    MultiStepPLIF: ("forward", "multi_step_forward"),
-}
+METHODS = ("forward", "_conv_forward", "multi_step_forward")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 DICTIONARIES = ("_parameters", "_buffers", "_modules")
-KNOWN = {kind: {name: getattr(kind, name) for name in names} for kind, names in METHODS.items()}
+KNOWN = {
+    kind: {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)}
+    for kind in (*CONVOLUTIONS, *NORMS, *NEURONS.values())
+}
 
 reasons = {}  # {why layers run module by module: the first of them}
 
@@ -143,7 +138,7 @@ class Found:
         self.parts = [part for module in self.others for part in module.modules()]
         self.kinds = [*map(type, (modules[0], *self.parts))]
         kinds = {*map(type, modules)}
-        self.methods = [(kind, name) for kind in kinds for name in METHODS[kind]]
+        self.methods = [(kind, name) for kind in kinds for name in KNOWN[kind]]
         self.hooks = [getattr(module, name) for module in modules for name in HOOKS]
         own = [vars(part) for module in modules for part in module.modules()]
         own += [getattr(module, name) for module in modules for name in DICTIONARIES]
