@@ -1,12 +1,11 @@
-// Layers, neurons and products of spikes, forward and backward, in one call each: what plain.py says,
-// by the kernels of fused.cu and, on a CPU, the sums of events.cpp. native.py compiles this and makes
-// the plans.
+// Layers, neurons and products of spikes, forward and backward, in one call each: what plain.py
+// says, by the kernels of fused.cu and, on a CPU, the sums of events.cpp. native.py has the plans.
 //
-// Tensors are [T, B, C, H, W] with channels innermost; T is 1 for an image that is shown T times. For
-// the backward pass a layer saves its input, spikes as bits or bytes, and its convolution's output,
-// unless memory is small. `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 / standard
-// deviation, and the scale and shift with which it maps y to scale * y + shift; a kernel in evaluation
-// reads the last two alone. `rates` [C] are PLIF's.
+// Tensors are [T, B, C, H, W] with channels innermost; T is 1 for an image that is shown T times.
+// For the backward pass a layer saves its input, spikes as bits or bytes, and its convolution's
+// output, unless memory is small. `norm` is [5, C] of BatchNorm: mean, unbiased variance, 1 /
+// standard deviation, and the scale and shift with which it maps y to scale * y + shift; a kernel
+// in evaluation reads the last two alone. `rates` [C] are PLIF's.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -27,8 +26,8 @@ const int NO_CONTEXT = 201;  // of CUDA's errors
 // Above this share of inputs that are not 0 the dense gradient of the weight takes less time.
 const double DENSE = 0.4;
 
-// As in native.py, whose NAMES are the kernels. On a CPU `grid` holds the parts of a sum alone, on a
-// GPU columns for all layers: those that a layer does not need write nothing.
+// As in native.py, whose NAMES are the kernels. On a CPU `grid` holds the parts of a sum alone, on
+// a GPU columns for all layers: those that a layer does not need write nothing.
 struct Kernel {
     void* address;
     unsigned grid[2], block[2];
@@ -107,8 +106,8 @@ struct Pass {
         std::apply([&](auto&... value) { ((*place++ = &value), ...); }, values);
         const unsigned *grid = kernel.grid, *block = kernel.block;
         const auto start = [&] {
-            return plan.driver(kernel.address, grid[0], grid[1], 1, block[0], block[1], 1, 0, stream,
-                               places, nullptr);
+            return plan.driver(kernel.address, grid[0], grid[1], 1, block[0], block[1], 1, 0,
+                               stream, places, nullptr);
         };
         int code = start();
         if (code == NO_CONTEXT) {  // in a thread in which PyTorch has run no kernel yet
@@ -251,17 +250,17 @@ Tensor norm_of(In y, at::TensorList tensors, const Pass& pass) {
     return norm;
 }
 
-// Spikes of y into memory of `spikes`, and of `bytes` if that is defined; without a neuron
-// BatchNorm's output.
-void fire(In y, In spikes, In bytes, In norm, In rates, const Pass& pass) {
+// Spikes of y into memory of `out`: {spikes and, if they are wanted, as bytes}; without a neuron
+// {BatchNorm's output}.
+void fire(In y, const variable_list& out, In norm, In rates, const Pass& pass) {
     const Plan& plan = pass.plan;
+    const Tensor spikes = out[0], bytes = out.size() > 1 ? out[1] : Tensor();
     const int64_t C = norm.size(1), count = spikes.numel() / (plan.T * C);
     const int64_t step = y.numel() == spikes.numel() ? count * C : 0;
     pass.run(FIRE, count, C, step, y, spikes, bytes, norm, rates, plan.rate, plan.threshold);
 }
 
-// What follows BatchNorm: {spikes of T steps and, if they are wanted, as bytes}, or without a
-// neuron {BatchNorm's output}. In evaluation it may be written over y.
+// What follows BatchNorm, see fire, of all steps. In evaluation it may be written over y.
 variable_list outputs(In y, In norm, In rates, bool bytes, const Pass& pass) {
     const Plan& plan = pass.plan;
     const int64_t T = plan.fires ? plan.T : plan.steps, images = y.size(0) / plan.steps * T;
@@ -272,7 +271,7 @@ variable_list outputs(In y, In norm, In rates, bool bytes, const Pass& pass) {
     const bool over = !plan.training && y.size(0) == images;
     variable_list out = {over ? y : memory(pass.dtype)};
     if (bytes) out.push_back(memory(at::kByte));
-    fire(y, out[0], bytes ? out[1] : Tensor(), norm, rates, pass);
+    fire(y, out, norm, rates, pass);
     for (Tensor& each : out) each = steps(each, T);
     return out;
 }
@@ -307,7 +306,7 @@ void keep(AutogradContext* ctx, In plan, int64_t stream) {
     ctx->set_materialize_grads(false);  // none of the bytes
 }
 
-// The pass back, on `device` and of the type that the forward pass had, as has grad, if it is defined.
+// The pass back, in the type that the forward pass had: grad's, if it is defined.
 Pass pass_of(AutogradContext* ctx, In grad, at::Device device) {
     return pass_of(ctx->saved_data["plan"].toTensor(), grad.scalar_type(), device,
                    ctx->saved_data["stream"].toInt());
@@ -337,8 +336,9 @@ std::array<Tensor, 2> convolution_backward(In grad, In x, In weight, const Plan&
     if (!wanted[0] && !wanted[1]) return {};
     const at::IntArrayRef stride = plan.shape.stride, padding = plan.shape.padding;
     const Tensor kernel = weight.to(grad.scalar_type()).contiguous(LAST);
-    // On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves AVX-512
-    // out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few channels.
+    // On a CPU oneDNN's convolution is as fast as MKL's product, and faster where MKL leaves
+    // AVX-512 out. It has none in float64, and that of PyTorch 2.11 crashes at stride 2 and few
+    // channels.
     const bool products = grad.is_cuda() || grad.scalar_type() == at::kDouble ||
                           stride[0] != 1 || stride[1] != 1;
     if (!products || kernel.size(2) != 1 || kernel.size(3) != 1 || padding[0] || padding[1]) {
@@ -467,8 +467,9 @@ Tensor in_steps(In x) {
     return outermost ? x : like_steps(x, x.size(0), x.scalar_type()).copy_(x);
 }
 
-// A neuron alone, of any shape: a layer's kernels, with a BatchNorm of scale 1 and shift 0, and rows
-// of the Plan's channels. x has T steps, or one that stands for all; PLIF's rate is the layer's.
+// A neuron alone, of any shape: a layer's kernels, with a BatchNorm of scale 1 and shift 0, and
+// rows of the Plan's channels. x has T steps, or one that stands for all; PLIF's rate is the
+// layer's.
 struct Fire : torch::autograd::Function<Fire> {
     static Tensor identity(In x, const Pass& pass) {
         const Tensor norm = at::zeros({5, *pass.plan.channels}, x.options().dtype(pass.real()));
@@ -488,7 +489,7 @@ struct Fire : torch::autograd::Function<Fire> {
         const Tensor y = in_steps(x), rate = rate_.value_or(Tensor());
         variable_list out = {like_steps(y, pass.plan.T, pass.dtype)};
         if (bytes) out.push_back(like_steps(y, pass.plan.T, at::kByte));
-        fire(y, out[0], bytes ? out[1] : Tensor(), identity(y, pass), rates_of(rate, pass), pass);
+        fire(y, out, identity(y, pass), rates_of(rate, pass), pass);
         ctx->save_for_backward({x, rate});
         keep(ctx, plan, stream);
         return out;
@@ -503,8 +504,8 @@ struct Fire : torch::autograd::Function<Fire> {
         Tensor spikes = like_steps(y, pass.plan.T, pass.dtype);
         spikes = grads[0].strides() == spikes.strides() ? grads[0] : spikes.copy_(grads[0]);
         const Tensor grad = at::empty_like(y);
-        const Tensor sums =
-            fire_backward(aligned(spikes), y, grad, identity(y, pass), rates, pass);
+        const Tensor norm = identity(y, pass);
+        const Tensor sums = fire_backward(aligned(spikes), y, grad, norm, rates, pass);
         const Tensor of_rate = rates.defined() ? sums.select(1, 2).sum(at::kDouble) : Tensor();
         return {grad, of_rate, {}, {}, {}};
     }
@@ -518,8 +519,8 @@ variable_list fire_alone(In x, const std::optional<Tensor>& rate, bool bytes, In
 
 // Products ---------------------------------------------------------------------------------------
 
-// a @ b of [T, B, heads, rows, depth] and [T, B, heads, depth, columns] by events.cpp's `multiply`: a
-// row's sums do not depend on the others, and what is 0 in a takes no time.
+// a @ b of [T, B, heads, rows, depth] and [T, B, heads, depth, columns] by events.cpp's `multiply`:
+// a row's sums do not depend on the others, and what is 0 in a takes no time.
 Tensor multiply(In a_, In b_, int64_t function) {
     const Tensor a = a_.stride(3) == 1 || a_.stride(4) == 1 ? a_ : a_.contiguous();
     const Tensor b = b_.stride(4) == 1 ? b_ : b_.contiguous();

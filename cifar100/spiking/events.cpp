@@ -81,8 +81,8 @@ static std::pair<long, long> find_row(const In* x, long size, word* bits) {
     return {count, ones};
 }
 
-// The bits of all rows, each of which begins a word. Returns how many are not 0, or minus that where
-// one of them is not 1.
+// The bits of all rows, each of which begins a word. Returns how many are not 0, or minus that
+// where one of them is not 1.
 template <class In>
 static long find(long rows, long size, const In* x, word* bits) {
     long count = 0, ones = 0;
@@ -138,7 +138,7 @@ static int write_places(word bits, int first, byte* out) {
     return out - start;
 }
 
-// Which rows of a tile are added up, a list a slot, and with what values, where these are not all 1.
+// Which rows of a tile are added up, a list a slot, and with what values, where not all are 1.
 struct Events {
     std::vector<int> start;  // of each slot's list; the last is the end
     std::vector<char> ones;  // whether all values of a slot are 1
@@ -231,8 +231,8 @@ struct Memory {  // for vectors; what is not written has no meaning
     real* get() { return (real*)vectors.get(); }
 };
 
-// Where events are found: once in each input pixel, which several outputs see, or for each output, in
-// all that it sees, where these are few. A kernel has pieces, which are inputs side by side: a
+// Where events are found: once in each input pixel, which several outputs see, or for each output,
+// in all that it sees, where these are few. A kernel has pieces, which are inputs side by side: a
 // pixel's, or those of a row of the kernel.
 struct Sites {
     const Shape& shape;
@@ -261,8 +261,8 @@ struct Sites {
         }
     }
 
-    // Fills `events` and, for each output and group, the slots of its taps: of rows of outputs, those
-    // of all images counted.
+    // Fills `events` and, for each output and group, the slots of its taps: of rows of outputs,
+    // those of all images counted.
     template <class In>
     void find(const In* x, long begin, long end, Events& events, int* slots,
               std::vector<word>& bits) const {
@@ -278,7 +278,8 @@ struct Sites {
         } else if (!direct) {
             bits.resize((until - from) * of_row);
             for (long row = from; row < until; ++row) {
-                const auto [some, one] = find_row(x + row * size, size, &bits[(row - from) * of_row]);
+                word* const place = &bits[(row - from) * of_row];
+                const auto [some, one] = find_row(x + row * size, size, place);
                 ones &= some == one;
             }
         }
@@ -353,8 +354,8 @@ static void convolve(const Shape& shape, const In* x, const real* weight, real* 
 }
 
 // The gradient of the weight, [out channels, depth]. Each of `parts` of the pixels has its own sum;
-// how many there are depends on shapes alone. `threads` share these, and the words of a patch: of the
-// `run` inputs that a row of the kernel sees, for each row.
+// how many there are depends on shapes alone. `threads` share these, and the words of a patch: of
+// the `run` inputs that a row of the kernel sees, for each row.
 template <class In>
 static void weight_gradient(const Shape& shape, const word* bits, const In* x, const real* grad,
                             real* out, long threads) {
@@ -422,10 +423,11 @@ static void weight_gradient(const Shape& shape, const word* bits, const In* x, c
         for (long t = 0; t < words; ++t)
             for (long j = 0; j < tiles.width(c); ++j)
                 for (long k = 0; k < std::min(64L, run - t % of_run * 64); ++k) {
+                    const long place = t / of_run * run + t % of_run * 64 + k;
                     real sum = 0;
                     for (long part = 0; part < parts; ++part)
                         sum += sums(part, c, t)[k * tiles.row + j];
-                    out[(c * tiles.used + j) * depth + t / of_run * run + t % of_run * 64 + k] = sum;
+                    out[(c * tiles.used + j) * depth + place] = sum;
                 }
 }
 
@@ -439,8 +441,8 @@ struct Matrices {  // of three batch dimensions: sizes and, of a, b and out, dis
 };
 
 extern "C" {
-// out = a @ b, where only those numbers of a cost time that are not 0. Of a the columns, or the rows,
-// are dense in memory, of b and out the rows.
+// out = a @ b, where only those numbers of a cost time that are not 0. Of a the columns, or the
+// rows, are dense in memory, of b and out the rows.
 void multiply(const Matrices& m, const real* a, const real* b, real* out) {
     const bool by_rows = m.a.column == 1;
     const long lines = by_rows ? m.rows : m.depth, size = by_rows ? m.depth : m.rows;

@@ -162,10 +162,10 @@ INLINE double sum_of_parts(const real_t* place, index_t stride, index_t parts) {
     return sum;
 }
 
-// From `statistics` of count rows to norm [5, all]: mean, unbiased variance, 1 / standard deviation,
-// scale and shift, of a BatchNorm whose channels begin at `start`. Running statistics and the number
-// of batches, if they are not null, move on as BatchNorm moves them; `bias`, or null, is the
-// convolution's, which y lacks.
+// From `statistics` of count rows to norm [5, all]: mean, unbiased variance, 1 / standard
+// deviation, scale and shift, of a BatchNorm whose channels begin at `start`. Running statistics
+// and the number of batches, if they are not null, move on as BatchNorm moves them; `bias`, or null,
+// is the convolution's, which y lacks.
 ENTRY batch_norm(index_t channels, index_t all, index_t start, index_t parts, index_t count,
                  index_t repeats, real_t eps, real_t momentum, const scalar_t* y,
                  const real_t* partial, const real_t* gamma, const real_t* beta,
@@ -251,8 +251,8 @@ ENTRY normalise_backward(index_t rows, index_t channels, const scalar_t* y, cons
 
 // Max-pooling, 3x3 with stride 2 and padding 1 ---------------------------------------------------
 
-// LANES channels of a window, whose nine pixels begin at `pixel`, into `largest` and, with TAPS, which
-// of them it is, the first of equals.
+// LANES channels of a window, whose nine pixels begin at `pixel`, into `largest` and, with TAPS,
+// which of them it is, the first of equals.
 template <bool TAPS>
 INLINE void pool_some(const scalar_t* const (&pixel)[9], const int (&tap)[9], index_t c,
                       const real_t* scale, scalar_t* largest, byte_t* taps) {
