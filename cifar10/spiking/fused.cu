@@ -164,8 +164,8 @@ INLINE double sum_of_parts(const real_t* place, index_t stride, index_t parts) {
 
 // From `statistics` of count rows to norm [5, all]: mean, unbiased variance, 1 / standard
 // deviation, scale and shift, of a BatchNorm whose channels begin at `start`. Running statistics
-// and the number of batches, if they are not null, move on as BatchNorm moves them; `bias`, or null,
-// is the convolution's, which y lacks.
+// and the number of batches, if they are not null, move on as BatchNorm moves them; `bias`, or
+// null, is the convolution's, which y lacks.
 ENTRY batch_norm(index_t channels, index_t all, index_t start, index_t parts, index_t count,
                  index_t repeats, real_t eps, real_t momentum, const scalar_t* y,
                  const real_t* partial, const real_t* gamma, const real_t* beta,
