@@ -80,9 +80,10 @@ def test_static_image_is_convolved_and_pooled_once(monkeypatch):
     models = [Golden.fill(imagenet.model.QKFormer_10_384(events=False, **SMALL)) for _ in (1, 2)]
     calls, plan_of = [], imagenet.native.plan_of
 
-    def counting(options, shape, *args):
+    def counting(*args):
+        *_, shape, _, _ = args
         calls.extend([shape[0] * shape[1]] * (shape[2] == 3))
-        return plan_of(options, shape, *args)
+        return plan_of(*args)
 
     monkeypatch.setattr(imagenet.native, "plan_of", counting)
     for model, frames in zip(

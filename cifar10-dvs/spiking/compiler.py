@@ -26,7 +26,6 @@ logger = logging.getLogger("qkformer")
 
 # Most steps that registers hold. Longer sequences, such as T*B with cross_sample_lif, run plain.
 MAX_T = 64
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 # Partial sums of a channel: fixed numbers, so that sums do not depend on threads or processors.
 HOST_PARTS, CUDA_PARTS = 64, 512
 THREADS = 256  # at most, of a CUDA block
@@ -128,14 +127,12 @@ def compile_to(path, source, *options):
 
 
 def keep_memory():
-    """Let glibc keep large freed blocks for the next layer and step (mallopt(3)).
-
-    By default it returns them to the system and asks for them again. The page faults of that take
-    longer than the arithmetic.
+    """Let glibc keep large freed blocks (mallopt(3)): to get them again would take longer than the
+    arithmetic on them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def first_line(error):

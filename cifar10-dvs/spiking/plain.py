@@ -7,8 +7,7 @@
     reset           v[t] = 0 if s[t] else h[t]; detached: no gradient through s here
 
 v[-1] = 0 in every call. ds/dh is that of a sigmoid with slope alpha, or of another of SURROGATES.
-The membrane is kept in float32 (float64 for float64 input), whatever the type of the input. Tensors
-are [T, B, C, H, W].
+The membrane is in float32, of float64 input in float64. Tensors are [T, B, C, H, W].
 
 Stages, at the end, gives a network timm's methods. A copy of this file, named spiking.py, beside
 model.py is all that a model needs besides torch and timm; the rest of the folder computes the same

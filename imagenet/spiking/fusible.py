@@ -10,19 +10,18 @@ from torch import nn
 from . import compiler
 from .compiler import say
 from .native import Constants, available, constants_of
-from .neuron import NEURONS, MultiStep
+from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
 from .observers import PLAIN, observed
 from .plain import membrane_type
 
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d
-NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm
+KINDS = nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm
+KINDS += MultiStepLIF, MultiStepIF, MultiStepPLIF  # none that a user adds to NEURONS
 # The methods that the fused path replaces. A module that overrides one of them is called instead.
 METHODS = ("forward", "_conv_forward", "multi_step_forward")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 DICTIONARIES = ("_parameters", "_buffers", "_modules")
 KNOWN = {
-    kind: {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)}
-    for kind in (*CONVOLUTIONS, *NORMS, *NEURONS.values())
+    kind: {name: getattr(kind, name) for name in METHODS if hasattr(kind, name)} for kind in KINDS
 }
 
 reasons = {}  # {why layers run module by module: the first of them}
