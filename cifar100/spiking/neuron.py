@@ -45,9 +45,9 @@ class MultiStep:
     Args:
         tau: membrane time constant in steps, > 1; PLIF starts from it, IF has none. Default 2.0.
         v_threshold: firing threshold, > 0. Default 1.0.
-        backend: "torch" (any device, float64 to bfloat16), "cupy" (CUDA, float32 to bfloat16),
-            "spikingjelly" (its functional neurons), or "auto": cupy on a GPU where CuPy works, else
-            spikingjelly there, torch on any other device and in float64.
+        backend: "torch" (any device, float64 to bfloat16), "spikingjelly" (its functional neurons),
+            "cupy" (CUDA, float32 to bfloat16; beyond 64 steps spikingjelly), or "auto": cupy on a
+            GPU where CuPy works, else spikingjelly there, torch elsewhere and in float64.
         fused: whether this neuron, and the layer that ends in it, may run fused: in one pass over
             memory, see layer.py. Default True.
         alpha: slope of the surrogate gradient, > 0. Default: the surrogate's own, 4.0 of a sigmoid.
