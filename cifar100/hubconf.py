@@ -8,7 +8,7 @@
 
 `load(path, device="cpu")` returns what a checkpoint holds: the model in evaluation mode, the
 transform of a PIL image to its input, the names of the classes. The others are the models that are
-registered with timm: QKFormer and MSQKFormer.
+registered with timm: QKFormer and MSQKFormer. A pickled one needs its folder to be loaded first.
 """
 
 import functools

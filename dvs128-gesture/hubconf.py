@@ -7,7 +7,7 @@
 
 `load(path, device="cpu")` returns what a checkpoint holds: the model in evaluation mode, the
 transform of a sample's frames [T, 2, H, W] to its input, the names of the classes. QKFormer is the
-model that is registered with timm.
+model that is registered with timm. A pickled one needs its folder to be loaded first.
 """
 
 import functools

@@ -7,7 +7,7 @@
 
 `load(path, device="cpu")` returns what a checkpoint holds: the model in evaluation mode, the
 transform of a PIL image to its input, the names of the classes. The others are the models that are
-registered with timm: QKFormer_10_384, _512 and _768, and the same of MSQKFormer.
+timm's: QKFormer_10_384, _512, _768 and MSQKFormer's. A pickled one needs its folder loaded first.
 """
 
 import runpy

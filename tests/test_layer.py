@@ -256,7 +256,12 @@ def test_what_runs_plain(monkeypatch):
     assert not fuses(x=x.half()) and not fuses(x=x.double()) and not fuses(x=x.to("meta"))
     assert not fuses(lambda conv, bn, node: bn.bfloat16())
     assert not fuses(x=x.expand(4, 3, 12, 8, 6).repeat(17, 1, 1, 1, 1)) and not fuses(x=x[..., 0])
-    assert {line for line in lines if " has " not in line} == {"fused kernels on the CPU"}
+    layers = "Conv2d(12, 24, (1, 1)) and layers like it run module by module: "
+    assert {line for line in lines if " has " not in line} == {
+        "fused kernels on the CPU",
+        "layers run module by module on cpu: T is 68, kernels take 64 steps",
+        f"{layers}kernels know no convolution or BatchNorm of this kind",
+    }
     modules, _ = make_layer("1x1", torch.float32)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(modules)
     assert not layer.can_fuse(x, *([module] for module in synchronised))

@@ -193,9 +193,10 @@ def effective(module, x):
     if isinstance(module, nn.Linear):
         return x.count_nonzero().item() * module.out_features
     conv = F.conv1d if x.dim() == 3 else F.conv2d
-    taps = torch.ones_like(module.weight[:1], dtype=torch.float32)
-    seen = conv((x != 0).float(), taps, None, module.stride, module.padding)
-    return int(seen.sum(dtype=torch.float64).item()) * module.out_channels
+    taps = torch.ones_like(module.weight[:: module.out_channels // module.groups]).float()
+    how = module.stride, module.padding, module.dilation, module.groups
+    seen = conv((x != 0).float(), taps, None, *how).sum(dtype=torch.float64)
+    return int(seen.item()) * module.out_channels // module.groups
 
 
 def count(counter):
@@ -216,7 +217,7 @@ def count(counter):
 
 def products(counter, name, attention):
     """Rows of what an attention computes between the neurons of q, k (and v) and its projection."""
-    if not counter.neurons[f"{name}.attn_lif"].values:
+    if f"{name}.attn_lif" not in counter.neurons:
         print(f"{name}: a {type(attention).__name__}, whose own products are not counted")
         return []
     q, k = (counter.neurons[f"{name}.{neuron}"] for neuron in ("q_lif", "k_lif"))

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from . import compiler
 from .compiler import say
 from .native import Constants, available, constants_of
 from .neuron import MultiStep, MultiStepIF, MultiStepLIF, MultiStepPLIF
@@ -59,8 +58,7 @@ def can_fuse(x, convs, bns, lifs):
     The tensors: (weight, bias, gamma, beta, running mean and variance, number of batches).
     """
     device, device_type = x.device, x.device.type
-    known = device_type in ("cpu", "cuda") and x.dim() == 5
-    if not known or not x.numel() or len(x) > compiler.MAX_T:
+    if device_type not in ("cpu", "cuda") or x.dim() != 5 or not x.numel():
         return None
     if (reason := observed(x)) is not None:
         if all(getattr(lif, "fused", True) for lif in lifs):
@@ -100,6 +98,8 @@ def look(convs, bns, lifs):
             say_plain(describe(convs[0]), reason)
             return None
     layer, *others = map(layer_of, convs, bns, lifs)
+    if layer is None:
+        say_plain(describe(convs[0]), "kernels know no convolution or BatchNorm of this kind")
     if layer is None or any(other != layer for other in others):
         return None
     if layer.training and isinstance(bns[0], nn.SyncBatchNorm):

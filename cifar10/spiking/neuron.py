@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based import surrogate as functions
 
-from . import compiler, native, plain
+from . import native, plain
 from .compiler import CTYPES, fault, say
 from .observers import observed, traced
 from .plain import membrane_type, potentials, rate_of, torch_lif
@@ -136,7 +136,7 @@ class MultiStep:
 
     def has_kernel(self, x):
         """Whether a kernel computes it: on a GPU cupy's, on a CPU that of layers, if `fused`."""
-        if not x.numel() or len(x) > compiler.MAX_T or not (self.fused or x.is_cuda):
+        if not x.numel() or not (self.fused or x.is_cuda):
             return False
         neuron = native.constants_of(*self.constants()).neuron
         return native.available(x.device.type, x.dtype, self.backend, len(x), neuron)

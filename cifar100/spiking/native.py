@@ -140,12 +140,13 @@ def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
     """Whether layers of such tensors, of T steps and with such neurons, can run fused; logged once.
     All kernels that they launch on a CPU are there then.
     """
-    build = Build(dtype, T, neuron)
+    build, most = Build(dtype, T, neuron), compiler.MAX_T
+    long = f"T is {T}, kernels take {most} steps" if T > most else None
     if device_type == "cuda" and dtype in compiler.CTYPES and backend in ("auto", "cupy"):
-        error = fault(check_cupy) or fault(compiler.cuda_module, build)
+        error = long or fault(check_cupy) or fault(compiler.cuda_module, build)
     elif device_type == "cpu" and dtype in compiler.HOST_CTYPES and backend == "auto":
-        libraries = [fault(compiler.host_library, each) for each in (build, Build(dtype))]
-        error = next(filter(None, libraries), None) or fault(load_layers)
+        faults = (fault(compiler.host_library, each) for each in (build, Build(dtype)))
+        error = long or next(filter(None, faults), None) or fault(load_layers)
     else:
         return False
     if error is None:

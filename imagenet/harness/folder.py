@@ -205,7 +205,7 @@ class RunLog:
 
     def epoch(self, record):
         """An epoch's line and points."""
-        points = {f"epoch/{name}": value for name, value in record.items()}
+        points = {f"epoch/{name}": value for name, value in record.items() if name != "epoch"}
         rates = points.pop("epoch/firing_rate", {})
         points |= {f"firing_rate/{stage}": rate for stage, rate in rates.items()}
         with writing(self.folder), open(self.path, "a") as file:
