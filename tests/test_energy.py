@@ -234,6 +234,29 @@ def test_memory_is_spikingjellys():
     assert ours == pytest.approx(1e-9 * report.energy_memory_pj, rel=1e-9)
 
 
+@pytest.mark.parametrize(("groups", "dilation", "padding"), [(1, 1, 1), (4, 1, 2), (8, 2, 0)])
+def test_multiplications_by_what_is_not_0(groups, dilation, padding):
+    """The sum of a convolution of ones, groups and dilation among them."""
+    conv = nn.Conv2d(8, 16, 3, 1, padding, dilation, groups, bias=False)
+    x = (torch.rand(2, 8, 9, 9, generator=torch.manual_seed(0)) < 0.3).float()
+    nn.init.ones_(conv.weight)
+    assert energy.effective(conv, x) == conv(x).sum().item() > 0
+
+
+def test_an_attention_without_its_neuron(capsys):
+    """What it computes between its neurons is not counted, and a line says so."""
+    model = tiny()
+    attention = model.stage1[0].tssa
+    attention.forward = lambda x: cifar10.layer.conv_bn_lif(
+        x, attention.proj_conv, attention.proj_bn, attention.proj_lif
+    )
+    with energy.Counter(model) as counter, torch.no_grad():
+        model(sample(model))
+    rows = energy.count(counter)
+    assert any(row.layer == "stage1.0.tssa.proj_conv" for row in rows)
+    assert "whose own products are not counted" in capsys.readouterr().out
+
+
 def test_batches_add_up_and_nothing_is_changed():
     model = tiny(depths=3)
     images, state = sample(model, 7), {k: v.clone() for k, v in model.state_dict().items()}
