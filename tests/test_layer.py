@@ -260,7 +260,7 @@ def test_what_runs_plain(monkeypatch):
     assert {line for line in lines if " has " not in line} == {
         "fused kernels on the CPU",
         "layers run module by module on cpu: T is 68, kernels take 64 steps",
-        f"{layers}kernels know no convolution or BatchNorm of this kind",
+        f"{layers}kernels know no such convolution, BatchNorm or neuron",
     }
     modules, _ = make_layer("1x1", torch.float32)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(modules)

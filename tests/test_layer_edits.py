@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from test_layer import KINDS, cifar10, compiled, layer, lif, make_layer, models
+from test_layer import KINDS, cifar10, compiled, layer, lif, make_layer, models, whole_numbers
 
 # What a user may change of the modules between two calls: (convolution, BatchNorm, neuron).
 CHANGES = {
@@ -253,3 +253,73 @@ def test_a_weight_of_another_size():
     node.fused = False
     want = layer.conv_bn_lif(x, conv, bn, node)
     assert spikes.shape == want.shape and (spikes != want).float().mean() < 1e-3
+
+
+# What a fused layer must leave to modules ---------------------------------------------------------
+
+
+def test_a_head_with_hooks_or_of_its_own():
+    """A hook sees the batch once, as one tensor; another module gets it whole."""
+    head, seen = nn.Linear(12, 5).eval(), []
+    x = torch.rand(4, 12)
+    with torch.no_grad():
+        want = head(x)
+        torch.testing.assert_close(layer.linear(x, head), want)
+        head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        assert torch.equal(layer.linear(x, head), want) and seen == [want.shape]
+        assert torch.equal(layer.linear(x, nn.Softmax(0)), x.softmax(0))
+
+
+@compiled
+def test_the_gradient_of_each_step_of_an_image():
+    """Where it is asked for; else the first step's may stand for their sum."""
+    image = torch.rand(2, 12, 6, 4, dtype=torch.float64)
+    for run in ("layer", "neuron"):
+        found = []
+        for fused in (True, False):
+            modules, _ = make_layer("1x1", torch.float64, fused=fused)
+            x = image.expand(4, *image.shape).requires_grad_()
+            y = layer.conv_bn_lif(x, *modules) if run == "layer" else modules[2](x)
+            (y * torch.arange(1.0, 5)[:, None, None, None, None]).sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(*found)
+
+
+@compiled
+def test_rates_of_several_channels():
+    """A PLIF whose w is not one number is the plain one's."""
+    x, found = whole_numbers(torch.float64), []
+    for fused in (True, False):
+        modules, _ = make_layer("1x1", torch.float64)
+        node = modules[2] = lif.MultiStepPLIF(fused=fused).double()
+        node.w = nn.Parameter(torch.linspace(-1, 1, 6).double())
+        with torch.no_grad():
+            found.append((layer.conv_bn_lif(x, *modules), node(x)))
+    assert all(map(torch.equal, *found))
+
+
+@compiled
+def test_constants_that_are_parameters():
+    """They may change in place, so nothing is remembered."""
+    (conv, bn, node), _ = make_layer("1x1", torch.float64)
+    x = whole_numbers(torch.float64)
+    node.__dict__.pop("tau")
+    node.tau = nn.Parameter(torch.tensor(2.0))
+    with torch.no_grad():
+        first, state = layer.conv_bn_lif(x, conv, bn, node), bn.state_dict()
+        node.tau.fill_(8.0)
+        spikes = layer.conv_bn_lif(x, conv, bn, node)
+        bn.load_state_dict(state)
+        assert torch.equal(spikes, layer.conv_bn_lif(x, conv, bn, lif.MultiStepLIF(8.0)))
+    assert not torch.equal(first, spikes)
+
+
+def test_tensors_without_memory_and_global_backward_hooks():
+    with torch.no_grad():
+        assert not lif.MultiStepLIF()(torch._efficientzerotensor((4, 3))).any()
+    modules = [[module] for module in make_layer("1x1", torch.float32)[0]]
+    handle = nn.modules.module.register_module_full_backward_pre_hook(lambda *_: None)
+    try:
+        assert not layer.can_fuse(whole_numbers(torch.float32), *modules)
+    finally:
+        handle.remove()

@@ -99,7 +99,7 @@ def look(convs, bns, lifs):
             return None
     layer, *others = map(layer_of, convs, bns, lifs)
     if layer is None:
-        say_plain(describe(convs[0]), "kernels know no convolution or BatchNorm of this kind")
+        say_plain(describe(convs[0]), "kernels know no such convolution, BatchNorm or neuron")
     if layer is None or any(other != layer for other in others):
         return None
     if layer.training and isinstance(bns[0], nn.SyncBatchNorm):
@@ -161,7 +161,9 @@ class Found:
 
 def holds_arrays(module):
     """Whether attributes, such as a threshold, are tensors, arrays or lists, which may change."""
-    values = (value for each in module.modules() for value in vars(each).values())
+    values = [value for each in module.modules() for value in vars(each).values()]
+    if isinstance(module, MultiStep) and module.state_dict().keys() - {"w"}:
+        return True  # such as a tau that is a parameter
     return any(hasattr(value, "__setitem__") and not isinstance(value, dict) for value in values)
 
 
@@ -197,7 +199,7 @@ def layer_of(conv, bn, lif):
     tokens, shape = isinstance(conv, nn.Conv1d), (conv.kernel_size, conv.stride, conv.padding)
     if any(type(sizes) is not tuple for sizes in shape) or tokens != isinstance(bn, nn.BatchNorm1d):
         return None
-    if tokens and shape != ((1,), (1,), (0,)):
+    if (tokens and shape != ((1,), (1,), (0,))) or (lif.kind == "plif" and lif.w.dim()):
         return None
     kernel, stride, padding = ((1, 1), (1, 1), (0, 0)) if tokens else shape
     of_conv = tokens, kernel, stride, padding, conv.bias is not None

@@ -17,6 +17,7 @@ from .compiler import NO_NEURON, Build, events_library, fault, kernel_at, load_l
 # The kernels, in the order of layer.cpp.
 NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "fire_backward")
 NAMES += ("batch_norm_backward", "pool_backward", "normalise_backward")
+OPERATORS = getattr(torch.ops, compiler.NAME)
 OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
 
 # Plans that are kept, of some kilobytes each: a schedule of alpha makes new ones in each step.
@@ -24,9 +25,7 @@ PLANS = 2**12
 
 
 class Constants(NamedTuple):
-    """Of a neuron, for kernels: `neuron`, how it integrates and its surrogate, by their names in
-    fused.cu and plain.py, as in "MULTIPLY sigmoid"; its `rate`; and alpha, the surrogate's slope.
-    """
+    """Of a neuron: its charge in fused.cu and its surrogate, as in "MULTIPLY sigmoid"; numbers."""
 
     neuron: str
     rate: float
@@ -75,9 +74,9 @@ class Plan(ctypes.Structure):
 def plan_of(layer, dtype, T, pool, fires, events, momenta, x_shape, weights, device):
     """The bytes of the Plan of layers that read such an x.
 
-    layer: see Layer in fusible.py. dtype: that they compute in. T: steps of the spikes. pool:
-    whether a max-pool comes behind BatchNorm. fires: whether a neuron comes last. events: whether
-    the convolution is a sum of events. momenta: of BatchNorms. weights: shapes.
+    layer: see Layer in fusible.py. dtype: that they compute in. T: steps of the spikes. pool and
+    fires: whether a max-pool and a neuron come behind BatchNorm. events: whether the convolution is
+    a sum of events. momenta: of BatchNorms. weights: shapes.
     """
     steps, B, inputs, *size = x_shape
     channels = [shape[0] for shape in weights]
@@ -159,13 +158,14 @@ def available(device_type, dtype, backend, T=4, neuron="MULTIPLY sigmoid"):
 # Calls --------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def operators():
-    return getattr(torch.ops, compiler.NAME)
-
-
 def stream_of(device):
     return torch._C._cuda_getCurrentRawStream(device) if compiler.on_gpu(device) else 0
+
+
+def shown_once(x):
+    """x, or its first step where all are the same memory and nobody asks for x's own gradient."""
+    asked = x.requires_grad and (x.is_leaf or x.retains_grad or x._backward_hooks)
+    return x if x.stride(0) or asked else x[:1]
 
 
 def layer(x, saved, rates, tensors, options):
@@ -178,19 +178,19 @@ def layer(x, saved, rates, tensors, options):
     plan = plan_of(*options, x.shape, weights, device)
     flat = [own[0] if tensor is None else tensor for own in tensors for tensor in own]
     args = flat, options[1], plan, stream_of(device)
-    return operators().layer.default(x, saved, rates, *args)
+    return OPERATORS.layer.default(x, saved, rates, *args)
 
 
 def fire(x, rate, constants, bytes_too=False):
     """[spikes of x [T, ...] of any shape]; behind it the same as bytes, if they are wanted. rate:
     PLIF's, one number.
     """
-    T, x = len(x), x[:1] if x.stride(0) == 0 else x  # the same input at every step
+    T, x = len(x), shown_once(x)
     device, size = x.get_device(), x[0].numel()
     # Rows begin at multiples of it in memory: a GPU loads several channels at such places alone.
     channels = math.gcd(size, x.storage_offset(), 1024)
     plan = plan_of_neuron(constants, x.dtype, T, size, channels, device)
-    return operators().fire.default(x, rate, bytes_too, plan, stream_of(device))
+    return OPERATORS.fire.default(x, rate, bytes_too, plan, stream_of(device))
 
 
 def product(a, b, saved_a, saved_b, matmul, by_events=False):
@@ -199,4 +199,4 @@ def product(a, b, saved_a, saved_b, matmul, by_events=False):
     """
     function = events_library(a.dtype).multiply if by_events else None
     address = ctypes.cast(function, ctypes.c_void_p).value or 0
-    return operators().product.default(a, b, saved_a, saved_b, matmul, address)
+    return OPERATORS.product.default(a, b, saved_a, saved_b, matmul, address)

@@ -24,11 +24,11 @@ def observed(x):
     """
     if torch.compiler.is_compiling() or traced():  # torch.compile fuses in its own way
         return ""
-    if type(x) not in PLAIN:  # such as a FakeTensor, which has no memory
+    if type(x) not in PLAIN or x._is_zerotensor():  # such as a FakeTensor, which has no memory
         return ""
     if forward_ad._current_level >= 0:  # no kernel has derivatives forward
         return ""
-    before = hooks._global_forward_pre_hooks
+    before = hooks._global_forward_pre_hooks or hooks._global_backward_pre_hooks
     if before or hooks._global_forward_hooks or hooks._global_backward_hooks:
         return "hooks on all modules are set"
     for mode in (_get_current_dispatch_mode(), _get_current_function_mode()):

@@ -39,7 +39,7 @@ def telling(before: str, after: str = "", kinds=Exception):
     try:
         yield
     except kinds as error:
-        if isinstance(error.__context__, OSError) and not error.__suppress_context__:
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__  # a full disk, for which torch.save has no words
         raise UserError(f"{before}{first_line(error)}{after}") from None
 

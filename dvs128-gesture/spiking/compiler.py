@@ -2,7 +2,6 @@
 
 NVRTC, through CuPy, compiles kernels for GPUs, the system's C++ compiler for CPUs: for each number
 of steps T, type, neuron and surrogate, so that loops over T unroll and membranes stay in registers.
-The arithmetic is float32 (float64 for float64).
 """
 
 import contextlib

@@ -6,8 +6,7 @@ normalises, integrates and fires in one pass over memory. On a CPU convolutions 
 rows of the weight. For the backward pass it saves the layer's input, spikes as bits or bytes
 (spikes.py), and, unless the neuron's `memory` is small, the convolution's output.
 
-Both paths compute the same function, to rounding. The fused path does not call the modules, so it
-is taken only where each module has exactly the type and the methods that it knows (fusible.py).
+Both compute the same, to rounding; fusible.py knows the modules that the fused path stands for.
 """
 
 import torch
@@ -58,7 +57,7 @@ def conv_bn_lif_each(x, *layers, heads=None):
     if found := can_fuse(x, convs, bns, lifs):
         # With channels last in the split too, the gradients are joined without a copy.
         spikes = fused_layers(x, bns, lifs, *found).movedim(2, -1)
-        each = spikes.split([bn.num_features for bn in bns], dim=-1)
+        each = spikes.split([len(conv.weight) for conv in convs], dim=-1)
         if heads is None:
             return [part.movedim(-1, 2) for part in each]
         return [part.unflatten(-1, (heads, -1)) for part in each]
@@ -69,8 +68,10 @@ def linear(x, layer):
     """layer(x) of [N, features]; in evaluation on a CPU row by row, so that the bits of one do not
     depend on the others.
     """
-    rows = x.device.type == "cpu" and x.dim() == 2 and len(x) > 1 and not layer.training
-    if not rows or torch.is_grad_enabled() or observed(x) is not None:
+    rows = x.device.type == "cpu" and x.dim() == 2 and len(x) and not layer.training
+    plain = type(layer) is torch.nn.Linear and "forward" not in vars(layer)
+    plain = plain and not layer._forward_hooks and not layer._forward_pre_hooks
+    if not rows or not plain or torch.is_grad_enabled() or observed(x) is not None:
         return layer(x)
     return torch.cat([layer(row.clone()) for row in x.split(1)])
 
@@ -84,9 +85,7 @@ def fused_layers(x, bns, lifs, layer, dtype, tensors, pool=False, fires=True):
 
     layer, dtype, tensors: see can_fuse.
     """
-    T = x.shape[0]
-    if x.stride(0) == 0:  # the same image at every step
-        x = x[:1]
+    T, x = len(x), native.shown_once(x)
     rates = None
     if fires and lifs[0].kind == "plif":
         pairs = zip(lifs, tensors, strict=True)

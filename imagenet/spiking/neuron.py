@@ -136,7 +136,7 @@ class MultiStep:
 
     def has_kernel(self, x):
         """Whether a kernel computes it: on a GPU cupy's, on a CPU that of layers, if `fused`."""
-        if not x.numel() or not (self.fused or x.is_cuda):
+        if not x.numel() or (self.kind == "plif" and self.w.dim()) or not (self.fused or x.is_cuda):
             return False
         neuron = native.constants_of(*self.constants()).neuron
         return native.available(x.device.type, x.dtype, self.backend, len(x), neuron)
