@@ -114,7 +114,7 @@ EDITS = {
         ],
     ),
     "token convolution": (
-        None,
+        "kernels know no such convolution",
         [("nn.Conv1d(dim, dim, 1, bias=False))", "nn.Conv1d(dim, dim, 3, padding=1, bias=False))")],
     ),
     "scaled residual": (None, [(BRANCH, "x = x + 0.5 * getattr(self, self.attn)(x)")]),

@@ -235,6 +235,7 @@ def test_what_runs_plain(monkeypatch):
     for module in (native, cifar10.fusible):
         monkeypatch.setattr(module, "say", lines.add)
     native.available.cache_clear()  # so that it is said again
+    monkeypatch.setattr(cifar10.fusible, "reasons", {})
     x = whole_numbers(torch.float32)
 
     def fuses(change=lambda conv, bn, node: None, x=x, **options):
