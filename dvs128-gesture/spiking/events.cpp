@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 typedef uint64_t word;
@@ -231,6 +232,35 @@ struct Memory {  // for vectors; what is not written has no meaning
     real* get() { return (real*)vectors.get(); }
 };
 
+// Writes `columns` numbers, LANES at most, of `rows` rows as rows.
+static void turn(const real* in, long stride, long rows, long columns, real* out, long row) {
+    typedef std::conditional_t<sizeof(real) == 4, int, long> whole;
+    typedef whole Places __attribute__((vector_size(sizeof(vec))));
+    Places low, high;  // of two vectors, the halves that alternate
+    for (int i = 0; i < LANES; ++i) {
+        low[i] = i / 2 + i % 2 * LANES;
+        high[i] = low[i] + LANES / 2;
+    }
+    for (long begin = 0; begin < rows; begin += LANES, in += LANES * stride, out += LANES) {
+        vec from[LANES], to[LANES];
+        if (rows - begin < LANES || columns < LANES) {
+            for (long k = 0; k < columns; ++k)
+                for (long j = 0; j < std::min(rows - begin, long(LANES)); ++j)
+                    out[k * row + j] = in[j * stride + k];
+            continue;
+        }
+        UNROLL for (int j = 0; j < LANES; ++j) memcpy(from + j, in + j * stride, sizeof(vec));
+        for (int n = 1; n < LANES; n *= 2) {
+            UNROLL for (int j = 0; j < LANES / 2; ++j) {
+                to[2 * j] = __builtin_shuffle(from[j], from[j + LANES / 2], low);
+                to[2 * j + 1] = __builtin_shuffle(from[j], from[j + LANES / 2], high);
+            }
+            memcpy(from, to, sizeof from);
+        }
+        UNROLL for (int k = 0; k < LANES; ++k) memcpy(out + k * row, from + k, sizeof(vec));
+    }
+}
+
 // Where events are found: once in each input pixel, which several outputs see, or for each output,
 // in all that it sees, where these are few. A kernel has pieces, which are inputs side by side: a
 // pixel's, or those of a row of the kernel.
@@ -321,13 +351,10 @@ static void convolve(const Shape& shape, const In* x, const real* weight, real* 
     Memory packed(tiles.count * size);
     _Pragma("omp parallel for collapse(3)") for (long tile = 0; tile < tiles.count; ++tile)
         for (long n = 0; n < sites.pieces; ++n)
-            for (long begin = 0; begin < sites.piece; begin += 64) {
-                const real* from = weight + tile * tiles.used * depth + n * sites.piece;
-                real* to = packed.get() + tile * size + n * of_piece;
-                for (long j = 0; j < tiles.width(tile); ++j)
-                    for (long k = begin; k < std::min(begin + 64, sites.piece); ++k)
-                        to[k * tiles.row + j] = from[j * depth + k];
-            }
+            for (long k = 0; k < sites.piece; k += LANES)
+                turn(weight + tile * tiles.used * depth + n * sites.piece + k, depth,
+                     tiles.width(tile), std::min(sites.piece - k, long(LANES)),
+                     packed.get() + tile * size + n * of_piece + k * tiles.row, tiles.row);
     const auto add = adder(tiles.vectors);
     const long lines = shape.images * shape.out_height;
     // Rows of outputs at a time, so that all threads get as many.
