@@ -120,38 +120,6 @@ def test_full_disk(tmp_path, monkeypatch):
         runs.RunLog(tmp_path, 0, 0).epoch({"epoch": 0, "lr": 0.1})
 
 
-FULL = """
-import sys
-from pathlib import Path
-from tensorboard.summary.writer.record_writer import RecordWriter
-from harness.folder import RunLog
-from harness.process import run
-
-def main():
-    log = RunLog(Path(sys.argv[1]), 0, 0)
-    log.step("step/loss", 1.0, 0)
-    log.flush()
-    RecordWriter.write = lambda *_: open("/dev/full", "w").write("x" * 2**20)
-    for step in range(1, 100):
-        log.step("step/loss", 1.0, step)
-    log.flush()
-
-run(main)
-"""
-
-
-def test_full_disk_under_the_curves(tmp_path):
-    """They are written by a thread of TensorBoard's: one line, and no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)],
-        cwd=ROOT / "cifar10",
-        capture_output=True,
-        text=True,
-    )
-    said = f"error: {tmp_path}: can't be written: No space left on device\n"
-    assert (done.returncode, done.stderr) == (1, said)
-
-
 def test_names_of_any_bytes(tmp_path, capfd):
     """A folder and a class whose names are no UTF-8."""
     folder = tmp_path / os.fsdecode(b"run-\xff")

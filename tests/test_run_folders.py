@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from conftest import log_of
+from conftest import ROOT, log_of
 from forks import opened
 from on_digits import cifar10
 from on_runs import FEW, is_same, train
@@ -83,3 +85,35 @@ def test_failed_resume_changes_nothing(few):
         code, text = train(*args, *flags)
         assert code == 1 and all(word in text.splitlines()[-1] for word in words), text
     assert {path: path.read_bytes() for path in few.rglob("*.*")} == before
+
+
+FULL = """
+import sys
+from pathlib import Path
+from tensorboard.summary.writer.record_writer import RecordWriter
+from harness.folder import RunLog
+from harness.process import run
+
+def main():
+    log = RunLog(Path(sys.argv[1]), 0, 0)
+    log.step("step/loss", 1.0, 0)
+    log.flush()
+    RecordWriter.write = lambda *_: open("/dev/full", "w").write("x" * 2**20)
+    for step in range(1, 100):
+        log.step("step/loss", 1.0, step)
+    log.flush()
+
+run(main)
+"""
+
+
+def test_full_disk_under_the_curves(tmp_path):
+    """They are written by a thread of TensorBoard's: one line, and no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        cwd=ROOT / "cifar10",
+        capture_output=True,
+        text=True,
+    )
+    said = f"error: {tmp_path}: can't be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
