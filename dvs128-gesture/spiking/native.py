@@ -17,8 +17,8 @@ from .compiler import NO_NEURON, Build, events_library, fault, kernel_at, load_l
 # The kernels, in the order of layer.cpp.
 NAMES = ("statistics", "batch_norm", "running_norm", "pool", "fire", "fire_backward")
 NAMES += ("batch_norm_backward", "pool_backward", "normalise_backward")
-OPERATORS = getattr(torch.ops, compiler.NAME)
 OF_EVENTS = ("find", "convolve", "unpack", "weight_gradient")  # likewise
+OPERATORS = getattr(torch.ops, compiler.NAME)
 
 # Plans that are kept, of some kilobytes each: a schedule of alpha makes new ones in each step.
 PLANS = 2**12
